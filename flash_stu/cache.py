@@ -1,0 +1,78 @@
+"""The generation cache: one state per layer and the number of tokens seen.
+
+The only file that touches transformers' Cache, whose own layers assume keys and values, or states of a fixed shape.
+Ours are whatever the layer says (flash_stu.layers.state): the cache only stores them and picks rows of the batch.
+"""
+
+import torch
+from transformers import Cache
+
+LayerState = object
+
+
+class FlashSTUCache(Cache):
+    """States of all layers after `seq_length` tokens.
+
+    Attributes:
+        states: per layer the state it returned last, or None before the first token.
+        seq_length: tokens seen, padding included.
+    """
+
+    is_compileable = False
+    is_initialized = True
+    is_croppable = False
+    is_sliding = (False,)
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[])
+        self.states: list[LayerState | None] = [None] * num_layers
+        self.seq_length = 0
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seq_length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.seq_length + query_length, 0
+
+    def reset(self) -> None:
+        self.states = [None] * len(self.states)
+        self.seq_length = 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.states = [None if state is None else state.select(indices) for state in self.states]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        size = self.batch_size
+        self.batch_select_indices(torch.arange(size, device=self._tensor().device).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("a recurrent state cannot be rolled back; speculative decoding is not supported")
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.states[0] is None else self._tensor().shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by all states, in bytes."""
+        return sum(t.nbytes for state in self.states if state is not None for t in _tensors(state))
+
+    def _tensor(self) -> torch.Tensor:
+        return next(_tensors(self.states[0]))
+
+
+def _tensors(state):
+    for field in state:
+        if isinstance(field, torch.Tensor):
+            yield field
+        elif isinstance(field, tuple):
+            yield from field

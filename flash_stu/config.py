@@ -1,0 +1,169 @@
+"""The configuration of a model: names as in transformers where transformers has one."""
+
+import difflib
+from dataclasses import fields
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import (
+    StrictDataclassClassValidationError,
+    StrictDataclassFieldValidationError,
+)
+from transformers import PreTrainedConfig
+
+from flash_stu.errors import UserError
+
+LAYER_TYPES = ("linear_attention", "sliding_attention")
+_CHOICES = {
+    "position_embedding": ("rope", "alibi", "none"),
+    "filter_basis": ("hankel", "hankel_l"),
+    "stu_type": ("tensordot", "full"),
+    "stu_branches": ("shared", "separate", "positive"),
+    "conv_backend": ("auto", "direct", "fft", "flashfftconv"),
+    "attention_backend": ("auto", "banded", "sdpa", "flex_attention", "flash_attn"),
+}
+
+
+@strict
+class FlashSTUConfig(PreTrainedConfig):
+    """Shape and variant of a Flash STU model; the defaults are the 340M model of the Flash STU paper.
+
+    Args:
+        vocab_size: token ids, padded up as wanted.
+        hidden_size: width of the residual stream.
+        intermediate_size: inner width of the gated MLP.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: heads of an attention layer; divides hidden_size.
+        num_key_value_heads: heads of keys and values; divides num_attention_heads. None: as many.
+        sliding_window: keys a query sees, its own included.
+        max_position_embeddings: length of the spectral filters and the longest input of a model with STU layers.
+        layer_types: per block "linear_attention" (STU, or LDS once distilled) or "sliding_attention". None:
+            alternating, STU first.
+        position_embedding: "rope", "alibi" or "none", in the attention layers.
+        rope_theta: base of the rotary frequencies.
+        alibi_scale: factor on the ALiBi slopes.
+        attn_logit_softcapping: attention scores pass through c tanh(score / c); None for none.
+        rms_norm_eps: added to the mean square in RMSNorm.
+        dropout: on embeddings, attention weights and the outputs of mixers and MLPs, while training.
+        bias: biases in attention, MLP and head.
+        tie_word_embeddings: the head is the embedding.
+        initializer_range: standard deviation of embeddings; linear layers use hidden_size^-1/2-scaled draws.
+        num_filters: spectral filters K.
+        filter_basis: "hankel" or "hankel_l", see flash_stu.filters.
+        stu_type: "tensordot" or "full", see flash_stu.layers.stu.
+        stu_branches: "shared", "separate" or "positive", see flash_stu.layers.stu.
+        lds_state_dim: state dimension of the LDS layers of a distilled model; None for STU layers.
+        conv_backend: see flash_stu.ops.causal_conv.
+        attention_backend: see flash_stu.ops.attention.
+        use_cache: generate with a cache.
+    """
+
+    model_type = "flash_stu"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 200064
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    sliding_window: int = 1024
+    max_position_embeddings: int = 8192
+    layer_types: list[str] | None = None
+    position_embedding: str = "rope"
+    rope_theta: float | int = 10000.0
+    alibi_scale: float | int = 1.0
+    attn_logit_softcapping: float | int | None = 50.0
+    rms_norm_eps: float = 1e-6
+    dropout: float | int = 0.0
+    bias: bool = False
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    num_filters: int = 24
+    filter_basis: str = "hankel"
+    stu_type: str = "tensordot"
+    stu_branches: str = "shared"
+    lds_state_dim: int | None = None
+    conv_backend: str = "auto"
+    attention_backend: str = "auto"
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.layer_types is None:
+            self.layer_types = [LAYER_TYPES[i % 2] for i in range(self.num_hidden_layers)]
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_user(cls, values: dict) -> "FlashSTUConfig":
+        """Build a configuration from what a user wrote, refusing what it does not know.
+
+        Raises:
+            UserError: for an unknown key, a wrong type or an impossible combination, naming the key.
+        """
+        known = [f.name for f in fields(cls)]
+        own = set(cls.__annotations__)
+        for key in values:
+            if key not in own:
+                close = difflib.get_close_matches(key, own, n=1) or difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(sorted(own))}"
+                raise UserError(f"model.{key} is not a configuration key; {hint}")
+        try:
+            return cls(**values)
+        except (StrictDataclassFieldValidationError, StrictDataclassClassValidationError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise UserError(f"model: {reason.split('. Errors:')[0]}") from None
+
+    @property
+    def stu_dilation(self) -> int:
+        """Distance between the lags an STU layer mixes, in tokens: 2 if its branches are shared."""
+        return 2 if self.stu_branches == "shared" else 1
+
+    @property
+    def uses_stu(self) -> bool:
+        """Whether any layer convolves with the spectral filters."""
+        return "linear_attention" in self.layer_types and self.lds_state_dim is None
+
+    def validate_architecture(self) -> None:
+        """Run by transformers on construction: one line for each thing that cannot be built."""
+        for key, allowed in _CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key} is {getattr(self, key)!r}; allowed: {', '.join(allowed)}")
+        positive = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+            "sliding_window max_position_embeddings num_filters rope_theta alibi_scale rms_norm_eps"
+        )
+        for key in positive.split():
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be positive")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; allowed: 0 up to, not including, 1")
+        if self.attn_logit_softcapping is not None and self.attn_logit_softcapping <= 0:
+            raise ValueError(f"attn_logit_softcapping is {self.attn_logit_softcapping}; allowed: positive, or null")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types names {len(self.layer_types)} layers; num_hidden_layers is {self.num_hidden_layers}"
+            )
+        for kind in self.layer_types:
+            if kind not in LAYER_TYPES:
+                raise ValueError(f"layer_types has {kind!r}; allowed: {', '.join(LAYER_TYPES)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+            )
+        if self.position_embedding == "rope" and self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError("position_embedding 'rope' needs an even hidden_size / num_attention_heads")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.num_filters > self.max_position_embeddings:
+            raise ValueError(
+                f"num_filters is {self.num_filters}; at most max_position_embeddings, {self.max_position_embeddings}"
+            )
+        if self.lds_state_dim is not None and (self.lds_state_dim < 2 or self.lds_state_dim % 2):
+            raise ValueError(f"lds_state_dim is {self.lds_state_dim}; allowed: an even number from 2 on, or null")

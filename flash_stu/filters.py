@@ -1,0 +1,134 @@
+"""Spectral filters: the leading eigenvectors of a Hankel matrix, computed without the matrix.
+
+The Hankel matrices of spectral filtering are Gram matrices of decaying exponentials,
+
+    hankel:    Z[i, j] = 2 / (n^3 - n)                                    = int_0^1  (1 - a)^2   a^(n-2) da
+    hankel_l:  Z[i, j] = (1 + (-1)^n) 8 / ((n - 1)(n + 1)(n + 3))         = int_-1^1 (1 - a^2)^2 a^(n-2) da
+
+with n = i + j and i, j = 1..L. Substituting a = exp(-e^s), the trapezoid rule in s converges exponentially, so a few
+hundred nodes give Z = V V^T to machine precision with V of shape (L, nodes). The left singular vectors of V are the
+filters and its squared singular values the eigenvalues. Cost is O(L nodes^2) instead of O(L^3), and small eigenvalues
+keep their relative accuracy because the decomposition sees their square roots.
+
+Source: Agarwal et al. 2023, Spectral State Space Models (arXiv 2312.06837), section 3; Liu et al. 2024, Flash STU
+(arXiv 2409.10489), for hankel_l and the sigma^(1/4) scaling.
+"""
+
+import hashlib
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import platformdirs
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from flash_stu.errors import UserError
+
+BASES = ("hankel", "hankel_l")
+_QUADRATURE_STEP = 0.12  # in s; halving it changes no eigenvalue above 1e-13 of the first by more than 1e-11 of itself
+_REVISION = 1  # part of the cache key: raise it when the numbers change
+
+
+def spectral_filters(seq_len: int, num_filters: int, basis: str = "hankel") -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the leading spectral filters, or read them from the user's cache.
+
+    An eigenvector has no sign of its own and LAPACK builds differ, so the sign is fixed: the entry of largest
+    magnitude is positive (the earliest one, if several agree to 1e-6). Trained weights therefore mean the same on
+    every machine. Eigenvalues are accurate down to about 1e-29 of the largest (the 56th at length 8192, the 28th at
+    64); filters past that are still orthonormal, but rounding decides what they are.
+
+    Args:
+        seq_len: length L of the filters, in tokens.
+        num_filters: how many filters K to keep, at most L.
+        basis: "hankel" (eigenvalues of the observed system in [0, 1]) or "hankel_l" ([-1, 1]).
+
+    Returns:
+        eigenvalues sigma (num_filters,), largest first, and filters phi (seq_len, num_filters) whose columns are the
+        unit eigenvectors times sigma^(1/4); float64, on the CPU.
+
+    Raises:
+        UserError: for a length or count that is not positive, more filters than the length or the quadrature
+            allows, or an unknown basis.
+    """
+    if basis not in BASES:
+        raise UserError(f"filter_basis is {basis!r}; allowed: {', '.join(BASES)}")
+    if seq_len < 1 or not 1 <= num_filters <= seq_len:
+        raise UserError(f"num_filters is {num_filters} for filters of length {seq_len}; allowed: 1 to the length")
+    path = _cache_path(seq_len, num_filters, basis)
+    cached = _read_cache(path)
+    if cached is None:
+        cached = _compute(seq_len, num_filters, basis)
+        _write_cache(path, *cached)
+    return cached
+
+
+def _compute(seq_len: int, num_filters: int, basis: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if basis == "hankel":
+        lags = torch.arange(seq_len, dtype=torch.float64)
+        sigma, phi = _eigenpairs(lags, num_filters, basis)
+    else:
+        # a -> -a leaves the integrand alone but for the sign of odd lags: even and odd lags are separate problems.
+        sigma = torch.zeros(0, dtype=torch.float64)
+        phi = torch.zeros(seq_len, 0, dtype=torch.float64)
+        for parity in range(min(2, seq_len)):
+            lags = torch.arange(parity, seq_len, 2, dtype=torch.float64)
+            values, vectors = _eigenpairs(lags, min(num_filters, len(lags)), basis)
+            columns = torch.zeros(seq_len, len(values), dtype=torch.float64)
+            columns[parity::2] = vectors
+            sigma, phi = torch.cat([sigma, values]), torch.cat([phi, columns], dim=1)
+        order = sigma.argsort(descending=True, stable=True)[:num_filters]
+        sigma, phi = sigma[order], phi[:, order]
+    if len(sigma) < num_filters:
+        raise UserError(f"num_filters is {num_filters}; at length {seq_len} at most {len(sigma)} can be computed")
+    return sigma, (_fix_signs(phi) * sigma**0.25).contiguous()
+
+
+def _eigenpairs(lags: torch.Tensor, count: int, basis: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenpairs of the Gram matrix over the given lags, through QR and the SVD of the small factor."""
+    first, last = math.log(1e-5 / (lags[-1] + 1)), math.log(60.0)
+    rate = torch.linspace(first, last, math.ceil((last - first) / _QUADRATURE_STEP), dtype=torch.float64).exp()
+    # sqrt of the integrand's weight and of |da/ds| = e^s exp(-e^s), in forms that do not cancel near a = 1
+    step = (last - first) / (len(rate) - 1)
+    gap = -torch.expm1(-rate) if basis == "hankel" else -torch.expm1(-2 * rate)
+    sides = 1.0 if basis == "hankel" else 2.0
+    weight = gap * (sides * step * rate).sqrt()
+    factor = torch.outer(lags + 0.5, -rate).exp_().mul_(weight)
+    q, r = torch.linalg.qr(factor)
+    del factor
+    u, s, _ = torch.linalg.svd(r, full_matrices=False)
+    return s[:count] ** 2, q @ u[:, :count]
+
+
+def _fix_signs(phi: torch.Tensor) -> torch.Tensor:
+    magnitude = phi.abs()
+    largest = (magnitude >= magnitude.amax(dim=0) * (1 - 1e-6)).to(torch.int8).argmax(dim=0)
+    return phi * phi.gather(0, largest[None]).sign()
+
+
+def _cache_path(seq_len: int, num_filters: int, basis: str) -> Path:
+    key = f"{basis}-L{seq_len}-K{num_filters}-r{_REVISION}-{_QUADRATURE_STEP}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    name = f"{basis}-{seq_len}-{num_filters}-{digest}.safetensors"
+    return Path(platformdirs.user_cache_dir("flash_stu")) / "filters" / name
+
+
+def _read_cache(path: Path) -> tuple[torch.Tensor, torch.Tensor] | None:
+    try:
+        tensors = load_file(path)
+        return tensors["sigma"], tensors["phi"]
+    except (OSError, SafetensorError, KeyError):
+        return None  # absent or damaged: computing again is cheap
+
+
+def _write_cache(path: Path, sigma: torch.Tensor, phi: torch.Tensor) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        os.close(handle)
+        save_file({"sigma": sigma, "phi": phi}, temporary)
+        os.replace(temporary, path)
+    except OSError:
+        pass  # a read-only home: the filters are computed each time

@@ -1,0 +1,82 @@
+"""Causal sliding-window attention with RoPE, ALiBi or no positions, grouped heads and a softcap."""
+
+import torch
+from torch import nn
+
+from flash_stu.config import FlashSTUConfig
+from flash_stu.layers.context import SequenceContext
+from flash_stu.layers.linear import ResidualLinear
+from flash_stu.layers.state import WindowState
+from flash_stu.ops.attention import alibi_slopes, sliding_window_attention
+from flash_stu.ops.rotary import rotate
+
+
+class SlidingWindowAttention(nn.Module):
+    """Self-attention over the last `sliding_window` tokens: (batch, length, hidden_size) to the same.
+
+    Args:
+        config: hidden_size, num_attention_heads, num_key_value_heads, sliding_window, position_embedding, alibi_scale,
+            attn_logit_softcapping, dropout, bias and attention_backend are read.
+
+    Source: as for flash_stu.ops.attention.
+    """
+
+    def __init__(self, config: FlashSTUConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.hidden_size // self.heads
+        self.window = config.sliding_window
+        self.softcap = config.attn_logit_softcapping
+        self.alibi_scale = config.alibi_scale if config.position_embedding == "alibi" else None
+        self.dropout = config.dropout
+        self.backend = config.attention_backend
+        inner = self.heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.bias)
+        self.o_proj = ResidualLinear(inner, config.hidden_size, bias=config.bias)
+
+    def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+        """Attend over a whole sequence."""
+        return self._attend(x, *self._heads(x, context), context)
+
+    def prefill(
+        self, x: torch.Tensor, context: SequenceContext, state: WindowState | None = None
+    ) -> tuple[torch.Tensor, WindowState]:
+        """Attend over a sequence after the keys and values in `state`; only a window of them is kept."""
+        query, key, value = self._heads(x, context)
+        if state is not None:
+            key = torch.cat([state.keys, key], dim=2)
+            value = torch.cat([state.values, value], dim=2)
+        y = self._attend(x, query, key, value, context)
+        first = max(0, key.shape[2] - self.window + 1)
+        return y, WindowState(key[:, :, first:], value[:, :, first:])
+
+    step = prefill  # one token is a sequence of length 1: the cost is the window's either way
+
+    def _heads(self, x: torch.Tensor, context: SequenceContext) -> tuple[torch.Tensor, ...]:
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if context.rotary is not None:
+            query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
+        return query, key, value
+
+    def _attend(self, x, query, key, value, context: SequenceContext) -> torch.Tensor:
+        slopes = None
+        if self.alibi_scale is not None:
+            slopes = alibi_slopes(self.heads, self.alibi_scale).to(x.device)
+        y = sliding_window_attention(
+            query,
+            key,
+            value,
+            window=self.window,
+            softcap=self.softcap,
+            slopes=slopes,
+            key_mask=None if context.mask is None else context.mask[:, -key.shape[2] :],
+            dropout=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return self.o_proj(y.transpose(1, 2).flatten(2))

@@ -1,0 +1,25 @@
+"""What the model works out once per call and every layer may use."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class SequenceContext(NamedTuple):
+    """Shared by all layers of one forward call.
+
+    Attributes:
+        filters: spectral filters (filter_length, num_filters), float32; None in a model without STU layers.
+        rotary: cosines and sines (batch, 1, length, head_dim / 2) of this call's positions; None without RoPE.
+        mask: (batch, past + length), False at padding; None when nothing is padding.
+    """
+
+    filters: torch.Tensor | None = None
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    mask: torch.Tensor | None = None
+
+    def without_padding(self, x: torch.Tensor) -> torch.Tensor:
+        """Zero the inputs (batch, length, channels) at padding, so that no recurrence remembers them."""
+        if self.mask is None:
+            return x
+        return x * self.mask[:, -x.shape[1] :, None].to(x.dtype)

@@ -1,0 +1,29 @@
+"""The gated MLP of a block."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from flash_stu.config import FlashSTUConfig
+from flash_stu.layers.linear import ResidualLinear
+
+
+class GatedMLP(nn.Module):
+    """down(gelu_tanh(gate(x)) * up(x)).
+
+    Args:
+        config: hidden_size, intermediate_size and bias are read.
+
+    Source: Shazeer 2020, GLU variants (arXiv 2002.05202), GEGLU.
+    """
+
+    def __init__(self, config: FlashSTUConfig) -> None:
+        super().__init__()
+        size, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(size, inner, bias=config.bias)
+        self.up_proj = nn.Linear(size, inner, bias=config.bias)
+        self.down_proj = ResidualLinear(inner, size, bias=config.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, length, hidden_size) to the same, token by token."""
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))

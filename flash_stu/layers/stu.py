@@ -1,0 +1,140 @@
+"""The Spectral Transform Unit: convolutions with fixed spectral filters, learned linear maps around them.
+
+Features U+_k = phi_k * u and U-_k = ((-1)^t phi_k) * u of the inputs u; the output is a learned contraction of them,
+
+    full:       y_t = sum_k M+_k U+_{t,k} + M-_k U-_{t,k}        with M_k of (channels x channels)
+    tensordot:  the same with M_k = M_inputs diag(M_filters[k]), which makes it ONE convolution of M_inputs u with the
+                per-channel filter f_d(t) = sum_k phi_k(t) (M+[k, d] + (-1)^t M-[k, d]).
+
+Branches: "separate" learns M+ and M-; "shared" sets M- = M+ as the published models do, and then f vanishes on odd
+lags: the layer never mixes tokens an odd distance apart, and costs half; "positive" drops the minus branch.
+
+Source: Agarwal et al. 2023 (arXiv 2312.06837), eq. 5; Liu et al. 2024, Flash STU (arXiv 2409.10489), section 3.2.
+"""
+
+import torch
+from torch import nn
+
+from flash_stu.config import FlashSTUConfig
+from flash_stu.errors import UserError
+from flash_stu.layers.context import SequenceContext
+from flash_stu.layers.linear import ResidualLinear
+from flash_stu.layers.state import InputHistory
+from flash_stu.ops.causal_conv import causal_conv
+
+
+class STU(nn.Module):
+    """One STU layer: (batch, length, hidden_size) to the same, causal.
+
+    Args:
+        config: hidden_size, num_filters, num_hidden_layers, stu_type, stu_branches and conv_backend are read.
+    """
+
+    def __init__(self, config: FlashSTUConfig) -> None:
+        super().__init__()
+        size, filters = config.hidden_size, config.num_filters
+        self.branches = config.stu_branches
+        self.dilation = config.stu_dilation
+        self.backend = config.conv_backend
+        self.tensordot = config.stu_type == "tensordot"
+        self.residual_scale = (2 * config.num_hidden_layers) ** -0.5
+        learned = 2 if self.branches == "separate" else 1
+        if self.tensordot:
+            self.in_proj = ResidualLinear(size, size, bias=False)  # the output is linear in it
+            self.M_filters = nn.Parameter(torch.empty(learned, filters, size))
+        else:
+            self.M_phi = nn.Parameter(torch.empty(learned, filters, size, size))
+
+    def reset_parameters(self, init) -> None:
+        """Draw this module's own weights; one factor of each output carries the residual (2 layers)^-1/2.
+
+        Args:
+            init: a module with torch.nn.init's normal_ (transformers passes one that spares loaded weights).
+        """
+        if self.tensordot:
+            _, filters, size = self.M_filters.shape
+            init.normal_(self.M_filters, std=(2 / (filters + size)) ** 0.5)
+        else:
+            _, filters, size, _ = self.M_phi.shape
+            init.normal_(self.M_phi, std=(filters * size) ** -0.5 * self.residual_scale)
+
+    def taps(self, filters: torch.Tensor) -> torch.Tensor:
+        """The filters this layer convolves with, at the lags it uses.
+
+        Args:
+            filters: spectral filters (filter_length, num_filters).
+
+        Returns:
+            (lags, channels) for tensordot, (lags, features) for full; every second lag if the branches are shared.
+        """
+        filters = filters[:: self.dilation].float()
+        # U+ + U- is 2 phi on even lags and 0 on odd ones
+        both = {"shared": lambda: 2 * filters, "positive": lambda: filters}
+        if self.branches in both:
+            features = both[self.branches]()
+        else:
+            signs = torch.ones(len(filters), 1, device=filters.device)
+            signs[1::2] = -1
+            features = torch.cat([filters, signs * filters], dim=1)
+        if not self.tensordot:
+            return features
+        with torch.autocast(features.device.type, enabled=False):
+            return features @ self.M_filters.flatten(0, 1).float()
+
+    def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+        """Convolve a whole sequence (batch, length, channels), length at most the filters'."""
+        return self._convolve(self._inputs(x, context), self.taps(context.filters))
+
+    def prefill(
+        self, x: torch.Tensor, context: SequenceContext, state: InputHistory | None = None
+    ) -> tuple[torch.Tensor, InputHistory]:
+        """The same after the tokens in `state`, which comes back extended."""
+        inputs = self._inputs(x, context)
+        if state is None:
+            taps = self.taps(context.filters)
+            empty = inputs.new_zeros(inputs.shape[0], 0, inputs.shape[2])
+            state = InputHistory(empty, 0, taps.flip(0).contiguous())
+        state = self._extend(state, inputs)
+        y = self._convolve(state.buffer[:, : state.length], state.taps.flip(0))
+        return y[:, -x.shape[1] :], state
+
+    def step(self, x: torch.Tensor, context: SequenceContext, state: InputHistory) -> tuple[torch.Tensor, InputHistory]:
+        """One more token x (batch, 1, channels): a sum over the whole past, so the cost grows with the position."""
+        state = self._extend(state, self._inputs(x, context))
+        past = state.buffer[:, (state.length - 1) % self.dilation : state.length : self.dilation]
+        taps = state.taps[-past.shape[1] :]
+        if self.tensordot:
+            y = torch.einsum("btd,td->bd", past.float(), taps).to(x.dtype)
+        else:
+            features = torch.einsum("btd,tf->bfd", past.float(), taps).to(x.dtype)
+            y = self._contract(features)
+        return y[:, None], state
+
+    def _inputs(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+        x = context.without_padding(x)
+        return self.in_proj(x) if self.tensordot else x
+
+    def _convolve(self, inputs: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+        if self.tensordot:
+            return causal_conv(inputs, taps, self.backend, self.dilation)
+        outputs = 0
+        for k in range(taps.shape[1]):  # one feature at a time: all of them at once is `features` times the memory
+            feature = taps[:, k : k + 1].expand(-1, inputs.shape[-1])
+            outputs = outputs + causal_conv(inputs, feature, self.backend, self.dilation) @ self._matrix(k)
+        return outputs
+
+    def _contract(self, features: torch.Tensor) -> torch.Tensor:
+        """(batch, features, channels) -> (batch, channels)."""
+        return torch.einsum("bfd,fde->be", features, self.M_phi.flatten(0, 1))
+
+    def _matrix(self, k: int) -> torch.Tensor:
+        return self.M_phi.flatten(0, 1)[k]
+
+    def _extend(self, state: InputHistory, inputs: torch.Tensor) -> InputHistory:
+        limit = len(state.taps) * self.dilation
+        if state.length + inputs.shape[1] > limit:
+            raise UserError(
+                f"the sequence reaches {state.length + inputs.shape[1]} tokens, but the STU filters end at {limit} "
+                f"(max_position_embeddings); distill the model to go further"
+            )
+        return state.append(inputs)

@@ -1,0 +1,28 @@
+"""Rotary position embedding."""
+
+import torch
+
+
+def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of every position and frequency.
+
+    Args:
+        positions: token positions, (batch, length), integers; any size, nothing is tabulated.
+        head_dim: size of a head, even.
+        theta: base of the geometric frequencies theta^(-2i / head_dim).
+
+    Returns:
+        cosines and sines (batch, 1, length, head_dim / 2), float32.
+
+    Source: Su et al. 2021, RoFormer (arXiv 2104.09864), section 3.2.
+    """
+    # float64 frequencies: at position 10^6 a float32 angle is off by 0.06 rad
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+    angles = positions[:, None, :, None].double() * theta**-exponent
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (i, i + head_dim / 2) of queries or keys (batch, heads, length, head_dim)."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

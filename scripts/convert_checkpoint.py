@@ -1,0 +1,66 @@
+"""Convert a checkpoint of the published code into a model directory of this project.
+
+    python scripts/convert_checkpoint.py --checkpoint model.safetensors --config config.json --output DIR \
+        [--filters spectral_filters.npy] [--tokenizer tiktoken:o200k_base]
+
+The result gives the published logits, quirks included (see flash_stu/published.py); --positions rope asks for
+standard rotary positions instead.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flash_stu.data import load_tokenizer
+from flash_stu.errors import UserError, run_cli
+from flash_stu.published import POSITIONS, convert, read_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help=".safetensors file")
+    parser.add_argument("--config", required=True, help="its config.json, in the published layout")
+    parser.add_argument("--output", required=True, help="model directory to write; must not exist")
+    parser.add_argument("--filters", help=".npy (seq_len, num_filters): the filters it was trained with")
+    parser.add_argument("--positions", choices=POSITIONS, default="published")
+    parser.add_argument("--tokenizer", help="tokenizer to put beside the weights, such as tiktoken:o200k_base")
+    args = parser.parse_args()
+
+    output = Path(args.output)
+    if output.exists():
+        raise UserError(f"{output} exists already; choose another --output")
+    config = read_config(args.config, args.positions)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    filters = None if args.filters is None else _read_filters(args.filters)
+    if config.uses_stu and filters is None:
+        print(
+            f"no --filters: unless the checkpoint holds them, numpy's eigh is asked for the filters of length "
+            f"{config.max_position_embeddings}"
+        )
+    model = convert(args.checkpoint, config, filters)
+    if tokenizer is not None:
+        model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    if tokenizer is not None:
+        tokenizer.to_transformers().save_pretrained(temporary)
+    temporary.rename(output)
+    print(f"wrote {output}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}")
+
+
+def _read_filters(path: str) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float64))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a .npy array of numbers: {error}") from None
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))

@@ -1,0 +1,110 @@
+"""Spectral filters against numpy's eigh of the full matrix, and their speed and cache."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from flash_stu import filters
+from flash_stu.errors import UserError
+from flash_stu.filters import BASES, spectral_filters
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(filters.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+
+
+def hankel_matrix(length: int, basis: str) -> np.ndarray:
+    i = np.arange(1.0, length + 1)
+    n = i[:, None] + i[None]
+    if basis == "hankel":
+        return 2 / (n**3 - n)
+    return (1 + (-1.0) ** n) * 8 / ((n - 1) * (n + 1) * (n + 3))
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("length", [512, 1024])
+def test_agrees_with_eigh(basis, length):
+    matrix = hankel_matrix(length, basis)
+    values, vectors = np.linalg.eigh(matrix)
+    values, vectors = values[::-1][:24], vectors[:, ::-1][:, :24]
+    sigma, phi = (t.numpy() for t in spectral_filters(length, 24, basis))
+    kept = values > 1e-8 * values[0]
+    assert kept.sum() >= 10
+    np.testing.assert_allclose(sigma[kept], values[kept], rtol=1e-8)
+    unit = phi / sigma**0.25
+    cosine = np.abs((unit * vectors).sum(axis=0))
+    np.testing.assert_allclose(cosine[kept], 1, atol=1e-8)
+    # the small ones, which eigh cannot resolve, are still eigenvectors: the residual is at rounding level
+    assert np.abs(matrix @ unit - unit * sigma).max() < 1e-14
+    np.testing.assert_allclose(unit.T @ unit, np.eye(24), atol=1e-13)
+
+
+def test_small_eigenvalues_against_exact_arithmetic():
+    # eigenvalues of the 64 x 64 matrix from 80-digit arithmetic (mpmath.eigsy), relative to the first
+    sigma, _ = spectral_filters(64, 24)
+    exact = {8: 2.173e-7, 12: 4.138e-11, 16: 2.870e-15, 20: 8.258e-20}
+    for k, ratio in exact.items():
+        assert float(sigma[k] / sigma[0]) == pytest.approx(ratio, rel=2e-4)
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_signs_are_fixed(basis):
+    _, phi = spectral_filters(301, 12, basis)
+    for column in phi.T:
+        assert column[column.abs().argmax()] > 0
+
+
+def test_hankel_l_filters_live_on_one_parity():
+    _, phi = spectral_filters(100, 10, "hankel_l")
+    for column in phi.T:
+        assert (column[0::2] == 0).all() or (column[1::2] == 0).all()
+
+
+def test_length_8192_takes_under_a_second():
+    seconds = []
+    for _ in range(4):  # the machine may be busy with something else: the best of four counts
+        start = time.perf_counter()
+        filters._compute(8192, 24, "hankel")
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1.0
+
+
+def test_length_131072_within_time_and_memory():
+    code = (
+        "import resource, time, flash_stu.filters as f; t = time.perf_counter(); f._compute(131072, 24, 'hankel');"
+        "print(time.perf_counter() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    seconds, peak = map(float, out.split())
+    assert seconds < 15 * 2  # the target is 15 s; a machine busy with something else gets twice that
+    assert peak < 3 * 2**30
+
+
+def test_cache_returns_the_same_and_survives_damage(tmp_path):
+    first = spectral_filters(50, 6)
+    (path,) = (tmp_path / "flash_stu" / "filters").iterdir()
+    assert all(torch.equal(a, b) for a, b in zip(first, spectral_filters(50, 6), strict=True))
+    spectral_filters(50, 6, "hankel_l")
+    spectral_filters(51, 6)
+    assert len(list(path.parent.iterdir())) == 3
+    path.write_bytes(b"damaged")
+    assert all(torch.equal(a, b) for a, b in zip(first, spectral_filters(50, 6), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((64, 8, "fourier"), "filter_basis is 'fourier'; allowed: hankel, hankel_l"),
+        ((16, 17), "num_filters is 17"),
+        ((16, 0), "num_filters is 0"),
+        ((0, 1), "length 0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(UserError, match=message):
+        spectral_filters(*arguments)

@@ -1,0 +1,202 @@
+"""Converted checkpoints against an independent, naive rendering of what the published code computes."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from flash_stu import UserError
+from flash_stu.loading import load_model
+from flash_stu.published import convert, published_filters, read_config
+
+NEWER = {
+    "dim": 32,
+    "num_heads": 4,
+    "num_layers": 4,
+    "seq_len": 40,
+    "window_size": 6,
+    "vocab_size": 53,
+    "mlp_scale": 2,
+    "num_eigh": 8,
+    "use_hankel_L": False,
+    "theta": 10000.0,
+    "use_alibi": False,
+    "softcap": 50.0,
+    "weight_tying": True,
+}
+OLDER = {k: v for k, v in NEWER.items() if k not in ("dim", "num_heads", "num_layers", "use_alibi", "weight_tying")} | {
+    "n_embd": 32,
+    "n_heads": 4,
+    "n_layers": 4,
+    "softcap": 2.0,
+}
+
+
+def published_weights(layers=4, size=32, vocab=53, filters=8, full=False):
+    torch.manual_seed(0)
+
+    def draw(*shape, scale=0.3):
+        return torch.randn(*shape) * scale
+
+    weights = {"tok_emb.weight": draw(vocab, size, scale=1.0), "norm.weight": 1 + draw(size)}
+    weights["lm_head.weight"] = weights["tok_emb.weight"].clone()
+    for i in range(layers):
+        kind = "stu" if i % 2 == 0 else "attn"
+        weights |= {f"layers.{i}.{kind}_norm.weight": 1 + draw(size), f"layers.{i}.mlp_norm.weight": 1 + draw(size)}
+        for name, shape in (("gate", (2 * size, size)), ("up", (2 * size, size)), ("down", (size, 2 * size))):
+            weights[f"layers.{i}.mlp.{name}_proj.weight"] = draw(*shape)
+        if kind == "attn":
+            weights[f"layers.{i}.attn.c_attn.weight"] = draw(3 * size, size)
+            weights[f"layers.{i}.attn.c_proj.weight"] = draw(size, size)
+        elif full:
+            weights[f"layers.{i}.stu.M_phi_plus"] = draw(filters, size, size)
+            weights[f"layers.{i}.stu.M_phi_minus"] = draw(filters, size, size)
+        else:
+            weights[f"layers.{i}.stu.M_inputs"] = draw(size, size)
+            weights[f"layers.{i}.stu.M_filters"] = draw(filters, size)
+    return weights
+
+
+def reference_logits(weights, ids, phi, window, softcap=None, alibi=False, heads=4, layers=4, both=True):
+    """Token by token sums, straight from the formulas; float64."""
+    w = {k: v.double() for k, v in weights.items()}
+    phi = phi.double()
+
+    def norm(x, weight):
+        return x / (x.pow(2).mean(-1, keepdim=True) + 2.0**-23).sqrt() * weight
+
+    def stu(x, prefix):
+        signs = [1] if not both else [1, -1]
+        y = torch.zeros_like(x)
+        for t in range(x.shape[1]):
+            for lag in range(t + 1):
+                for sign, name in zip(signs, ("plus", "minus"), strict=False):
+                    factor = sign**lag
+                    if f"{prefix}.M_inputs" in w:
+                        taps = phi[lag] @ w[f"{prefix}.M_filters"]
+                        y[:, t] += factor * taps * (x[:, t - lag] @ w[f"{prefix}.M_inputs"])
+                    else:
+                        matrix = torch.einsum("k,kde->de", phi[lag], w[f"{prefix}.M_phi_{name}"])
+                        y[:, t] += factor * x[:, t - lag] @ matrix
+        return y
+
+    def attention(x, prefix):
+        q, k, v = (x @ w[f"{prefix}.c_attn.weight"].t()).chunk(3, dim=-1)
+        size = x.shape[-1] // heads
+        y = torch.zeros_like(x)
+        for h in range(heads):
+            part = slice(h * size, (h + 1) * size)
+            for t in range(x.shape[1]):
+                seen = torch.arange(max(0, t - window), t + 1)  # window keys before the query, and its own
+                scores = (k[:, seen, part] * q[:, t : t + 1, part]).sum(-1) / math.sqrt(size)
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                if alibi:
+                    scores = scores - 0.25 * 2.0 ** (-8 * (h + 1) / heads) * (t - seen)
+                y[:, t, part] = (scores.softmax(-1)[..., None] * v[:, seen, part]).sum(1)
+        return y @ w[f"{prefix}.c_proj.weight"].t()
+
+    x = w["tok_emb.weight"][ids]
+    for i in range(layers):
+        kind, mixer = ("stu", stu) if i % 2 == 0 else ("attn", attention)
+        x = x + mixer(norm(x, w[f"layers.{i}.{kind}_norm.weight"]), f"layers.{i}.{kind}")
+        h = norm(x, w[f"layers.{i}.mlp_norm.weight"])
+        gate = F.gelu(h @ w[f"layers.{i}.mlp.gate_proj.weight"].t(), approximate="tanh")
+        x = x + (gate * (h @ w[f"layers.{i}.mlp.up_proj.weight"].t())) @ w[f"layers.{i}.mlp.down_proj.weight"].t()
+    return norm(x, w["norm.weight"]) @ w["lm_head.weight"].t()
+
+
+def write(folder: Path, weights, config):
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder / "model.safetensors", folder / "config.json"
+
+
+CASES = {
+    "newer": (NEWER, {}),
+    "newer with alibi": (NEWER | {"use_alibi": True}, {"alibi": True}),
+    "older": (OLDER, {"alibi": True, "softcap": 2.0}),
+    "hankel_l": (NEWER | {"use_hankel_L": True}, {"both": False}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_logits_equal_the_published_ones(tmp_path, case):
+    raw, reference = CASES[case]
+    weights, ids = published_weights(), torch.randint(0, 53, (2, 33))
+    checkpoint, config_path = write(tmp_path, weights, raw)
+    config = read_config(config_path)
+    phi = published_filters(40, 8, config.filter_basis)
+    expected = reference_logits(weights, ids, phi, raw["window_size"], **reference)
+    logits = convert(checkpoint, config)(ids).logits
+    torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_full_stu(tmp_path):
+    weights, ids = published_weights(full=True), torch.randint(0, 53, (2, 21))
+    checkpoint, config_path = write(tmp_path, weights, NEWER | {"use_approx": False})
+    config = read_config(config_path)
+    assert (config.stu_type, config.stu_branches) == ("full", "separate")
+    expected = reference_logits(weights, ids, published_filters(40, 8, "hankel"), 6)
+    torch.testing.assert_close(convert(checkpoint, config)(ids).logits.double(), expected, atol=1e-4, rtol=0)
+
+
+def run(*arguments):
+    command = [sys.executable, "scripts/convert_checkpoint.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+
+@torch.no_grad()
+def test_command_line_with_the_filters_it_was_trained_with(tmp_path):
+    weights, ids = published_weights(), torch.randint(0, 53, (2, 21))
+    checkpoint, config_path = write(tmp_path, weights, NEWER)
+    phi = published_filters(40, 8, "hankel") * torch.tensor([1, -1, 1, 1, -1, -1, 1, -1])
+    np.save(tmp_path / "filters.npy", phi.float().numpy())
+    out = tmp_path / "converted"
+    done = run(
+        "--checkpoint", checkpoint, "--config", config_path, "--output", out, "--filters", tmp_path / "filters.npy"
+    )
+    assert done.returncode == 0, done.stderr
+    logits = load_model(out)(ids).logits
+    torch.testing.assert_close(logits.double(), reference_logits(weights, ids, phi, 6), atol=1e-4, rtol=0)
+
+    again = run("--checkpoint", checkpoint, "--config", config_path, "--output", out)
+    assert again.returncode == 2
+    assert again.stderr.strip() == f"error: {out} exists already; choose another --output"
+
+
+def test_bad_checkpoints_are_refused_by_name(tmp_path):
+    weights = published_weights()
+    _, config_path = write(tmp_path, weights, NEWER)
+    config = read_config(config_path)
+
+    def message(changed):
+        save_file(changed, tmp_path / "changed.safetensors")
+        with pytest.raises(UserError) as error:
+            convert(tmp_path / "changed.safetensors", config)
+        return str(error.value)
+
+    without = {k: v for k, v in weights.items() if k != "layers.2.stu.M_inputs"}
+    assert "layers.2.stu.M_inputs is missing" in message(without)
+    assert "layers.9.stu.bias has no place" in message(weights | {"layers.9.stu.bias": torch.zeros(1)})
+    wrong = weights | {"layers.0.stu.M_filters": torch.zeros(9, 32)}
+    assert "M_filters would have shape (1, 9, 32); the configuration needs (1, 8, 32)" in message(wrong)
+    with pytest.raises(UserError, match="no such file"):
+        convert(tmp_path / "absent.safetensors", config)
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(UserError, match="not a readable .safetensors file"):
+        convert(tmp_path / "cut.safetensors", config)
+    (tmp_path / "short.json").write_text(json.dumps({k: v for k, v in NEWER.items() if k != "num_eigh"}))
+    with pytest.raises(UserError, match="num_eigh is None; an integer is needed"):
+        read_config(tmp_path / "short.json")
+    with pytest.raises(UserError, match=r"the filters have shape \(40, 7\)"):
+        convert(tmp_path / "model.safetensors", config, torch.zeros(40, 7))
