@@ -72,6 +72,7 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
     _no_split_modules = ["Block"]
     _is_stateful = True
+    _keep_in_fp32_modules_strict = {"readout", "decay", "phi"}  # see flash_stu.layers.constants
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

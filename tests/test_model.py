@@ -70,6 +70,21 @@ def test_bf16_keeps_the_filters(tiny_model, tmp_path):
 
 
 @torch.no_grad()
+def test_bf16_keeps_the_systems_of_a_distilled_model(tiny_config, tmp_path):
+    torch.manual_seed(0)
+    model = FlashSTUForCausalLM(tiny_config(lds_state_dim=8))
+    for block in model.model.layers[::2]:
+        block.mixer.readout.normal_()
+        block.mixer.decay.copy_(torch.tensor([0.99999, 0.9, 0.5, 0.1]))
+    model.save_pretrained(tmp_path)
+    half = FlashSTUForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    for mine, theirs in zip(model.model.layers[::2], half.model.layers[::2], strict=True):
+        assert torch.equal(mine.mixer.readout, theirs.mixer.readout)
+        assert torch.equal(mine.mixer.decay, theirs.mixer.decay)
+
+
+@torch.no_grad()
 def test_left_padding_changes_nothing(tiny_model):
     for changes in VARIANTS:
         model, ids = tiny_model(**changes), tokens()

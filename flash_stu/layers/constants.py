@@ -1,32 +1,40 @@
-"""Constants that must stay exact when a model is cast to half precision."""
+"""Tensors that must stay exact when a model is cast to half precision."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 
-class Float32Buffers(nn.Module):
-    """A module whose own buffers keep their dtype: they follow the model to a device, never to bf16.
+class KeepFloat32(nn.Module):
+    """A module some of whose own tensors follow the model to a device, but never to another dtype.
 
-    A decay of 0.9999 rounds to 1 in bf16, and spectral filters lose the digits that a distillation fits.
+    A decay of 0.9999 rounds to 1 in bf16; the terms of an LDS readout cancel, and rounded they no longer do.
+
+    Attributes:
+        exact: names of those buffers and parameters.
     """
 
+    exact: ClassVar[tuple[str, ...]] = ()
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        exact = dict(self._buffers)
+        before = {name: getattr(self, name).data for name in self.exact}
         super()._apply(fn, recurse)
-        for name, before in exact.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
+        for name, tensor in before.items():
+            after = getattr(self, name)
+            if after.dtype != tensor.dtype:
+                after.data = tensor.to(after.device)
         return self
 
 
-class SpectralFilters(Float32Buffers):
+class SpectralFilters(KeepFloat32):
     """The model's one copy of the spectral filters: (filter_length, num_filters), saved with the checkpoint.
 
     They are not trained, but they are not recomputed on loading either: a checkpoint means the same on every machine.
     """
+
+    exact = ("phi",)
 
     def __init__(self, length: int, count: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flash_stu.config import FlashSTUConfig
-from flash_stu.layers.constants import Float32Buffers
+from flash_stu.layers.constants import KeepFloat32
 from flash_stu.layers.context import SequenceContext
 from flash_stu.layers.state import LDSState
 from flash_stu.ops.causal_conv import causal_conv
@@ -23,12 +23,14 @@ from flash_stu.ops.lds import final_state, free_response, lds_advance, powers, z
 _CHUNK = 8192  # tokens convolved at a time: bounds the memory of a prefill whatever its length
 
 
-class LDS(Float32Buffers):
+class LDS(KeepFloat32):
     """One LDS layer: (batch, length, hidden_size) to the same, causal, of any length.
 
     Args:
         config: hidden_size, lds_state_dim, num_filters, stu_type, stu_branches and conv_backend are read.
     """
+
+    exact = ("decay", "readout")
 
     def __init__(self, config: FlashSTUConfig) -> None:
         super().__init__()
@@ -40,10 +42,10 @@ class LDS(Float32Buffers):
         self.register_buffer("decay", torch.zeros(states, dtype=torch.float32))
         if self.tensordot:
             self.in_proj = nn.Linear(size, size, bias=False)
-            self.readout = nn.Parameter(torch.empty(states, size))
+            self.readout = nn.Parameter(torch.empty(states, size, dtype=torch.float32))
         else:
             features = config.num_filters * (2 if config.stu_branches == "separate" else 1)
-            self.readout = nn.Parameter(torch.empty(states, features))
+            self.readout = nn.Parameter(torch.empty(states, features, dtype=torch.float32))
             self.M_phi = nn.Parameter(torch.empty(features, size, size))
 
     def reset_parameters(self, init) -> None:
@@ -86,14 +88,14 @@ class LDS(Float32Buffers):
     def _read(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, states, channels) -> (batch, channels)."""
         if self.tensordot:
-            return (self.readout.float() * states).sum(dim=1)
-        features = torch.einsum("jf,bjd->bfd", self.readout.float(), states)
+            return (self.readout * states).sum(dim=1)
+        features = torch.einsum("jf,bjd->bfd", self.readout, states)
         return torch.einsum("bfd,fde->be", features, self.M_phi.float())
 
     def _run_chunk(self, inputs: torch.Tensor, slots: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
         length = inputs.shape[1]
         kernel = powers(self.decay, -(-length // self.dilation))
-        taps = kernel @ self.readout.float()
+        taps = kernel @ self.readout
         if self.tensordot:
             y = causal_conv(inputs.float(), taps, self.backend, self.dilation)
             return y if slots is None else y + free_response(self.decay, self.readout, slots, length)

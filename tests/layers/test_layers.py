@@ -108,13 +108,14 @@ def test_padding_is_not_remembered(tiny_config):
         torch.testing.assert_close(padded, alone, atol=2e-5, rtol=1e-5)
 
 
-def test_lds_decay_stays_float32(tiny_config):
+def test_lds_constants_stay_float32(tiny_config):
     layer = LDS(tiny_config(lds_state_dim=8))
     layer.decay.copy_(torch.tensor([0.9999, 0.99, 0.9, 0.5]))
     layer.bfloat16()
     assert layer.decay.dtype == torch.float32
     assert layer.decay[0].item() == pytest.approx(0.9999, abs=1e-7)
-    assert layer.readout.dtype == torch.bfloat16
+    assert layer.readout.dtype == torch.float32
+    assert layer.in_proj.weight.dtype == torch.bfloat16
 
 
 @torch.no_grad()

@@ -1,0 +1,23 @@
+"""Text to batches of tokens: tokenizers, corpora, token shards and the loader."""
+
+from flash_stu.data.config import DataConfig
+from flash_stu.data.corpus import iter_documents
+from flash_stu.data.embedded import embedded_corpus
+from flash_stu.data.loader import BatchLoader
+from flash_stu.data.prepare import PreparedData, prepare
+from flash_stu.data.shards import ShardWriter, TokenDataset, write_manifest
+from flash_stu.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "BatchLoader",
+    "DataConfig",
+    "PreparedData",
+    "ShardWriter",
+    "TokenDataset",
+    "Tokenizer",
+    "embedded_corpus",
+    "iter_documents",
+    "load_tokenizer",
+    "prepare",
+    "write_manifest",
+]

@@ -1,0 +1,70 @@
+"""How far tokenising has come: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+_LINE_EVERY = 30  # seconds between plain lines
+
+
+class Progress:
+    """Counts documents, bytes of text and tokens, and reports them on stderr.
+
+    Args:
+        title: what is going on.
+        num_bytes: bytes of text to expect; None if unknown.
+        enabled: say nothing if False.
+    """
+
+    def __init__(self, title: str, num_bytes: int | None, enabled: bool):
+        self._title = title
+        self._expected = num_bytes
+        self._enabled = enabled
+        self._documents = self._bytes = self._tokens = 0
+
+    def __enter__(self) -> "Progress":
+        on_terminal = self._enabled and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=self._expected,
+            desc=self._title,
+            unit="B",
+            unit_scale=True,
+            disable=not on_terminal,
+            leave=False,
+        )
+        self._plain = self._enabled and not on_terminal
+        self._start = self._last_line = time.monotonic()
+        if self._plain:
+            self._print(self._title)
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._bar.close()
+        if self._enabled and kind is None:
+            self._print(f"{self._title}: {self._documents:,} documents, {self._figures()}")
+
+    def update(self, num_documents: int, num_bytes: int, num_tokens: int) -> None:
+        """Count what was just done."""
+        self._documents += num_documents
+        self._bytes += num_bytes
+        self._tokens += num_tokens
+        self._bar.set_postfix_str(f"{self._tokens / self._seconds() / 1e6:.2f}M tokens/s", refresh=False)
+        self._bar.update(num_bytes)
+        if self._plain and time.monotonic() - self._last_line >= _LINE_EVERY:
+            self._last_line = time.monotonic()
+            done = f"{min(self._bytes / self._expected, 1):.0%}, " if self._expected else ""
+            self._print(f"{self._title}: {done}{self._figures()}")
+
+    def _figures(self) -> str:
+        seconds = self._seconds()
+        return (
+            f"{self._bytes / 1e6:.1f} MB -> {self._tokens:,} tokens in {seconds:.1f} s "
+            f"({self._bytes / seconds / 1e6:.1f} MB/s, {self._tokens / seconds / 1e6:.2f}M tokens/s)"
+        )
+
+    def _seconds(self) -> float:
+        return max(time.monotonic() - self._start, 1e-9)
+
+    def _print(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)

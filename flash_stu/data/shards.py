@@ -1,0 +1,287 @@
+"""Token shards: a corpus as memory-mapped files of token ids.
+
+A directory of shards holds, for one split of a corpus,
+
+    *.bin            token ids and nothing else, little-endian uint16 or uint32; whole documents, each ended
+                     by the end-of-text token
+    manifest.json    the shards in order, their counts and checksums, and the tokenizer that made them
+    verified.json    which shards passed their checksum and how they looked then; a cache, may be missing
+
+Shards are written one at a time and appear under their name only when they are whole. The manifest comes
+last, so a directory with a manifest is complete. Several writers may fill one directory under different
+prefixes; whoever knows all their shards writes the manifest.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from flash_stu.data.tokenizer import Tokenizer
+from flash_stu.errors import UserError
+
+MANIFEST = "manifest.json"
+_VERIFIED = "verified.json"
+FORMAT = 1
+_SHARD_TOKENS = 2**27  # 512 MiB of uint32
+
+
+class Shard(BaseModel):
+    """One shard file as the manifest records it; num_bytes counts the UTF-8 text, sha256 covers the file."""
+
+    name: str
+    num_tokens: int
+    num_documents: int
+    num_bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What is in a directory of shards."""
+
+    format: int
+    dtype: Literal["uint16", "uint32"]
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eos_token_id: int
+    num_tokens: int
+    num_documents: int
+    num_bytes: int
+    shards: list[Shard]
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Choose the smallest little-endian type that holds every id of a vocabulary."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+class ShardWriter:
+    """Writes documents into shards PREFIX-00000.bin, PREFIX-00001.bin ... of a directory.
+
+    Args:
+        directory: an existing directory.
+        tokenizer: whose ids are written.
+        prefix: start of the file names; one per writer where several share the directory.
+        shard_tokens: a shard is closed once it holds this many tokens.
+    """
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer, prefix: str = "shard", shard_tokens: int = _SHARD_TOKENS):
+        self.shards: list[Shard] = []
+        self._directory = directory
+        self._prefix = prefix
+        self._shard_tokens = shard_tokens
+        self._vocab_size = tokenizer.vocab_size
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._file = None
+
+    def add(self, ids: np.ndarray, num_documents: int, num_bytes: int) -> None:
+        """Append whole documents.
+
+        Args:
+            ids: token ids of the documents, each with its end-of-text token (`Tokenizer.encode_documents`).
+            num_documents: how many documents they are.
+            num_bytes: bytes of their UTF-8 text.
+
+        Raises:
+            ValueError: for an id outside the vocabulary.
+        """
+        if not len(ids):
+            return
+        if ids.max() >= self._vocab_size:
+            raise ValueError(f"token id {ids.max()} is outside the vocabulary of {self._vocab_size}")
+        if self._file is None:
+            name = f"{self._prefix}-{len(self.shards):05d}.bin"
+            self._shard = Shard(name=name, num_tokens=0, num_documents=0, num_bytes=0, sha256="")
+            self._digest = hashlib.sha256()
+            self._file = open(self._directory / f"{name}.tmp", "wb")  # noqa: SIM115 - open across calls
+        data = ids.astype(self._dtype).tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self._shard.num_tokens += len(ids)
+        self._shard.num_documents += num_documents
+        self._shard.num_bytes += num_bytes
+        if self._shard.num_tokens >= self._shard_tokens:
+            self._close_shard()
+
+    def finish(self) -> list[Shard]:
+        """Close the last shard and list all shards written."""
+        if self._file is not None:
+            self._close_shard()
+        return self.shards
+
+    def _close_shard(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        path = self._directory / self._shard.name
+        os.replace(f"{path}.tmp", path)
+        self._shard.sha256 = self._digest.hexdigest()
+        self.shards.append(self._shard)
+
+
+def write_manifest(directory: Path, tokenizer: Tokenizer, shards: Iterable[Shard]) -> Manifest:
+    """Declare a directory of shards complete, with the shards in this order."""
+    shards = list(shards)
+    manifest = Manifest(
+        format=FORMAT,
+        dtype=token_dtype(tokenizer.vocab_size).name,
+        tokenizer=tokenizer.spec,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eos_token_id=tokenizer.eos_token_id,
+        num_tokens=sum(shard.num_tokens for shard in shards),
+        num_documents=sum(shard.num_documents for shard in shards),
+        num_bytes=sum(shard.num_bytes for shard in shards),
+        shards=shards,
+    )
+    _replace_text(directory / MANIFEST, manifest.model_dump_json(indent=1))
+    return manifest
+
+
+class TokenDataset:
+    """The tokens of a directory of shards, one long memory-mapped sequence.
+
+    Opening checks that every shard is there with the size it should have. Its checksum is computed the first
+    time a file is opened and again whenever its size, modification time or inode change time differ from what
+    they were at its last check (verified.json; a directory that cannot be written to is checked at every
+    opening). `verify` checks everything again: only that finds a disk that changes bytes without anyone
+    writing them.
+
+    Args:
+        directory: with manifest.json.
+        tokenizer: the tokenizer the ids must be from; not compared if None.
+
+    Raises:
+        UserError: naming the file, if the directory is incomplete, a shard is missing, truncated or altered,
+            or the shards were made by another tokenizer.
+    """
+
+    def __init__(self, directory: str | Path, tokenizer: Tokenizer | None = None):
+        self.directory = Path(directory)
+        self.manifest = _read_manifest(self.directory)
+        made_by = self.manifest.tokenizer_fingerprint
+        if tokenizer is not None and tokenizer.fingerprint != made_by:
+            raise UserError(
+                f"token shards in {self.directory} were made by tokenizer {self.manifest.tokenizer!r} "
+                f"(fingerprint {made_by[:12]}), not by {tokenizer.spec!r} ({tokenizer.fingerprint[:12]})"
+            )
+        self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        self._ends = np.cumsum([0] + [shard.num_tokens for shard in self.manifest.shards])
+        self._maps: dict[int, np.memmap] = {}
+        for shard in self.manifest.shards:
+            self._check_size(shard)
+        self._verify_changed()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the UTF-8 text that the tokens were made of."""
+        return self.manifest.num_bytes
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, each of which ends with an end-of-text token."""
+        return self.manifest.num_documents
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """Copy `length` consecutive tokens, across shards where need be, as stored (uint16 or uint32).
+
+        Raises:
+            IndexError: if the window is not inside the dataset.
+        """
+        if start < 0 or length < 0 or start + length > len(self):
+            raise IndexError(f"tokens {start} to {start + length} of a dataset of {len(self)}")
+        tokens = np.empty(length, dtype=self._dtype)
+        filled = 0
+        index = int(np.searchsorted(self._ends, start, side="right")) - 1
+        while filled < length:
+            offset = start + filled - self._ends[index]
+            piece = self._shard(index)[offset : offset + length - filled]
+            tokens[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            index += 1
+        return tokens
+
+    def verify(self) -> None:
+        """Compare the checksum of every shard; raises UserError naming the first one that differs."""
+        self._verify(self.manifest.shards)
+
+    def _shard(self, index: int) -> np.memmap:
+        if index not in self._maps:
+            path = self.directory / self.manifest.shards[index].name
+            self._maps[index] = np.memmap(path, dtype=self._dtype, mode="r")
+        return self._maps[index]
+
+    def _check_size(self, shard: Shard) -> None:
+        path = self.directory / shard.name
+        expected = shard.num_tokens * self._dtype.itemsize
+        if not path.is_file():
+            raise UserError(f"token shard {path} is missing; {self._remedy}")
+        if path.stat().st_size != expected:
+            raise UserError(f"token shard {path} has {path.stat().st_size} bytes instead of {expected}; {self._remedy}")
+
+    def _verify_changed(self) -> None:
+        """Check the shards that have changed since their last check."""
+        record = self.directory / _VERIFIED
+        verified = {}
+        with suppress(OSError, ValueError):
+            verified = json.loads(record.read_text())
+        stamps = {shard.name: _stamp(self.directory / shard.name) for shard in self.manifest.shards}
+        changed = [shard for shard in self.manifest.shards if verified.get(shard.name) != stamps[shard.name]]
+        if changed:
+            self._verify(changed)
+            with suppress(OSError):  # a read-only directory: the next process checks again
+                _replace_text(record, json.dumps(stamps, indent=1))
+
+    def _verify(self, shards: list[Shard]) -> None:
+        with ThreadPoolExecutor() as pool:
+            digests = pool.map(lambda shard: _sha256(self.directory / shard.name), shards)
+            for shard, digest in zip(shards, digests, strict=True):
+                if digest != shard.sha256:
+                    path = self.directory / shard.name
+                    raise UserError(f"token shard {path} is damaged (its checksum differs); {self._remedy}")
+
+    @property
+    def _remedy(self) -> str:
+        return f"delete {self.directory} to tokenise again"
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"no token shards in {directory}: it has no complete {MANIFEST}") from error
+    except (OSError, ValidationError) as error:
+        raise UserError(f"token shard manifest {path} is damaged; delete {directory} to tokenise again") from error
+    if manifest.format != FORMAT:
+        raise UserError(f"token shard manifest {path} has format {manifest.format}; this version reads {FORMAT}")
+    return manifest
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

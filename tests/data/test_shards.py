@@ -1,0 +1,157 @@
+"""Token shards: what is written is what is read, and nothing damaged is read."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from flash_stu.data import ShardWriter, TokenDataset, load_tokenizer, write_manifest
+from flash_stu.data.shards import token_dtype
+from flash_stu.errors import UserError
+
+
+class WideTokenizer(type(load_tokenizer("bytes"))):
+    """Bytes, with a vocabulary too large for 16 bits."""
+
+    vocab_size = 2**16 + 1
+    fingerprint = "wide"
+
+
+@pytest.mark.parametrize("tokenizer", [load_tokenizer("bytes"), WideTokenizer()], ids=["uint16", "uint32"])
+@pytest.mark.parametrize("shard_tokens", [1, 11, 1000])
+def test_windows_equal_slices_of_what_was_written(tmp_path, tokenizer, shard_tokens):
+    generator = np.random.default_rng(1)
+    lengths = [5, 1, 13, 2, 8, 30, 1]
+    documents = [generator.integers(0, tokenizer.vocab_size, length).astype(np.uint32) for length in lengths]
+    writer = ShardWriter(tmp_path, tokenizer, shard_tokens=shard_tokens)
+    for document in documents:
+        writer.add(document, num_documents=1, num_bytes=3 * len(document))
+    write_manifest(tmp_path, tokenizer, writer.finish())
+
+    dataset = TokenDataset(tmp_path, tokenizer)
+    tokens = np.concatenate(documents)
+    assert len(dataset) == len(tokens) == 60
+    assert (dataset.num_documents, dataset.num_bytes) == (7, 180)
+    for start in range(61):
+        for length in range(61 - start):
+            assert np.array_equal(dataset.window(start, length), tokens[start : start + length])
+    for start, length in [(0, 61), (60, 1), (-1, 2)]:
+        with pytest.raises(IndexError):
+            dataset.window(start, length)
+
+    itemsize = 2 if tokenizer.vocab_size == 257 else 4
+    raw = b"".join(path.read_bytes() for path in sorted(tmp_path.glob("*.bin")))
+    assert raw == b"".join(int(token).to_bytes(itemsize, "little") for token in tokens)
+    shard_sizes = [shard.num_tokens for shard in dataset.manifest.shards]
+    assert shard_sizes == {1: lengths, 11: [19, 40, 1], 1000: [60]}[shard_tokens]
+
+
+def test_dtype_at_the_border():
+    assert token_dtype(2**16).itemsize == 2
+    assert token_dtype(2**16 + 1).itemsize == 4
+
+
+def test_several_writers_share_a_directory(tmp_path):
+    tokenizer = load_tokenizer("bytes")
+    shards = []
+    for prefix in ("b", "a"):
+        writer = ShardWriter(tmp_path, tokenizer, prefix=prefix)
+        writer.add(tokenizer.encode_documents([prefix]), 1, 1)
+        shards += writer.finish()
+    write_manifest(tmp_path, tokenizer, shards)
+    assert tokenizer.decode(TokenDataset(tmp_path).window(0, 4)) == "b<|endoftext|>a<|endoftext|>"
+
+
+def test_nothing_under_its_name_before_it_is_whole(tmp_path):
+    tokenizer = load_tokenizer("bytes")
+    writer = ShardWriter(tmp_path, tokenizer)
+    writer.add(np.array([1, 2], dtype=np.uint32), 1, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.bin.tmp"]
+    with pytest.raises(UserError, match="no token shards in .*manifest.json"):
+        TokenDataset(tmp_path)
+    writer.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.bin"]
+
+
+def test_id_outside_the_vocabulary(tmp_path):
+    writer = ShardWriter(tmp_path, load_tokenizer("bytes"))
+    with pytest.raises(ValueError, match="257"):
+        writer.add(np.array([0, 257], dtype=np.uint32), 1, 1)
+
+
+def damage(make_dataset, action) -> str:
+    """Open a dataset, which records its checksums as good, damage its second shard, and open it again."""
+    dataset = make_dataset(100, shard_tokens=30)
+    shard = dataset.directory / dataset.manifest.shards[1].name
+    action(shard)
+    with pytest.raises(UserError) as error:
+        TokenDataset(dataset.directory)
+    assert "shard-00001.bin" in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_missing_shard(make_dataset):
+    assert "missing" in damage(make_dataset, os.remove)
+
+
+def test_truncated_shard(make_dataset):
+    size = {}
+
+    def truncate(path):
+        size["old"] = path.stat().st_size
+        os.truncate(path, size["old"] - 2)
+
+    message = damage(make_dataset, truncate)
+    assert f"has {size['old'] - 2} bytes instead of {size['old']}" in message
+
+
+def flip(path):
+    """Change one byte and pretend that nothing happened."""
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[17] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_altered_shard(make_dataset):
+    assert "damaged" in damage(make_dataset, flip)
+
+
+def test_altered_before_the_first_opening(make_dataset):
+    dataset = make_dataset(100)
+    (dataset.directory / "verified.json").unlink()
+    flip(dataset.directory / "shard-00000.bin")
+    with pytest.raises(UserError, match="shard-00000.bin is damaged"):
+        TokenDataset(dataset.directory)
+
+
+def test_verify_reads_everything_again(make_dataset):
+    dataset = make_dataset(100, shard_tokens=30)
+    dataset.verify()
+    flip(dataset.directory / "shard-00002.bin")
+    with pytest.raises(UserError, match="shard-00002.bin is damaged"):
+        dataset.verify()
+
+
+def test_checksums_are_not_computed_twice(make_dataset, monkeypatch):
+    dataset = make_dataset(100, shard_tokens=30)
+    hashed = []
+    monkeypatch.setattr("flash_stu.data.shards._sha256", lambda path: hashed.append(path))
+    TokenDataset(dataset.directory)
+    assert hashed == []
+
+
+def test_other_tokenizer(make_dataset):
+    dataset = make_dataset(50)
+    with pytest.raises(UserError, match="made by tokenizer 'bytes' .*not by 'bytes' \\(wide\\)"):
+        TokenDataset(dataset.directory, WideTokenizer())
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float8"}, {"shards": None}, {"format": 99}])
+def test_damaged_manifest(make_dataset, change):
+    path = make_dataset(50).directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="manifest.json (is damaged|has format 99)"):
+        TokenDataset(path.parent)
