@@ -1,0 +1,148 @@
+"""A bank of spectral filters as sums of decaying exponentials: the least squares behind every fit."""
+
+import math
+from functools import cached_property
+
+import torch
+
+from flash_stu.errors import UserError
+from spectralds.bounds import Bounds
+from spectralds.exponentials import ROWS, column_norms, powers, triangular_factor
+
+_SPACING = 0.12  # of the fine realisation's nodes, in s = ln(-ln a): finer ones lower no residual in float64
+
+
+class FilterBank:
+    """Filters phi (length, filters), and what can be known about them before a state dimension is chosen.
+
+    A spectral filter is an integral of decaying exponentials, so a sum over enough nodes a_j reproduces it:
+    phi_k(t) = sum_j c[j, k] a_j^t. The filters of the "hankel_l" basis vanish on every other lag; they are
+    such sums on the lags they live on. `step` is 2 for such a bank and else 1; filter k lives on the lags
+    first[k], first[k] + step, ...
+
+    Args:
+        phi: filters, (length, filters), any floating dtype; used in float64.
+
+    Raises:
+        UserError: if phi is not a finite floating matrix with at least two rows.
+    """
+
+    def __init__(self, phi: torch.Tensor):
+        if phi.ndim != 2 or not phi.is_floating_point() or phi.shape[0] < 2 or phi.shape[1] < 1:
+            raise UserError(f"phi is {phi.dtype} of shape {tuple(phi.shape)}; allowed: floating, (length, filters)")
+        if not phi.isfinite().all():
+            raise UserError("phi has entries that are not finite; allowed: finite filters")
+        self.phi = phi.detach().to(device="cpu", dtype=torch.float64)
+        self.length, self.num_filters = self.phi.shape
+        even_only = (self.phi[1::2] == 0).all(dim=0)
+        odd_only = (self.phi[0::2] == 0).all(dim=0) & ~even_only
+        self.step = 2 if bool((even_only | odd_only).all()) else 1
+        self.first = odd_only.long() if self.step == 2 else torch.zeros(self.num_filters, dtype=torch.long)
+
+    def groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs (indices of filters, the lags they live on as float64)."""
+        return [
+            (
+                (self.first == first).nonzero()[:, 0],
+                torch.arange(first, self.length, self.step, dtype=torch.float64),
+            )
+            for first in sorted(set(self.first.tolist()))
+        ]
+
+    def solve(self, nodes: torch.Tensor, precision: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Least squares coefficients of the filters on given nodes, each filter on the lags it lives on.
+
+        Large coefficients cancel, and what cancels is lost to rounding at run time. The singular value
+        decomposition is therefore truncated where the residual plus `precision` times the coefficient norm
+        is least, and then extended as far as the norm does not grow by more than a tenth.
+
+        Args:
+            nodes: decays a_j in (0, 1), float64, (nodes,).
+            precision: relative rounding error of the arithmetic that will run the sum, 1.2e-7 for float32.
+
+        Returns:
+            coefficients (nodes, filters), float64; and their Frobenius norm, a scalar, when each exponential
+            is scaled to unit length.
+        """
+        coefficients = torch.zeros(len(nodes), self.num_filters, dtype=torch.float64)
+        energy = torch.zeros((), dtype=torch.float64)
+        for columns, lags in self.groups():
+            # norms as if every filter began at lag 0: at run time the whole exponential cancels
+            scale = column_norms(nodes, len(lags), self.step)
+            targets = self.phi[lags.long()][:, columns]
+            triangle = triangular_factor(nodes, lags, 1 / scale, targets)
+            count = min(len(nodes), len(lags))
+            scaled = _truncated_solve(
+                triangle[:count, : len(nodes)],
+                triangle[:count, len(nodes) :],
+                triangle[count:, len(nodes) :].norm(),
+                precision,
+            )
+            coefficients[:, columns] = scaled / scale[:, None]
+            energy += scaled.square().sum()
+        return coefficients, energy.sqrt()
+
+    @cached_property
+    def realisation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fine nodes (n,) and coefficients (n, filters) that reproduce the filters to float64's rounding."""
+        span = math.log(8 * self.length)
+        nodes = quadrature_nodes(self, max(80, math.ceil(span / _SPACING)))
+        return nodes, self.solve(nodes, torch.finfo(torch.float64).eps)[0]
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """What any system that reproduces both branches' features can reach."""
+        return Bounds(*self.features(*self.realisation), self.length)
+
+    def features(self, nodes: torch.Tensor, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The system of both branches' features, U+ (filters phi) and U- (filters (-1)^t phi).
+
+        Args:
+            nodes: (n,); coefficients: of the filters on these nodes, (n, filters).
+
+        Returns:
+            A: the nodes, then their negatives, (2n,); C: (2n, 2 * filters), U+ first. B is all ones.
+        """
+        if self.step == 1:
+            zero = torch.zeros_like(coefficients)
+            plus, minus = torch.cat([coefficients, zero]), torch.cat([zero, coefficients])
+        else:
+            # a filter on the lags of one parity p: (a^t + (-1)^p (-a)^t) / 2 is a^t there and zero elsewhere
+            sign = 1 - 2 * self.first
+            plus = torch.cat([coefficients, coefficients * sign]) / 2
+            minus = plus * sign
+        return torch.cat([nodes, -nodes]), torch.cat([plus, minus], dim=1)
+
+    def evaluate(self, nodes: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        """The filters that coefficients (nodes, filters) stand for, (length, filters), float64."""
+        filters = torch.zeros(self.length, self.num_filters, dtype=torch.float64)
+        for columns, lags in self.groups():
+            for rows in lags.split(ROWS):
+                filters[rows.long()[:, None], columns] = powers(nodes, rows) @ coefficients[:, columns]
+        return filters
+
+
+def quadrature_nodes(bank: FilterBank, count: int) -> torch.Tensor:
+    """Decays a = exp(-e^s) for `count` equally spaced s from ln(1/length) to ln 8, slowest first, float64.
+
+    The range holds every time constant that a filter of this length can show: from the length down to an
+    eighth of a token.
+    """
+    return torch.linspace(-math.log(bank.length), math.log(8), count, dtype=torch.float64).exp().neg().exp()
+
+
+def _truncated_solve(matrix, targets, residual, precision) -> torch.Tensor:
+    """Minimum norm least squares solution of matrix x = targets, truncated as `solve` says.
+
+    residual: norm of what the rows below `matrix` leave of the targets.
+    """
+    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    parts = left.T @ targets
+    size = parts.square().sum(dim=1)
+    usable = int((singular > torch.finfo(torch.float64).eps * singular[0]).sum())
+    tail = torch.cat([size, size.new_zeros(1)]).flip(0).cumsum(0).flip(0)[1 : usable + 1]
+    error = (tail + residual.square()).sqrt()
+    norm = (size[:usable] / singular[:usable].square()).cumsum(0).sqrt()
+    best = (error + precision * norm).argmin()
+    rank = int((norm <= 1.1 * norm[best]).sum())
+    return right[:rank].T @ (parts[:rank] / singular[:rank, None])

@@ -1,0 +1,103 @@
+"""What a linear dynamical system can reach: Hankel singular values, the AAK bound, Theorem 1."""
+
+import math
+
+import torch
+
+from spectralds.exponentials import triangular_factor
+
+FLOOR = 1e-14  # Hankel singular values below this fraction of the largest are rounding
+
+
+def hankel_blocks(decay, coefficients, triangle) -> torch.Tensor:
+    """Hankel matrices of a diagonal system in an orthonormal basis of its inputs and outputs, stacked.
+
+    The Hankel matrix of one output, H[i, j] = sum_n c[n] decay[n]^(i + j), is V diag(c) V^T with V the
+    Vandermonde matrix of the decays. With V = Q R it has the singular values of the small R diag(c) R^T.
+
+    Args:
+        decay: (states,); coefficients: (states, outputs); triangle: R, (rank, states).
+
+    Returns:
+        (outputs * rank, rank), float64.
+    """
+    blocks = torch.einsum("pn,nk,qn->kpq", triangle, coefficients, triangle)
+    return blocks.reshape(-1, triangle.shape[0])
+
+
+def hankel_singular_values(decay, coefficients, length: int, weighted: bool = False) -> torch.Tensor:
+    """Singular values of the Hankel matrix that a filter bank of a given length determines, largest first.
+
+    The matrix maps past inputs to future outputs, H[(i, k), j] = f_k(i + j), with i and j below (length + 1)
+    / 2, so that only lags of the filters enter. The cost is that of QR of a (length / 2, states) matrix: H
+    is never formed.
+
+    A linear dynamical system of dimension r has a Hankel matrix of rank r: no such system comes closer to
+    the bank than the (r+1)-st value in Hankel norm (Adamyan, Arov, Krein; for a finite section it is Eckart
+    and Young's theorem), and sum_{j > r} values_j^2 bounds its squared error in Frobenius norm. `weighted`
+    scales row i and column j by w_i w_j with w_i^2 = binom(2i, i) / 4^i. Those squares convolve to one, so
+    each lag counts at most once and the same sum bounds the squared error of the filters themselves, summed
+    over lags and outputs.
+
+    Args:
+        decay: eigenvalues in (-1, 1), (states,); coefficients: (states, outputs); both float64, a system that
+            reproduces the bank over `length` lags.
+        length: lags of the filters, in tokens.
+        weighted: see above.
+
+    Returns:
+        at most `states` values, float64, (values,).
+    """
+    lags = torch.arange((length + 1) // 2, dtype=torch.float64)
+    weights = None
+    if weighted:
+        weights = (0.5 * (torch.lgamma(lags + 0.5) - torch.lgamma(lags + 1) - 0.5 * math.log(math.pi))).exp()
+    triangle = triangular_factor(decay, lags, weights=weights)
+    stacked = hankel_blocks(decay, coefficients, triangle)
+    return torch.linalg.svdvals(torch.linalg.qr(stacked, mode="r")[1])
+
+
+class Bounds:
+    """What the filters themselves allow, for every state dimension at once.
+
+    Args:
+        decay, coefficients, length: as for `hankel_singular_values`.
+
+    Attributes:
+        hankel: Hankel singular values, largest first, cut off where they are below float64's rounding.
+        weighted: the same for the weighted matrix.
+    """
+
+    def __init__(self, decay: torch.Tensor, coefficients: torch.Tensor, length: int):
+        self._entries = coefficients.shape[1] * length
+        self.hankel = _above_rounding(hankel_singular_values(decay, coefficients, length))
+        self.weighted = _above_rounding(hankel_singular_values(decay, coefficients, length, weighted=True))
+
+    def aak(self, state_dim: int) -> float:
+        """Least Hankel-norm error of a system of this dimension; 0.0 where it is below rounding."""
+        return float(self.hankel[state_dim]) if state_dim < len(self.hankel) else 0.0
+
+    def mse(self, state_dim: int) -> float:
+        """Mean squared error that no system of this dimension undercuts; 0.0 where it is below rounding."""
+        return float(self.weighted[state_dim:].square().sum()) / self._entries
+
+
+def theorem_1(coefficients: torch.Tensor) -> dict[str, float]:
+    """The quantities of Theorem 1 of SpectraLDS (Shah et al. 2025, arXiv 2505.17868) for one fit.
+
+    The theorem bounds the error of Phi ~ M mu, with mu the impulse responses of h systems of dimension one
+    and M the matrix that maps them to the filters, by c lambda_max h exp(-k / log L). Here M is the
+    transpose of the coefficients (for one sign of the nodes), and lambda_max its largest singular value.
+
+    Args:
+        coefficients: (h, filters).
+
+    Returns:
+        lambda_max and lambda_max_h = lambda_max * h.
+    """
+    largest = float(torch.linalg.matrix_norm(coefficients, 2))
+    return {"lambda_max": largest, "lambda_max_h": largest * len(coefficients)}
+
+
+def _above_rounding(values: torch.Tensor) -> torch.Tensor:
+    return values[values > FLOOR * values[0]]

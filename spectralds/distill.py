@@ -1,0 +1,114 @@
+"""Replace the STU layers of a model by linear dynamical systems, in closed form."""
+
+import copy
+
+import torch
+
+from flash_stu.errors import UserError
+from flash_stu.filters import spectral_filters
+from flash_stu.layers import STU
+from flash_stu.model import FlashSTUForCausalLM
+from spectralds.bank import FilterBank
+from spectralds.fit import LDSFit, fit_lds
+
+
+def distill(model: FlashSTUForCausalLM, state_dim: int = 160, method: str = "quadrature") -> FlashSTUForCausalLM:
+    """Distill a model: the same model with every STU layer replaced by an LDS layer.
+
+    Args:
+        model: a model with STU layers; it is not changed and shares no memory with the result.
+        state_dim: states per layer and channel.
+        method: "quadrature" or "balanced", see `fit_lds`.
+
+    Returns:
+        a new model on the same device, in the same mode, with config.lds_state_dim set. Weights keep their
+        dtype, except that an LDS layer's readout is at least float32: its terms cancel, and half precision
+        would lose them.
+
+    Raises:
+        UserError: for a model without STU layers, and as `fit_lds`.
+    """
+    return replace_stu_layers(model, fit_model(model, state_dim, method))
+
+
+def fit_model(model: FlashSTUForCausalLM, state_dim: int = 160, method: str = "quadrature") -> LDSFit:
+    """Fit the system that stands in for a model's spectral filters; arguments and errors as in `distill`."""
+    _require_stu_layers(model)
+    return fit_lds(model_filters(model), state_dim, method, torch.float32, model.config.stu_dilation)
+
+
+def model_filters(model: FlashSTUForCausalLM) -> FilterBank:
+    """The filters a model was trained with, in float64.
+
+    A checkpoint holds them in float32. Where those are the rounded filters of its configuration the exact
+    ones are taken, so that no rounding is fitted; filters of another origin (a converted checkpoint) are
+    taken as they are.
+    """
+    _require_stu_layers(model)
+    config, stored = model.config, model.model.filters.phi.detach().cpu()
+    exact = spectral_filters(config.max_position_embeddings, config.num_filters, config.filter_basis)[1]
+    rounding = 4 * torch.finfo(stored.dtype).eps * exact.abs().amax(dim=0)
+    return FilterBank(exact if ((stored - exact).abs() <= rounding).all() else stored)
+
+
+def replace_stu_layers(model: FlashSTUForCausalLM, fit: LDSFit) -> FlashSTUForCausalLM:
+    """Build the distilled model from a model and the fit of its filters; see `distill`."""
+    _require_stu_layers(model)
+    config = copy.deepcopy(model.config)
+    config.lds_state_dim = len(fit.A)
+    with torch.device("meta"):
+        distilled = FlashSTUForCausalLM(config)
+
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, STU)}
+    replaced = {f"{name}.{own}" for name in layers for own in ("M_filters", "M_phi")} | {"model.filters.phi"}
+    named = [*model.named_parameters(), *model.named_buffers()]  # tied weights come once
+    tensors = {name: tensor.detach().clone() for name, tensor in named if name not in replaced}
+    for name, layer in layers.items():
+        tensors |= {f"{name}.{key}": tensor for key, tensor in fold(fit, layer).items()}
+    distilled.load_state_dict(tensors, assign=True, strict=False)
+    distilled.tie_weights()
+    left = [name for name, tensor in distilled.state_dict().items() if tensor.is_meta]
+    if left or not tensors.keys() <= distilled.state_dict().keys():
+        raise RuntimeError(f"weights of the distilled model that no layer gave: {left}; given: {sorted(tensors)}")
+    distilled.generation_config = copy.deepcopy(model.generation_config)
+    return distilled.train(model.training)
+
+
+def fold(fit: LDSFit, layer: STU) -> dict[str, torch.Tensor]:
+    """Tensors of the LDS layer that stands in for an STU layer, but for its input projection.
+
+    With h states, K filters and D channels the coefficients C (h, 2K) of the features U+, U- meet the
+    layer's weights M+, M-. tensordot: readout = C+ M+ + C- M-, (h, D). full: readout = C of the features
+    used, (h, F), and M_phi is kept, (F, D, D). A layer with shared branches uses even lags only, where a and
+    -a coincide: its system runs on every second token with decays a^2 and the two halves' readouts added.
+
+    Source: Shah et al. 2025, SpectraLDS (arXiv 2505.17868), section 4; the sum over filters is taken here,
+    once.
+    """
+    weights = (layer.M_filters if layer.tensordot else layer.M_phi).detach()
+    filters = weights.shape[1]
+    plus, minus = fit.C[:, :filters], fit.C[:, filters:]
+    decay = fit.A
+    features = {"shared": plus + minus, "separate": fit.C, "positive": plus}[layer.branches]
+    if layer.dilation == 2:
+        half = len(decay) // 2
+        decay, features = decay[:half] ** 2, features[:half] + features[half:]
+
+    tensors = {"decay": decay.to(weights.device, torch.float32)}
+    if layer.tensordot:
+        features = features @ weights.flatten(0, 1).cpu().double()
+    else:
+        tensors["M_phi"] = weights.flatten(0, 1).clone()
+    tensors["readout"] = features.to(weights.device, torch.promote_types(weights.dtype, torch.float32))
+    return tensors
+
+
+def _require_stu_layers(model) -> None:
+    if not isinstance(model, FlashSTUForCausalLM):
+        raise UserError(f"a {type(model).__name__} cannot be distilled; allowed: FlashSTUForCausalLM")
+    if model.config.lds_state_dim is not None:
+        raise UserError(
+            f"the model is distilled already (lds_state_dim {model.config.lds_state_dim}): it has no STU layers left"
+        )
+    if not model.config.uses_stu:
+        raise UserError("the model has no STU layers to distill: its layer_types are all sliding_attention")

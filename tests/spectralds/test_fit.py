@@ -1,0 +1,194 @@
+"""Fits against impulse responses, recurrences and convolutions in float64, and against published errors."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from flash_stu.errors import UserError
+from flash_stu.filters import spectral_filters
+from spectralds.bank import FilterBank
+from spectralds.fit import LDSFit, fit_lds, round_nodes
+
+LENGTH, FILTERS = 8192, 24
+
+
+@pytest.fixture(scope="module")
+def banks() -> dict[str, FilterBank]:
+    return {basis: FilterBank(spectral_filters(LENGTH, FILTERS, basis)[1]) for basis in ("hankel", "hankel_l")}
+
+
+def features(phi: torch.Tensor) -> torch.Tensor:
+    """The filters of U+ and U-, (length, 2K)."""
+    signs = torch.ones(len(phi), 1, dtype=phi.dtype)
+    signs[1::2] = -1
+    return torch.cat([phi, signs * phi], dim=1)
+
+
+def recurrence(fit: LDSFit, x: torch.Tensor) -> torch.Tensor:
+    """S = A S + B x, y = C^T S in float64, token by token; x (length,), y (length, 2K)."""
+    state, outputs = torch.zeros_like(fit.A), []
+    for value in x:
+        state = fit.A * state + fit.B * value
+        outputs.append(fit.C.T @ state)
+    return torch.stack(outputs)
+
+
+def convolution(filters: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Causal convolution of x (length,) with filters (length, columns), by a zero-padded FFT in float64."""
+    size = 2 * len(x)
+    spectrum = torch.fft.rfft(filters, n=size, dim=0) * torch.fft.rfft(x, n=size)[:, None]
+    return torch.fft.irfft(spectrum, n=size, dim=0)[: len(x)]
+
+
+@pytest.mark.parametrize("basis", ["hankel", "hankel_l"])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_state_160_with_float32_nodes_reproduces_both_branches(banks, basis, dilation):
+    bank = banks[basis]
+    fit = fit_lds(bank, 160, dilation=dilation)
+    assert fit.A.shape == fit.B.shape == (160,)
+    assert fit.C.shape == (160, 2 * FILTERS)
+    assert fit.A.abs().max() < 1
+    error = fit.impulse_response(LENGTH) - features(bank.phi)
+    assert error.square().mean() <= 1e-24
+    assert fit.report["mse"] <= 1e-24
+    assert fit.report["max_coefficient"] < 50
+    assert error.abs().max() == pytest.approx(fit.report["max_abs_error"], rel=0.2, abs=1e-15)
+    assert fit.report["seconds"] < 10  # a fraction of a second; the machine may be busy
+
+
+@pytest.mark.parametrize(
+    "state_dim, method, dtype, mse",
+    [
+        (48, "balanced", torch.float32, 1.2e-12),  # the paper's error, with 160 states there
+        (52, "balanced", torch.float32, 1e-13),
+        (56, "balanced", torch.float32, 5e-15),
+        (64, "balanced", torch.float32, 1e-18),
+        (80, "balanced", torch.float32, 1e-24),
+        (80, "quadrature", torch.float64, 1e-18),
+        (96, "quadrature", torch.float64, 2.7e-22),
+        (128, "quadrature", torch.float64, 1e-25),
+    ],
+)
+def test_error_falls_with_the_state_dimension(banks, state_dim, method, dtype, mse):
+    fit = fit_lds(banks["hankel"], state_dim, method, dtype)
+    assert len(fit.A) == state_dim
+    assert fit.report["mse"] <= mse
+    error = fit.impulse_response(LENGTH) - features(banks["hankel"].phi)
+    assert error.square().mean() == pytest.approx(fit.report["mse"], rel=0.2, abs=1e-28)
+
+
+@pytest.mark.parametrize("method, state_dim", [("quadrature", 80), ("balanced", 28)])
+@pytest.mark.parametrize("basis", ["hankel", "hankel_l"])
+@pytest.mark.parametrize("length, count", [(64, 8), (101, 9), (257, 10)])
+def test_system_is_the_recurrence_it_claims_to_be(length, count, basis, method, state_dim):
+    phi = spectral_filters(length, count, basis)[1]
+    fit = fit_lds(phi, state_dim, method, torch.float64)
+    x = torch.randn(length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = recurrence(fit, x)
+    torch.testing.assert_close(y, convolution(fit.impulse_response(length), x), rtol=1e-9, atol=1e-10)
+    expected = convolution(features(phi), x)
+    assert (y - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("basis", ["hankel", "hankel_l"])
+@pytest.mark.parametrize("branches", ["shared", "separate", "positive"])
+@pytest.mark.parametrize("method, state_dim", [("quadrature", 160), ("balanced", 72)])
+def test_float32_recurrence_of_8192_steps(banks, basis, branches, method, state_dim):
+    bank, channels = banks[basis], 8
+    dilation = 2 if branches == "shared" else 1
+    fit = fit_lds(bank, state_dim, method, dilation=dilation)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(LENGTH, generator=generator).double()
+    plus, minus = torch.randn(2, FILTERS, channels, generator=generator, dtype=torch.float64)
+    minus = {"shared": plus, "separate": minus, "positive": torch.zeros_like(minus)}[branches]
+
+    readout, decay = fit.C @ torch.cat([plus, minus]), fit.A
+    if dilation == 2:
+        half = state_dim // 2
+        readout, decay = readout[:half] + readout[half:], decay[:half] ** 2
+    decay32, readout32, x32 = (tensor.float().numpy() for tensor in (decay, readout, x))
+    slots = [np.zeros(len(decay32), np.float32) for _ in range(dilation)]
+    y = np.zeros((LENGTH, channels), np.float32)
+    for t in range(LENGTH):
+        slots[t % dilation] = decay32 * slots[t % dilation] + x32[t]
+        y[t] = slots[t % dilation] @ readout32
+
+    expected = convolution(features(bank.phi) @ torch.cat([plus, minus]), x)
+    assert (torch.from_numpy(y) - expected).norm() <= 1.2e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("method", ["quadrature", "balanced"])
+def test_decays_are_exact_in_the_run_time_dtype(banks, method, dilation):
+    A = fit_lds(banks["hankel"], 64, method, dilation=dilation).A
+    assert (A**dilation - (A**dilation).float().double()).abs().max() <= 2.0**-52
+    assert torch.equal(A[:32], -A[32:])
+
+
+def test_rounding_never_reaches_one():
+    slow = torch.tensor([1 - 1e-12, 0.5], dtype=torch.float64)
+    assert round_nodes(slow, torch.float32, 1).tolist() == [1 - 2.0**-24, 0.5]
+
+
+def test_report_against_a_direct_calculation():
+    phi = spectral_filters(300, 10)[1]
+    fit = fit_lds(phi, 40)
+    error = fit.impulse_response(300)[:, :10] - phi
+    report = fit.report
+    assert report["mse"] == pytest.approx(float(error.square().mean()), rel=1e-6)
+    assert report["relative_error"] == pytest.approx(float(error.norm() / phi.norm()), rel=1e-6)
+    for key, values in {
+        "mse": error.square().mean(dim=0),
+        "max_abs_error": error.abs().amax(dim=0),
+        "relative_error": error.norm(dim=0) / phi.norm(dim=0),
+    }.items():
+        assert report["per_filter"][key] == pytest.approx(values.tolist(), rel=1e-5)
+    assert report["max_coefficient"] == pytest.approx(float(fit.C.abs().max()))
+    lengths = (fit.A[:20, None] ** torch.arange(300)).norm(dim=1)
+    assert report["coefficient_norm"] == pytest.approx(float((fit.C[:20, :10] * lengths[:, None]).norm()), rel=1e-9)
+    largest = np.linalg.norm(fit.C[:20, :10].numpy(), 2)
+    assert report["lambda_max"] == pytest.approx(largest)
+    assert report["lambda_max_h"] == pytest.approx(20 * largest)
+    assert all(math.isfinite(value) for value in report.values() if isinstance(value, float))
+
+
+def test_filters_in_half_precision_do_not_blow_up_the_coefficients():
+    """Noise in the filters must not be fitted: the coefficients would cancel and ruin the recurrence."""
+    phi = spectral_filters(1024, 16)[1].bfloat16()
+    fit = fit_lds(phi, 160)
+    assert fit.report["coefficient_norm"] < 500
+    assert fit.report["relative_error"] < 5e-3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"state_dim": 41}, "state_dim is 41; allowed: even numbers from 2 to 1024"),
+        ({"state_dim": 0}, "state_dim is 0"),
+        ({"state_dim": 4096}, "state_dim is 4096"),
+        ({"state_dim": True}, "state_dim is True"),
+        ({"method": "sgd"}, "method is 'sgd'; allowed: quadrature, balanced"),
+        ({"dtype": torch.bfloat16}, "dtype is torch.bfloat16; allowed: torch.float32, torch.float64"),
+        ({"dilation": 3}, "dilation is 3; allowed: 1, 2"),
+        ({"phi": torch.zeros(8)}, "shape (8,)"),
+        ({"phi": torch.zeros(8, 2, dtype=torch.int64)}, "torch.int64"),
+        ({"phi": torch.full((8, 2), math.nan)}, "not finite"),
+        ({"state_dim": 200, "method": "balanced"}, "balanced truncation resolves at most"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(change, message):
+    arguments = {"phi": spectral_filters(64, 4)[1], **change}
+    with pytest.raises(UserError) as error:
+        fit_lds(**arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("state_dim", [2, 4])
+def test_smallest_systems_are_stable_and_finite(state_dim):
+    for method in ("quadrature", "balanced"):
+        fit = fit_lds(spectral_filters(64, 4)[1], state_dim, method)
+        assert fit.A.abs().max() < 1
+        assert fit.impulse_response(1000).isfinite().all()

@@ -1,0 +1,59 @@
+"""The measured comparison against logits and losses computed directly."""
+
+import pytest
+import torch
+from matplotlib import pyplot
+
+from flash_stu.filters import spectral_filters
+from spectralds import FilterBank, distill, fit_lds
+from spectralds.plots import error_curve, plot_fit
+from spectralds.report import compare_layers, compare_models
+
+
+@pytest.mark.parametrize("vocab_chunk", [2**24, 61 * 5])
+def test_comparison_of_models_against_a_direct_calculation(tiny_model, monkeypatch, vocab_chunk):
+    monkeypatch.setattr("spectralds.report._LOGITS", vocab_chunk)
+    model = tiny_model()
+    distilled = distill(model, 8)  # coarse, so that the differences are no rounding
+    windows = torch.randint(61, (3, 34), generator=torch.Generator().manual_seed(0))
+    found = compare_models(model, distilled, windows)
+    with torch.no_grad():
+        before, after = model(windows[:, :-1]).logits, distilled(windows[:, :-1]).logits
+    targets = windows[:, 1:].flatten()
+    assert (found["tokens"], found["windows"], found["window_length"]) == (99, 3, 33)
+    assert found["max_abs_logit_difference"] == pytest.approx(float((before - after).abs().max()), rel=1e-3)
+    assert found["mean_abs_logit_difference"] == pytest.approx(float((before - after).abs().mean()), rel=1e-3)
+    for key, logits in (("validation_loss_before", before), ("validation_loss_after", after)):
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), targets)
+        assert found[key] == pytest.approx(float(loss), rel=1e-6)
+    agreement = (before.argmax(-1) == after.argmax(-1)).double().mean()
+    assert found["argmax_agreement"] == pytest.approx(float(agreement), abs=0.021)
+
+
+def test_comparison_of_layers_sees_a_bad_fit(tiny_model):
+    model = tiny_model()
+    good, bad = (compare_layers(model, distill(model, state_dim)) for state_dim in (80, 4))
+    assert [entry["layer"] for entry in good["layers"]] == [0, 2]
+    assert max(entry["relative_difference"] for entry in good["layers"]) < 1e-5
+    assert good["recurrence_relative_difference"] < 1e-5
+    assert min(entry["relative_difference"] for entry in bad["layers"]) > 1e-3
+    assert bad["recurrence_relative_difference"] > 1e-3
+
+
+@pytest.mark.parametrize("basis, count", [("hankel", 6), ("hankel_l", 1)])
+def test_figure_is_an_image_with_ink_in_every_panel(tmp_path, basis, count):
+    bank = FilterBank(spectral_filters(100, count, basis)[1])
+    path = tmp_path / "fit.png"
+    plot_fit(bank, fit_lds(bank, 24), path)
+    image = pyplot.imread(path)[..., :3]
+    rows, columns = image.shape[0] // 2, image.shape[1] // 2
+    for top in (0, rows):
+        for left in (0, columns):
+            assert (image[top : top + rows, left : left + columns] < 0.9).any(axis=2).mean() > 0.01
+
+
+def test_error_curve_ends_where_balanced_truncation_does():
+    bank = FilterBank(spectral_filters(100, 8)[1])
+    dims, errors = error_curve(bank, "balanced", torch.float32, 1)
+    assert 24 <= dims[-1] < 160 and len(dims) == len(errors)
+    assert errors[0] > errors[2] > errors[-1]
