@@ -1,4 +1,4 @@
-"""A model directory with its tokenizer, as users and tools meet it: pipeline, the generate script, damaged directories."""
+"""A model directory with its tokenizer, as users and tools meet it: pipeline, generate script, damaged directories."""
 
 import shutil
 import subprocess

@@ -1,0 +1,280 @@
+"""The run config: every setting of a training run, typed, checked before any work starts.
+
+A run is one YAML file plus `section.key=value` overrides. Unknown keys, wrong types and impossible
+combinations are refused with one line that names the key. The resolved config, written into the run
+directory, is again such a file.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from flash_stu.config import FlashSTUConfig
+from flash_stu.data import DataConfig
+from flash_stu.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of the run config: no unknown keys, no silent conversions, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TrainConfig(Section):
+    """How much is trained, in which pieces, and what is kept."""
+
+    sequence_length: int = Field(ge=2, description="tokens a sequence predicts")
+    global_batch_size: int = Field(ge=1, description="tokens per optimizer step, over all processes")
+    micro_batch_size: int = Field(default=1, ge=1, description="sequences per process and forward pass")
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps; or set epochs")
+    epochs: float | None = Field(default=None, gt=0, description="passes over the training tokens; or set steps")
+    dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of the matrix products")
+    compile: bool = Field(default=False, description="torch.compile every block")
+    activation_checkpointing: Literal["none", "full"] = Field(
+        default="none",
+        description="full: keep only the inputs of each block and recompute the rest in backward",
+    )
+    max_grad_norm: float | None = Field(default=1.0, gt=0, description="clip the gradient's norm to this")
+    validation_every: int = Field(default=500, ge=1, description="steps")
+    validation_tokens: int | None = Field(default=1_048_576, ge=1, description="null: the whole validation split")
+    checkpoint_every: int = Field(default=1000, ge=1, description="steps")
+    keep_checkpoints: int = Field(default=2, ge=1, description="how many of the newest checkpoints to keep")
+    log_every: int = Field(default=10, ge=1, description="steps between printed lines where there is no terminal")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError(
+                f"train.steps is {self.steps} and train.epochs is {self.epochs}; set exactly one, the other to null"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(default=3e-3, gt=0, description="the peak, reached at the end of the warm-up")
+    min_learning_rate: float = Field(default=3e-5, ge=0, description="reached at the last step")
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="after the warm-up")
+    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0, description="of matrices; vectors have none")
+    amsgrad: bool = False
+    fused: bool | Literal["auto"] = Field(default="auto", description="one kernel per step; auto: on CUDA")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.schedule != "constant" and self.min_learning_rate > self.learning_rate:
+            raise UserError(
+                f"optimizer.min_learning_rate is {self.min_learning_rate}; "
+                f"it must not exceed optimizer.learning_rate, {self.learning_rate}"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas is {self.betas}; each must be at least 0 and below 1")
+        return self
+
+
+class ParallelConfig(Section):
+    """How several processes share the work; see flash_stu.training.parallel."""
+
+    strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    timeout_minutes: float = Field(default=10.0, gt=0, description="a process silent for longer ends the run")
+
+
+class WandbConfig(Section):
+    """Weights & Biases, beside metrics.jsonl, which is always written."""
+
+    mode: Literal["auto", "disabled", "offline", "online"] = Field(
+        default="auto", description="auto: offline where wandb is installed, else disabled"
+    )
+    project: str = "flash-stu"
+    name: str | None = Field(default=None, description="null: the name of output_dir")
+
+
+class RunConfig(Section):
+    """Everything a run depends on."""
+
+    output_dir: str = Field(min_length=1, description="the run directory")
+    seed: int = Field(default=0, ge=0)
+    model: dict[str, Any] = Field(description="entries of FlashSTUConfig")
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @field_validator("model")
+    @classmethod
+    def _resolve_model(cls, model: dict) -> dict:
+        config = FlashSTUConfig.from_user(model)
+        return {key: getattr(config, key) for key in FlashSTUConfig.__annotations__}
+
+    def architecture(self) -> FlashSTUConfig:
+        """The model section as a new config of the model's own class."""
+        return FlashSTUConfig.from_user(self.model)
+
+    @model_validator(mode="after")
+    def _check(self):
+        longest = self.model["max_position_embeddings"]
+        if self.train.sequence_length > longest:
+            raise UserError(
+                f"train.sequence_length is {self.train.sequence_length}: sequence longer than the filters; "
+                f"at most model.max_position_embeddings, {longest}"
+            )
+        if self.train.steps is not None and self.optimizer.warmup_steps > self.train.steps:
+            raise UserError(
+                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; at most train.steps, {self.train.steps}"
+            )
+        self.sequences_per_step(world_size=1)
+        return self
+
+    def sequences_per_step(self, world_size: int) -> int:
+        """Sequences in a global batch.
+
+        Raises:
+            UserError: unless every process gets a whole number of micro batches; names the nearest sizes.
+        """
+        train = self.train
+        unit = train.sequence_length * train.micro_batch_size * world_size
+        if train.global_batch_size % unit:
+            below = train.global_batch_size // unit * unit
+            allowed = f"{below} or {below + unit}" if below else f"{unit}"
+            raise UserError(
+                f"train.global_batch_size is {train.global_batch_size} tokens; "
+                f"it must be a multiple of {unit} (sequence_length {train.sequence_length} x "
+                f"micro_batch_size {train.micro_batch_size} x {world_size} processes), nearest: {allowed}"
+            )
+        return train.global_batch_size // train.sequence_length
+
+    def to_yaml(self) -> str:
+        """The resolved config as a YAML document that load_config reads back to an equal config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+    """Read a run config.
+
+    Args:
+        path: a YAML file.
+        overrides: "section.key=value" strings, values in YAML, applied in order.
+
+    Raises:
+        UserError: for a file that is missing or not YAML, and for every setting that is unknown, of the wrong
+            type, or impossible beside the others.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    settings = _parse_yaml(path.read_text(encoding="utf-8"), f"--config {path}")
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path}: not a mapping of settings; see configs/quickstart.yaml")
+    for override in overrides:
+        _override(settings, override)
+    try:
+        return RunConfig.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(_describe(error)) from None
+
+
+def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
+    """Dotted names of the settings in which two configs differ."""
+    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    return [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, except that 3e-4 is a number and a repeated key an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        repeated = {key for key in keys if keys.count(key) > 1}
+        if repeated:
+            raise yaml.constructor.ConstructorError(
+                problem=f"repeated key {min(repeated)}", problem_mark=node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{source}: not valid YAML{line}: {getattr(error, 'problem', None) or error}") from None
+
+
+def _override(settings: dict, override: str) -> None:
+    """Apply one "a.b=value" to nested settings, in place."""
+    key, equals, value = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"override {override!r}: expected section.key=value")
+    for part in parts[:-1]:
+        if settings.get(part) is None:
+            settings[part] = {}
+        settings = settings[part]
+        if not isinstance(settings, dict):
+            raise UserError(f"override {override!r}: {part} is a single value, not a section")
+    settings[parts[-1]] = _parse_yaml(value, f"override {override!r}")
+
+
+def _describe(error: ValidationError) -> str:
+    """One line for the first of pydantic's complaints."""
+    first = error.errors()[0]
+    key, value = ".".join(str(part) for part in first["loc"] if isinstance(part, str)), first["input"]
+    match first["type"]:
+        case "extra_forbidden":
+            return _describe_unknown(key)
+        case "missing":
+            return f"missing setting {key}"
+        case "value_error":  # of a check of ours, which names its keys
+            return str(first["ctx"]["error"])
+        case "literal_error":
+            return f"{key} is {value!r}; allowed: {first['ctx']['expected']}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{key} is {value!r}; it is a section, a mapping of settings"
+    return f"{key} is {value!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _describe_unknown(key: str) -> str:
+    known = _known_keys()
+    section, _, name = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    elsewhere = [k for k in known if k.rpartition(".")[2] == name]
+    close = elsewhere or [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)]
+    hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(siblings.values())}"
+    return f"unknown setting {key}; {hint}"
+
+
+def _known_keys() -> list[str]:
+    """Dotted names of all settings, sections included, except the model's, which FlashSTUConfig knows."""
+    keys = []
+    for name, field in RunConfig.model_fields.items():
+        keys.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += [f"{name}.{key}" for key in field.annotation.model_fields]
+    return keys
+
+
+def _flatten(settings: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

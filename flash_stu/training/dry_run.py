@@ -1,0 +1,80 @@
+"""What a run will be, worked out from its config alone: nothing is read, written or allocated."""
+
+import torch
+
+from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.ops.cross_entropy import CHUNK_BYTES
+from flash_stu.training.config import RunConfig
+from flash_stu.training.parallel import resolve_strategy
+
+
+def describe(config: RunConfig, processes: int) -> str:
+    """The resolved config and the size of the run, for people.
+
+    Raises:
+        UserError: if the global batch does not divide over this many processes.
+    """
+    train = config.train
+    sequences = config.sequences_per_step(processes)
+    with torch.device("meta"):
+        model = FlashSTUForCausalLM(config.architecture())
+    parameters = model.num_parameters()
+    strategy = resolve_strategy(config.parallel.strategy, processes, parameters)
+    if train.steps is None:
+        length = f"{train.epochs:g} epochs; steps and tokens follow from the size of the data"
+    else:
+        length = f"{train.steps:,} steps, {train.steps * train.global_batch_size:,} tokens"
+    memory = estimate_memory(model, config, strategy, processes)
+    rows = {
+        "parameters": f"{parameters:,} ({parameters / 1e6:.1f} M)",
+        "training": length,
+        "step": f"{train.global_batch_size:,} tokens = {sequences} sequences of {train.sequence_length:,} = "
+        f"{processes} processes x {train.micro_batch_size} sequences x "
+        f"{sequences // (processes * train.micro_batch_size)} accumulated",
+        "strategy": strategy,
+        "memory estimate": f"{sum(memory.values()) / 2**30:.1f} GiB per GPU ("
+        + ", ".join(f"{name} {size / 2**30:.1f}" for name, size in memory.items())
+        + ")",
+    }
+    width = max(map(len, rows))
+    summary = "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+    return f"{config.to_yaml()}\n{summary}"
+
+
+def estimate_memory(model, config: RunConfig, strategy: str, processes: int) -> dict[str, int]:
+    """Bytes per GPU, by part; an estimate to choose a micro batch by, not a promise.
+
+    Parameters, gradients and moments are float32 and divided among the processes by FSDP, where two gathered
+    blocks and the embedding come on top. For each token a block keeps about 7.5 vectors of hidden_size (in
+    bfloat16 if the residual stream is, which takes FSDP, else float32) and 4 of intermediate_size in compute
+    precision; an attention block besides queries, keys, values and outputs, as its GPU kernels do. With
+    checkpointing it keeps its input, and one block at a time the rest.
+    """
+    train, shape = config.train, config.model
+    parameters = model.num_parameters()
+    in_blocks = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
+    size = 2 if train.dtype == "bfloat16" else 4
+    states, gathered = parameters * 4 * (5 if config.optimizer.amsgrad else 4), 0
+    if strategy == "fsdp":
+        states //= processes
+        gathered = (2 * max(in_blocks) + parameters - sum(in_blocks)) * (size + 4)  # weights, unreduced gradients
+    elif size == 2:
+        gathered = parameters * 2  # autocast's copies
+    residual = size if strategy == "fsdp" else 4
+    tokens = train.micro_batch_size * train.sequence_length
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    blocks = [
+        int(tokens * (7.5 * residual * hidden + size * (4 * inner + 4 * hidden * (kind == "sliding_attention"))))
+        for kind in shape["layer_types"]
+    ]
+    if train.activation_checkpointing == "full":
+        activations = max(blocks) + len(blocks) * tokens * residual * hidden
+    else:
+        activations = sum(blocks)
+    logits = 3 * min(4 * tokens * shape["vocab_size"], CHUNK_BYTES)  # their softmax and gradient too
+    return {
+        "states": states,
+        "gathered and cast weights": gathered,
+        "activations": activations,
+        "logits": logits,
+    }

@@ -1,0 +1,150 @@
+"""What a run says: metrics.jsonl, wandb beside it, a progress bar on a terminal or plain lines elsewhere."""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from flash_stu.errors import UserError
+from flash_stu.training.config import RunConfig
+
+
+class Metrics:
+    """The log of one process's stretch of a run; a context manager. Only the main process's says anything.
+
+    metrics.jsonl has one line per optimizer step, {"step", "loss" (nats per token), "learning_rate",
+    "grad_norm" (before clipping), "tokens_per_second", "time" (seconds of training so far)}, and one per
+    validation, {"step", "validation_loss" (nats per token), "validation_bits_per_byte"}.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, steps: int, start: int, run_id: str, enabled: bool) -> None:
+        """Open the log.
+
+        Args:
+            config: the run's.
+            folder: the run directory.
+            steps: length of the run.
+            start: steps done before; later lines, of steps that are trained again, are dropped.
+            run_id: wandb's name for the run, the same after a restart.
+            enabled: whether this is the main process.
+        """
+        self.steps, self.every, self.enabled = steps, config.train.log_every, enabled
+        self.file = self.bar = self.wandb = None
+        if not enabled:
+            return
+        path = folder / "metrics.jsonl"
+        keep_lines_up_to(path, start)
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+        self.wandb = start_wandb(config, folder, run_id)
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=steps, initial=start, unit="step", desc="training", dynamic_ncols=True, smoothing=0.05
+            )
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self.enabled:
+            return
+        self.file.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=int(kind is not None))
+
+    def train(self, step: int, values: dict[str, float]) -> None:
+        """Log one optimizer step."""
+        if not self.enabled:
+            return
+        self._write({"step": step, **values})
+        rate = values["tokens_per_second"]
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            self.bar.update()
+        elif step % self.every == 0 or step in (1, self.steps):
+            print(
+                f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {values['loss']:.4f}  "
+                f"learning rate {values['learning_rate']:.2e}  gradient norm {values['grad_norm']:.2f}  "
+                f"{rate:,.0f} tokens/s",
+                flush=True,
+            )
+
+    def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+        """Log one validation."""
+        if self.enabled:
+            self._write({"step": step, "validation_loss": loss, "validation_bits_per_byte": bits_per_byte})
+            self.say(f"step {step}: validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte")
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        if self.enabled:
+            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+
+    def sync(self) -> None:
+        """Put all lines on disk: before a checkpoint, since a resumed run relies on them."""
+        if self.enabled:
+            os.fsync(self.file.fileno())
+
+    def _write(self, record: dict[str, float]) -> None:
+        finite = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
+        self.file.write(json.dumps(finite) + "\n")
+        if self.wandb is not None:
+            self.wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl, without a last line that was cut short; none if there is no file."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def keep_lines_up_to(path: Path, step: int) -> None:
+    """Drop the records of later steps from a metrics.jsonl; of all, if step is 0."""
+    kept = [json.dumps(record) + "\n" for record in read_metrics(path) if 0 < step >= record["step"]]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def check_wandb(mode: str) -> str:
+    """The mode to use: "auto" is offline where wandb is installed, else disabled.
+
+    Raises:
+        UserError: if wandb is asked for by name and not installed.
+    """
+    installed = importlib.util.find_spec("wandb") is not None
+    if mode == "auto":
+        return "offline" if installed else "disabled"
+    if mode != "disabled" and not installed:
+        raise UserError(f"wandb.mode is {mode!r}, but wandb is not installed (pip install wandb); or use 'disabled'")
+    return mode
+
+
+def start_wandb(config: RunConfig, folder: Path, run_id: str):
+    """Start a wandb run, or return None where it is disabled. Its files go to the run directory."""
+    mode = check_wandb(config.wandb.mode)
+    if mode == "disabled":
+        return None
+    import wandb  # optional, and slow to import
+
+    return wandb.init(
+        mode=mode,
+        project=config.wandb.project,
+        name=config.wandb.name or folder.name,
+        dir=folder,
+        id=run_id,
+        resume="allow" if mode == "online" else None,  # an offline run cannot be resumed; sync appends by id
+        config=config.model_dump(mode="json"),
+        settings=wandb.Settings(silent=True, console="off"),
+    )

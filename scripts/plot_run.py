@@ -1,0 +1,109 @@
+"""Draw the loss curves of one or several runs: python scripts/plot_run.py RUN [RUN ...] --output loss.png"""
+
+import argparse
+import os
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from flash_stu.errors import UserError, run_cli
+from flash_stu.training.config import load_config
+from flash_stu.training.metrics import read_metrics
+
+
+def plot_runs(runs: list[str | Path], output: str | Path) -> Path:
+    """Draw training and validation loss over the tokens seen.
+
+    Args:
+        runs: run directories.
+        output: the image to write; its ending chooses the format.
+
+    Returns:
+        output, as a path.
+
+    Raises:
+        UserError: for a directory without metrics, or a format matplotlib does not know.
+    """
+    output = Path(output)
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for index, (run, name) in enumerate(zip(runs, _labels([Path(run) for run in runs]), strict=True)):
+        training, validation = read_losses(Path(run))
+        color = f"C{index}"
+        axes.plot(*zip(*training, strict=True), color=color, alpha=0.25, linewidth=0.7)
+        axes.plot(*zip(*smooth(training), strict=True), color=color, linewidth=1.6, label=f"{name}: training")
+        if validation:
+            axes.plot(
+                *zip(*validation, strict=True),
+                color=color,
+                linestyle="none",
+                marker="o",
+                markersize=5,
+                markerfacecolor="white",
+                markeredgewidth=1.5,
+                label=f"{name}: validation ({validation[-1][1]:.3f} at the end)",
+            )
+    axes.set_xlim(left=0)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".tmp-{output.name}")
+    try:
+        figure.savefig(temporary)
+    except ValueError as error:
+        raise UserError(f"--output {output}: {str(error).splitlines()[0]}") from None
+    os.replace(temporary, output)
+    return output
+
+
+def read_losses(run: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(tokens seen, loss) of every step and of every validation of a run.
+
+    Raises:
+        UserError: if the directory holds no run that has begun.
+    """
+    records = read_metrics(run / "metrics.jsonl")
+    if not any("loss" in record for record in records):
+        raise UserError(f"{run} is not a run directory with metrics; expected {run / 'metrics.jsonl'}")
+    per_step = load_config(run / "config.yaml").train.global_batch_size
+    return tuple(
+        [(record["step"] * per_step, record[key]) for record in records if record.get(key) is not None]
+        for key in ("loss", "validation_loss")
+    )
+
+
+def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Mean over the 2 % of all points that lie nearest, fewer at the ends: it does not lag behind."""
+    reach = len(points) // 100
+    smoothed = []
+    for index, (x, _) in enumerate(points):
+        near = min(reach, index, len(points) - 1 - index)
+        values = [y for _, y in points[index - near : index + near + 1]]
+        smoothed.append((x, sum(values) / len(values)))
+    return smoothed
+
+
+def _labels(runs: list[Path]) -> list[str]:
+    """The runs' names, or their paths where names repeat."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
+def main() -> None:
+    """Parse the command line and draw."""
+    parser = argparse.ArgumentParser(description="Draw the loss curves of one or several runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
+    parser.add_argument("--output", default="loss.png", help="image to write (default: %(default)s)")
+    arguments = parser.parse_args()
+    print(plot_runs(arguments.runs, arguments.output))
+
+
+if __name__ == "__main__":
+    matplotlib.use("Agg")
+    raise SystemExit(run_cli(main))
