@@ -79,12 +79,11 @@ def read_losses(run: Path) -> tuple[list[tuple[int, float]], list[tuple[int, flo
 
 
 def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Mean over the 2 % of all points that lie nearest, fewer at the ends: it does not lag behind."""
+    """Mean over the 2 % of all points that lie around each, so that it does not lag behind."""
     reach = len(points) // 100
     smoothed = []
     for index, (x, _) in enumerate(points):
-        near = min(reach, index, len(points) - 1 - index)
-        values = [y for _, y in points[index - near : index + near + 1]]
+        values = [y for _, y in points[max(0, index - reach) : index + reach + 1]]
         smoothed.append((x, sum(values) / len(values)))
     return smoothed
 

@@ -55,20 +55,25 @@ class LDS(KeepFloat32):
 
     def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Run over a whole sequence (batch, length, channels) from the zero state."""
-        return self.prefill(x, context)[0]
+        return self._run(x, context, None, keep_state=False)[0]
 
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: LDSState | None = None
     ) -> tuple[torch.Tensor, LDSState]:
         """Run over a sequence after `state`: outputs by convolution, the new state by one matrix product."""
+        return self._run(x, context, state, keep_state=True)
+
+    def _run(self, x, context, state, keep_state) -> tuple[torch.Tensor, LDSState]:
         inputs = self._inputs(x, context)
         fresh = state is None
         slots = self._zero(inputs) if fresh else state.slots
         outputs = []
         with torch.autocast(x.device.type, enabled=False):
-            for chunk in inputs.split(_CHUNK, dim=1):
+            chunks = inputs.split(_CHUNK, dim=1)
+            for number, chunk in enumerate(chunks, start=1):
                 outputs.append(self._run_chunk(chunk, None if fresh else slots))
-                slots, fresh = final_state(chunk, self.decay, slots), False
+                if keep_state or number < len(chunks):
+                    slots, fresh = final_state(chunk, self.decay, slots), False
         return torch.cat(outputs, dim=1).to(x.dtype), LDSState(slots)
 
     def step(self, x: torch.Tensor, context: SequenceContext, state: LDSState) -> tuple[torch.Tensor, LDSState]:
@@ -88,22 +93,22 @@ class LDS(KeepFloat32):
     def _read(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, states, channels) -> (batch, channels)."""
         if self.tensordot:
-            return (self.readout * states).sum(dim=1)
-        features = torch.einsum("jf,bjd->bfd", self.readout, states)
+            return (self.readout.double() * states).sum(dim=1)
+        features = torch.einsum("jf,bjd->bfd", self.readout.double(), states.double()).float()
         return torch.einsum("bfd,fde->be", features, self.M_phi.float())
 
     def _run_chunk(self, inputs: torch.Tensor, slots: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
         length = inputs.shape[1]
         kernel = powers(self.decay, -(-length // self.dilation))
-        taps = kernel @ self.readout
+        taps = (kernel @ self.readout.double()).float()
         if self.tensordot:
             y = causal_conv(inputs.float(), taps, self.backend, self.dilation)
-            return y if slots is None else y + free_response(self.decay, self.readout, slots, length)
+            return y if slots is None else y + free_response(self.decay, self.readout, slots, length).float()
         y = 0
         for f in range(taps.shape[1]):
             feature = taps[:, f : f + 1].expand(-1, inputs.shape[-1])
             response = causal_conv(inputs.float(), feature, self.backend, self.dilation)
             if slots is not None:
-                response = response + free_response(self.decay, self.readout[:, f : f + 1], slots, length)
+                response = response + free_response(self.decay, self.readout[:, f : f + 1], slots, length).float()
             y = y + response @ self.M_phi[f].float()
         return y

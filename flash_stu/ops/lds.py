@@ -7,6 +7,9 @@ A system with dilation d runs d interleaved sequences,
 Its state is therefore the last d values of S, kept as a tuple, oldest first; a step replaces the oldest one, so that
 nothing is copied for the others.
 
+States are float32, but sums over them are taken in float64: a fitted readout has terms a hundred times larger than
+their sum, and the cancellation would cost the digits that the fit is good for.
+
 Source: Shah et al. 2025, SpectraLDS (arXiv 2505.17868), section 4.
 """
 
@@ -15,10 +18,10 @@ import torch
 State = tuple[torch.Tensor, ...]
 
 
-def powers(decay: torch.Tensor, length: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """decay^0 .. decay^(length-1) as (length, states), computed in float64 so that long powers stay exact."""
+def powers(decay: torch.Tensor, length: int) -> torch.Tensor:
+    """decay^0 .. decay^(length-1) as (length, states), float64."""
     exponents = torch.arange(length, dtype=torch.float64, device=decay.device)
-    return (decay.double() ** exponents[:, None]).to(dtype)
+    return decay.double() ** exponents[:, None]
 
 
 def zero_state(batch: int, states: int, channels: int, dilation: int, device) -> State:
@@ -42,7 +45,7 @@ def lds_scan(x: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, state:
     outputs = []
     for t in range(x.shape[1]):
         state = lds_advance(x[:, t], decay, state)
-        outputs.append((readout * state[-1]).sum(dim=1))
+        outputs.append((readout.double() * state[-1]).sum(dim=1))
     return torch.stack(outputs, dim=1).to(x.dtype), state
 
 
@@ -69,10 +72,10 @@ def final_state(x: torch.Tensor, decay: torch.Tensor, state: State) -> State:
         if newest < 0:
             result.append(state[newest])
             continue
-        inputs = x[:, newest % dilation : newest + 1 : dilation].to(state[0].dtype)
-        kernel = powers(decay, inputs.shape[1] + 1, state[0].dtype)
+        inputs = x[:, newest % dilation : newest + 1 : dilation].double()
+        kernel = powers(decay, inputs.shape[1] + 1)
         carried = kernel[-1][:, None] * state[newest % dilation]
-        result.append(carried + torch.matmul(kernel[:-1].flip(0).t(), inputs))
+        result.append((carried + torch.matmul(kernel[:-1].flip(0).t(), inputs)).to(state[0].dtype))
     return tuple(result)
 
 
@@ -86,10 +89,10 @@ def free_response(decay: torch.Tensor, readout: torch.Tensor, state: State, leng
         length: tokens to run.
 
     Returns:
-        outputs (batch, length, channels) in the state's dtype.
+        outputs (batch, length, channels), float64.
     """
     dilation = len(state)
     steps = -(-length // dilation)
-    kernel = powers(decay, steps + 1, state[0].dtype)[1:]
-    phases = [torch.matmul(kernel, readout.to(kernel.dtype) * slot) for slot in state]
+    kernel = powers(decay, steps + 1)[1:]
+    phases = [torch.matmul(kernel, readout.double() * slot) for slot in state]
     return torch.stack(phases, dim=2).flatten(1, 2)[:, :length]

@@ -15,7 +15,7 @@ def system(states=6, channels=3, length=23, batch=2):
 
 def test_powers_keep_signs_and_digits():
     decay = torch.tensor([0.5, -0.5, 1 - 2.0**-20, 0.0])
-    table = powers(decay, 9001, torch.float64)
+    table = powers(decay, 9001)
     assert table[0].tolist() == [1, 1, 1, 1]
     assert table[3, :2].tolist() == pytest.approx([0.125, -0.125])
     assert table[9000, 2].item() == pytest.approx((1 - 2.0**-20) ** 9000, rel=1e-12)
@@ -28,7 +28,7 @@ def test_scan_is_the_convolution_with_its_impulse_response(length, dilation):
     x, decay, readout = system(length=length)
     state = zero_state(2, 6, 3, dilation, x.device)
     y, _ = lds_scan(x, decay, readout, state)
-    impulse = powers(decay, length) @ readout
+    impulse = (powers(decay, length) @ readout.double()).float()
     torch.testing.assert_close(y, causal_conv(x, impulse, "direct", dilation), atol=1e-5, rtol=1e-5)
 
 
@@ -43,4 +43,4 @@ def test_state_in_one_product_and_free_response(split, dilation):
 
     alone, _ = lds_scan(x[:, split:], decay, readout, zero)
     remembered = free_response(decay, readout, middle, 23 - split)
-    torch.testing.assert_close(alone + remembered, whole[:, split:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close((alone + remembered).float(), whole[:, split:], atol=1e-5, rtol=1e-5)
