@@ -1,6 +1,6 @@
 """Shared against separate STU branches at equal steps, in the hybrid and in an STU-only model.
 
-    python scripts/bench/branches.py [--steps 300] [--output runs/branches]
+    python scripts/bench/branches.py [--steps 400] [--output runs/branches]
 
 A shared-branch STU sees even lags only (flash_stu/layers/stu.py): this trains the four models of that question on the
 embedded corpus, with the quickstart's settings and data order, and prints their losses.
@@ -21,7 +21,7 @@ CONFIG = "configs/quickstart.yaml"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--output", default="runs/branches")
     args = parser.parse_args()
     layers = yaml.safe_load(Path(CONFIG).read_text())["model"]["num_hidden_layers"]
