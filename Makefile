@@ -22,6 +22,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python scripts/bench/conv.py
+	$(BIN)/python scripts/bench/fits.py
 	$(BIN)/python scripts/bench/branches.py
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -3,19 +3,18 @@
 python distill.py --checkpoint RUN_OR_MODEL_DIR --state-dim 160 --output DIR [--method M] [--text FILE]
 """
 
-import argparse
 from functools import partial
 
 from transformers.utils import logging
 
-from flash_stu.errors import run_cli
+from flash_stu.errors import ArgumentParser, run_cli
 from spectralds.directory import FIGURE, REPORT, distill_directory, summary
 from spectralds.fit import METHODS
 
 
 def main() -> None:
     """Parse the command line, distill, and say what it did to the model."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="training run, or transformers model directory")
     add("--output", required=True, metavar="DIR", help="where the distilled model goes")

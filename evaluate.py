@@ -3,15 +3,13 @@
 python evaluate.py --model DIR [--model DIR ...] [--tasks LIST] [--limit N] [--data-dir DIR] [--output DIR]
 """
 
-import argparse
-
-from flash_stu.errors import run_cli
+from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.evaluation import evaluate
 
 
 def main() -> None:
     """Parse the command line, evaluate, and say where the results are."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--model", action="append", required=True, metavar="DIR", help="model or training run; repeatable")
     add("--tasks", metavar="LIST", help="tasks and groups of lm-eval, suites of configs/eval such as paper, "

@@ -1,11 +1,20 @@
 """What a user can do wrong, and how the command lines say so."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """Bad input. The message is one line that names the thing, its value and what is allowed."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser, with a wrong command line reported like any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 def run_cli(main: Callable[[], int | None]) -> int:

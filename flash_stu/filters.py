@@ -60,12 +60,13 @@ def spectral_filters(seq_len: int, num_filters: int, basis: str = "hankel") -> t
     path = _cache_path(seq_len, num_filters, basis)
     cached = _read_cache(path)
     if cached is None:
-        cached = _compute(seq_len, num_filters, basis)
+        cached = compute_filters(seq_len, num_filters, basis)
         _write_cache(path, *cached)
     return cached
 
 
-def _compute(seq_len: int, num_filters: int, basis: str) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_filters(seq_len: int, num_filters: int, basis: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What spectral_filters returns, without the cache."""
     if basis == "hankel":
         lags = torch.arange(seq_len, dtype=torch.float64)
         sigma, phi = _eigenpairs(lags, num_filters, basis)

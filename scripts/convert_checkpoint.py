@@ -7,7 +7,6 @@ The result gives the published logits, quirks included (see flash_stu/published.
 standard rotary positions instead.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import numpy as np
 import torch
 
 from flash_stu.data import load_tokenizer
-from flash_stu.errors import UserError, run_cli
+from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.published import POSITIONS, convert, read_config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help=".safetensors file")
     parser.add_argument("--config", required=True, help="its config.json, in the published layout")
     parser.add_argument("--output", required=True, help="model directory to write; must not exist")

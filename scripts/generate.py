@@ -3,19 +3,18 @@
 python scripts/generate.py --model runs/quickstart/final --prompt "The function returns" --max-new-tokens 200
 """
 
-import argparse
 import sys
 import time
 
 import torch
 
-from flash_stu.errors import UserError, run_cli
+from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.generation import generate_tokens
 from flash_stu.loading import default_device, default_dtype, load_model, load_model_tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="model directory or training run")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=200)

@@ -1,6 +1,5 @@
 """Draw the loss curves of one or several runs: python scripts/plot_run.py RUN [RUN ...] --output loss.png"""
 
-import argparse
 import os
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from flash_stu.errors import UserError, run_cli
+from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.training.config import load_config
 from flash_stu.training.metrics import read_metrics
 
@@ -96,7 +95,7 @@ def _labels(runs: list[Path]) -> list[str]:
 
 def main() -> None:
     """Parse the command line and draw."""
-    parser = argparse.ArgumentParser(description="Draw the loss curves of one or several runs.")
+    parser = ArgumentParser(description="Draw the loss curves of one or several runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
     parser.add_argument("--output", default="loss.png", help="image to write (default: %(default)s)")
     arguments = parser.parse_args()

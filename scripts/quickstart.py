@@ -6,7 +6,6 @@ Every stage is one of the project's own commands, printed before it runs, so tha
 whose results are there already are not run again.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -15,14 +14,14 @@ from pathlib import Path
 
 import yaml
 
-from flash_stu.errors import UserError, run_cli
+from flash_stu.errors import ArgumentParser, UserError, run_cli
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "Return a list of the "
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/quickstart.yaml")
     args = parser.parse_args()
     started = time.perf_counter()
@@ -37,8 +36,11 @@ def main() -> None:
     call("scripts/plot_run.py", run, "--output", run / "loss.png")
     stage("2/4 distill", "distill.py", "--checkpoint", run, "--state-dim", 160, "--output", lds)
     stage("3/4 evaluate", "evaluate.py", "--model", run, "--model", lds, "--output", results)
-    stage("4/4 generate", "scripts/generate.py", "--model", lds, "--prompt", PROMPT, "--max-new-tokens", 300)
-    call("scripts/bench/decode.py", "--model", run, "--model", lds, "--contexts", *contexts, "--json", bench)
+    stage(
+        "4/4 generate",
+        *("scripts/bench/decode.py", "--model", run, "--model", lds, "--contexts", *contexts, "--json", bench),
+    )
+    call("scripts/generate.py", "--model", lds, "--prompt", PROMPT, "--max-new-tokens", 300)
 
     print(f"\n{'=' * 100}\n{summary(run, lds, results, bench, contexts)}")
     print(f"\nmodel              {run / 'final'}")

@@ -69,14 +69,15 @@ def test_length_8192_takes_under_a_second():
     seconds = []
     for _ in range(4):  # the machine may be busy with something else: the best of four counts
         start = time.perf_counter()
-        filters._compute(8192, 24, "hankel")
+        filters.compute_filters(8192, 24, "hankel")
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1.0
 
 
 def test_length_131072_within_time_and_memory():
     code = (
-        "import resource, time, flash_stu.filters as f; t = time.perf_counter(); f._compute(131072, 24, 'hankel');"
+        "import resource, time, flash_stu.filters as f; t = time.perf_counter();"
+        "f.compute_filters(131072, 24, 'hankel');"
         "print(time.perf_counter() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -6,7 +6,6 @@ A shared-branch STU sees even lags only (flash_stu/layers/stu.py): this trains t
 embedded corpus, with the quickstart's settings and data order, and prints their losses.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -14,13 +13,13 @@ from pathlib import Path
 
 import yaml
 
-from flash_stu.errors import UserError, run_cli
+from flash_stu.errors import ArgumentParser, UserError, run_cli
 
 CONFIG = "configs/quickstart.yaml"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--output", default="runs/branches")
     args = parser.parse_args()

@@ -6,7 +6,6 @@ Prints medians with the spread over repeats, variants taken in turn so that a dr
 ratio to the two-branch form. Runs on a GPU if there is one.
 """
 
-import argparse
 import platform
 import statistics
 import time
@@ -15,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from flash_stu.backends import why_not
-from flash_stu.errors import run_cli
+from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.loading import default_device
 from flash_stu.ops.causal_conv import causal_conv
 
@@ -70,7 +69,7 @@ def measure(function: Callable, x: torch.Tensor, filters: torch.Tensor) -> tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1)

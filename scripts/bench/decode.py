@@ -5,7 +5,6 @@
 The models take turns, so that a drifting machine hits all alike; the figure is the median over the repeats.
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from flash_stu import FlashSTUCache
-from flash_stu.errors import UserError, run_cli
+from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.loading import default_device, default_dtype, load_model
 
 
@@ -35,7 +34,7 @@ def seconds_per_token(model, context: int, tokens: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", required=True, help="model directory or training run")
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 3840])
     parser.add_argument("--tokens", type=int, default=128, help="steps timed after each context")
