@@ -20,11 +20,16 @@ _AUTO_MAP = {
 }
 
 
-def write_remote_code(directory: str | os.PathLike) -> None:
-    """Add the module and the auto_map to a saved model directory."""
+def complete_directory(directory: str | os.PathLike) -> None:
+    """Add the module and the auto_map to a saved model directory, and let whoever may read its config read its weights.
+
+    (safetensors writes its files for their owner alone.)
+    """
     directory = Path(directory)
     (directory / f"{_MODULE}.py").write_text(_SOURCE)
     path = directory / "config.json"
     config = json.loads(path.read_text())
     config["auto_map"] = _AUTO_MAP
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for weights in directory.glob("*.safetensors"):
+        weights.chmod(path.stat().st_mode)

@@ -100,7 +100,7 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As in transformers; the directory also loads where nothing of ours is imported (trust_remote_code=True)."""
         super().save_pretrained(save_directory, **kwargs)
-        export.write_remote_code(save_directory)
+        export.complete_directory(save_directory)
 
 
 def _draw(linear: nn.Linear, std: float) -> None:

@@ -124,6 +124,8 @@ def test_memory_of_a_distilled_cache_is_bounded(tiny_config):
 def test_loads_where_nothing_of_ours_is_imported(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
+    modes = {(tmp_path / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM;"
         "assert 'flash_stu' not in sys.modules;"
