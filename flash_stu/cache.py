@@ -7,8 +7,6 @@ Ours are whatever the layer says (flash_stu.layers.state): the cache only stores
 import torch
 from transformers import Cache
 
-LayerState = object
-
 
 class FlashSTUCache(Cache):
     """States of all layers after `seq_length` tokens.
@@ -25,7 +23,7 @@ class FlashSTUCache(Cache):
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[])
-        self.states: list[LayerState | None] = [None] * num_layers
+        self.states: list = [None] * num_layers
         self.seq_length = 0
 
     def __len__(self) -> int:

@@ -188,12 +188,6 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
                 mask = attention_mask.bool()
         return SequenceContext(None if self.filters is None else self.filters(), rotary, mask)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
 
 class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
     """The language model: hidden states to next-token logits, loss and generation."""
@@ -250,12 +244,6 @@ class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.lm_head = value
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         # generate() would build transformers' own cache, whose layers cannot hold our states

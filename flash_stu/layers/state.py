@@ -30,7 +30,7 @@ class InputHistory(NamedTuple):
     Attributes:
         buffer: (batch, capacity, channels), filled from the front; grows by doubling.
         length: tokens filled in.
-        taps: the layer's filters (filter_length, columns), newest lag first, computed once per sequence.
+        taps: the layer's filters (filter_length, columns), largest lag first, computed once per sequence.
     """
 
     buffer: torch.Tensor

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from flash_stu.config import FlashSTUConfig
-from flash_stu.errors import UserError
 from flash_stu.layers.context import SequenceContext
 from flash_stu.layers.linear import ResidualLinear
 from flash_stu.layers.state import InputHistory
@@ -68,14 +67,12 @@ class STU(nn.Module):
             (lags, channels) for tensordot, (lags, features) for full; every second lag if the branches are shared.
         """
         filters = filters[:: self.dilation].float()
-        # U+ + U- is 2 phi on even lags and 0 on odd ones
-        both = {"shared": lambda: 2 * filters, "positive": lambda: filters}
-        if self.branches in both:
-            features = both[self.branches]()
-        else:
+        if self.branches == "separate":
             signs = torch.ones(len(filters), 1, device=filters.device)
             signs[1::2] = -1
             features = torch.cat([filters, signs * filters], dim=1)
+        else:  # with shared coefficients U+ and U- add up: twice phi on even lags, nothing on odd ones
+            features = 2 * filters if self.branches == "shared" else filters
         if not self.tensordot:
             return features
         with torch.autocast(features.device.type, enabled=False):
@@ -94,20 +91,20 @@ class STU(nn.Module):
             taps = self.taps(context.filters)
             empty = inputs.new_zeros(inputs.shape[0], 0, inputs.shape[2])
             state = InputHistory(empty, 0, taps.flip(0).contiguous())
-        state = self._extend(state, inputs)
+        state = state.append(inputs)
         y = self._convolve(state.buffer[:, : state.length], state.taps.flip(0))
         return y[:, -x.shape[1] :], state
 
     def step(self, x: torch.Tensor, context: SequenceContext, state: InputHistory) -> tuple[torch.Tensor, InputHistory]:
         """One more token x (batch, 1, channels): a sum over the whole past, so the cost grows with the position."""
-        state = self._extend(state, self._inputs(x, context))
+        state = state.append(self._inputs(x, context))
         past = state.buffer[:, (state.length - 1) % self.dilation : state.length : self.dilation]
         taps = state.taps[-past.shape[1] :]
         if self.tensordot:
             y = torch.einsum("btd,td->bd", past.float(), taps).to(x.dtype)
         else:
             features = torch.einsum("btd,tf->bfd", past.float(), taps).to(x.dtype)
-            y = self._contract(features)
+            y = torch.einsum("bfd,fde->be", features, self.M_phi.flatten(0, 1))
         return y[:, None], state
 
     def _inputs(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
@@ -118,23 +115,8 @@ class STU(nn.Module):
         if self.tensordot:
             return causal_conv(inputs, taps, self.backend, self.dilation)
         outputs = 0
-        for k in range(taps.shape[1]):  # one feature at a time: all of them at once is `features` times the memory
+        # one feature at a time: all of them at once is `features` times the memory
+        for k, matrix in enumerate(self.M_phi.flatten(0, 1)):
             feature = taps[:, k : k + 1].expand(-1, inputs.shape[-1])
-            outputs = outputs + causal_conv(inputs, feature, self.backend, self.dilation) @ self._matrix(k)
+            outputs = outputs + causal_conv(inputs, feature, self.backend, self.dilation) @ matrix
         return outputs
-
-    def _contract(self, features: torch.Tensor) -> torch.Tensor:
-        """(batch, features, channels) -> (batch, channels)."""
-        return torch.einsum("bfd,fde->be", features, self.M_phi.flatten(0, 1))
-
-    def _matrix(self, k: int) -> torch.Tensor:
-        return self.M_phi.flatten(0, 1)[k]
-
-    def _extend(self, state: InputHistory, inputs: torch.Tensor) -> InputHistory:
-        limit = len(state.taps) * self.dilation
-        if state.length + inputs.shape[1] > limit:
-            raise UserError(
-                f"the sequence reaches {state.length + inputs.shape[1]} tokens, but the STU filters end at {limit} "
-                f"(max_position_embeddings); distill the model to go further"
-            )
-        return state.append(inputs)
