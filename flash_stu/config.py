@@ -20,6 +20,9 @@ _CHOICES = {
     "stu_branches": ("shared", "separate", "positive"),
     "conv_backend": ("auto", "direct", "fft", "flashfftconv"),
     "attention_backend": ("auto", "banded", "sdpa", "flex_attention", "flash_attn"),
+    "loss_backend": ("auto", "chunked", "liger"),
+    "lds_state_dtype": ("float32", "float64"),
+    "decode_backend": ("auto", "lds", "futurefill", "futurefill_epoched", "naive"),
 }
 
 
@@ -52,8 +55,14 @@ class FlashSTUConfig(PreTrainedConfig):
         stu_type: "tensordot" or "full", see flash_stu.layers.stu.
         stu_branches: "shared", "separate" or "positive", see flash_stu.layers.stu.
         lds_state_dim: state dimension of the LDS layers of a distilled model; None for STU layers.
+        lds_trainable: train the decays of the LDS layers too, see flash_stu.layers.lds.
+        lds_state_dtype: "float32" or "float64", of the states that generation carries from token to token.
+        decode_backend: what carries the past from token to token: "lds" for a distilled model; "futurefill",
+            "futurefill_epoched" or "naive" for STU layers, see flash_stu.ops.futurefill; "auto" is the first that fits.
+            Read at every prefill, so it can be changed on a model in use.
         conv_backend: see flash_stu.ops.causal_conv.
         attention_backend: see flash_stu.ops.attention.
+        loss_backend: see flash_stu.ops.cross_entropy.
         use_cache: generate with a cache.
     """
 
@@ -83,8 +92,12 @@ class FlashSTUConfig(PreTrainedConfig):
     stu_type: str = "tensordot"
     stu_branches: str = "shared"
     lds_state_dim: int | None = None
+    lds_trainable: bool = False
+    lds_state_dtype: str = "float32"
+    decode_backend: str = "auto"
     conv_backend: str = "auto"
     attention_backend: str = "auto"
+    loss_backend: str = "auto"
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -127,6 +140,24 @@ class FlashSTUConfig(PreTrainedConfig):
         """Whether any layer convolves with the spectral filters."""
         return "linear_attention" in self.layer_types and self.lds_state_dim is None
 
+    def resolve_decode_backend(self) -> str:
+        """The decode backend in use: decode_backend, or what "auto" means for this model.
+
+        Raises:
+            UserError: for one that this model's layers do not have.
+        """
+        if "linear_attention" not in self.layer_types:
+            kind, allowed = "only attention layers", ("auto",)
+        elif self.lds_state_dim is not None:
+            kind, allowed = "LDS layers", ("lds", "auto")
+        else:
+            kind, allowed = "STU layers", ("futurefill", "futurefill_epoched", "naive", "auto")
+        if self.decode_backend not in allowed:
+            raise UserError(
+                f"decode_backend is {self.decode_backend!r}, but the model has {kind}; allowed: {', '.join(allowed)}"
+            )
+        return allowed[0] if self.decode_backend == "auto" else self.decode_backend
+
     def validate_architecture(self) -> None:
         """Run by transformers on construction: one line for each thing that cannot be built."""
         for key, allowed in _CHOICES.items():
@@ -167,3 +198,6 @@ class FlashSTUConfig(PreTrainedConfig):
             )
         if self.lds_state_dim is not None and (self.lds_state_dim < 2 or self.lds_state_dim % 2):
             raise ValueError(f"lds_state_dim is {self.lds_state_dim}; allowed: an even number from 2 on, or null")
+        if self.lds_trainable and self.lds_state_dim is None:
+            raise ValueError("lds_trainable is true, but lds_state_dim is null: the model has no LDS layers to train")
+        self.resolve_decode_backend()

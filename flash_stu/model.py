@@ -72,7 +72,9 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
     _no_split_modules = ["Block"]
     _is_stateful = True
-    _keep_in_fp32_modules_strict = {"readout", "decay", "phi"}  # see flash_stu.layers.constants
+    # see flash_stu.layers.constants
+    _keep_in_fp32_modules_strict = {"readout", "readout_change", "decay", "log_rate_change", "phi"}
+    _keys_to_ignore_on_load_missing = [r"_change$"]  # of a distilled model that is loaded to be trained
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -183,6 +185,7 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
                     f"attention_mask has shape {tuple(attention_mask.shape)}; "
                     f"needed: {(x.shape[0], past + x.shape[1])}, past tokens included"
                 )
+            attention_mask = attention_mask[:, past:]  # the states know which earlier tokens were padding
             # torch.compile must not look into the mask; elsewhere an all-ones mask is dropped to save the work
             if torch.compiler.is_compiling() or not bool(attention_mask.all()):
                 mask = attention_mask.bool()
@@ -239,7 +242,9 @@ class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         loss = logits = None
         if shift_labels is not None:
-            loss = linear_cross_entropy(hidden, self.lm_head.weight, shift_labels, self.lm_head.bias)
+            loss = linear_cross_entropy(
+                hidden, self.lm_head.weight, shift_labels, self.lm_head.bias, self.config.loss_backend
+            )
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])

@@ -4,13 +4,15 @@ from flash_stu.data.config import DataConfig
 from flash_stu.data.corpus import iter_documents
 from flash_stu.data.embedded import embedded_corpus
 from flash_stu.data.loader import BatchLoader
-from flash_stu.data.prepare import PreparedData, prepare
+from flash_stu.data.prefetch import Prefetcher
+from flash_stu.data.prepare import PreparedData, prepare, prepare_part
 from flash_stu.data.shards import ShardWriter, TokenDataset, write_manifest
 from flash_stu.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "BatchLoader",
     "DataConfig",
+    "Prefetcher",
     "PreparedData",
     "ShardWriter",
     "TokenDataset",
@@ -19,5 +21,6 @@ __all__ = [
     "iter_documents",
     "load_tokenizer",
     "prepare",
+    "prepare_part",
     "write_manifest",
 ]

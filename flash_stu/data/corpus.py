@@ -3,35 +3,32 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-
-from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
 
 from flash_stu.data.config import DataConfig
 from flash_stu.data.embedded import embedded_corpus, library_files
-from flash_stu.data.files import estimate_text_bytes, find_files, looks_local, read_texts
+from flash_stu.data.files import find_files, list_pieces, looks_local, read_texts
+from flash_stu.data.hub import hub_commit, hub_units
 from flash_stu.data.split import in_validation
-from flash_stu.errors import UserError
+from flash_stu.data.unit import Unit, first_documents
 
-_HUB_TIMEOUT = 10  # seconds to wait for the hub before saying that it cannot be reached
 _EMBEDDED_REVISION = 1  # part of the identity: raise it when the embedded corpus is collected differently
 
 
 @dataclass(frozen=True)
 class Source:
-    """The documents of a dataset.
+    """A dataset, found but not opened.
 
     Attributes:
         identity: everything that determines the documents, short of reading them; plain JSON values.
-        read: starts reading; gives (split, document) pairs, split "train" or "validation".
-        num_bytes: estimated bytes of text, None if unknown.
+        commit: asks for the commit that a hub dataset is at now; None for any other dataset.
+        units: opens the dataset as it was at a commit; gives its units in order, training documents first.
     """
 
     identity: dict[str, object]
-    read: Callable[[], Iterator[tuple[str, str]]]
-    num_bytes: int | None
+    commit: Callable[[], str | None]
+    units: Callable[[str | None], list[Unit]]
 
 
 def iter_documents(config: DataConfig) -> Iterator[tuple[str, str]]:
@@ -44,7 +41,9 @@ def iter_documents(config: DataConfig) -> Iterator[tuple[str, str]]:
     Raises:
         UserError: if the dataset does not exist, cannot be read or has no such text column.
     """
-    yield from open_source(config).read()
+    source = open_source(config)
+    for unit in source.units(source.commit()):
+        yield from assign_splits(unit.read(), unit.split, config.validation_fraction)
 
 
 def open_source(config: DataConfig) -> Source:
@@ -56,26 +55,41 @@ def open_source(config: DataConfig) -> Source:
     return _hub(config)
 
 
-def _embedded(config: DataConfig) -> Source:
-    def read() -> Iterator[tuple[str, str]]:
-        for split, documents in embedded_corpus().items():
-            yield from ((split, text) for text in islice(documents, config.max_documents))
+def assign_splits(texts: Iterable[str], split: str | None, fraction: float) -> Iterator[tuple[str, str]]:
+    """Clean documents and say which split each belongs to.
 
+    Empty documents are left out, and lone surrogates, which JSON can carry and UTF-8 cannot, are replaced.
+
+    Args:
+        texts: the documents as they are stored.
+        split: of all of them; None if each document's hash decides.
+        fraction: share of the documents held out where the hash decides.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if text and not text.isspace():
+            yield split or ("validation" if in_validation(text, fraction) else "train"), text
+
+
+def _embedded(config: DataConfig) -> Source:
     identity = {
         "embedded": _EMBEDDED_REVISION,
         "python": sys.version,
         "files": _stat(library_files()),
         "max_documents": config.max_documents,
     }
-    return Source(identity, read, None)
+
+    def units(commit: None) -> list[Unit]:
+        return [Unit(split, lambda texts=texts: texts, None) for split, texts in embedded_corpus().items()]
+
+    return Source(identity, _no_commit, _limited(units, config))
 
 
 def _local(config: DataConfig) -> Source:
     files = find_files(config.dataset)
-
-    def texts(paths: list[tuple[str, Path]]) -> Iterator[str]:
-        return chain.from_iterable(read_texts(path, config.text_column) for _, path in paths)
-
     identity = {
         "train": _stat(files.train),
         "validation": _stat(files.validation),
@@ -84,86 +98,34 @@ def _local(config: DataConfig) -> Source:
         "validation_fraction": None if files.validation else config.validation_fraction,
     }
 
-    def read() -> Iterator[tuple[str, str]]:
-        return _split_documents(config, texts(files.train), texts(files.validation) if files.validation else None)
+    def units_of(path: Path, split: str | None) -> list[Unit]:
+        return [
+            Unit(split, lambda group=piece.row_group: read_texts(path, config.text_column, group), piece.num_bytes)
+            for piece in list_pieces(path, config.text_column)
+        ]
 
-    num_bytes = None
-    if config.max_documents is None:
-        num_bytes = estimate_text_bytes(files.train + files.validation, config.text_column)
-    return Source(identity, read, num_bytes)
+    def units(commit: None) -> list[Unit]:
+        train = (units_of(path, "train" if files.validation else None) for _, path in files.train)
+        validation = (units_of(path, "validation") for _, path in files.validation)
+        return list(chain.from_iterable(chain(train, validation)))
+
+    return Source(identity, _no_commit, _limited(units, config))
 
 
 def _hub(config: DataConfig) -> Source:
     identity = config.model_dump(exclude={"tokenizer", "cache_dir"})
-
-    def read() -> Iterator[tuple[str, str]]:
-        splits = _load_from_hub(config)
-        if "train" not in splits:
-            raise UserError(f"data.dataset {config.dataset!r} has no train split; there are: {', '.join(splits)}")
-        validation = _column(config, splits["validation"]) if "validation" in splits else None
-        return _split_documents(config, _column(config, splits["train"]), validation)
-
-    return Source(identity, read, None)
+    return Source(identity, lambda: hub_commit(config), _limited(lambda commit: hub_units(config, commit), config))
 
 
-def _load_from_hub(config: DataConfig) -> dict[str, Iterable[dict]]:
-    """Open every split of a hub dataset for streaming."""
-    name = config.dataset
-    try:
-        HfApi().dataset_info(name, revision=config.revision, timeout=_HUB_TIMEOUT)
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"data.dataset {name!r}: no such file or directory, nor dataset on the Hugging Face hub"
-        ) from error
-    except Exception as error:  # the HTTP library's own errors differ between versions
-        raise UserError(
-            f"data.dataset {name!r}: no such file or directory, and the Hugging Face hub cannot be asked "
-            f"({type(error).__name__})"
-        ) from error
-
-    import datasets  # slow to import, and only needed here
-
-    try:
-        return datasets.load_dataset(name, config.subset, revision=config.revision, streaming=True)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"data.dataset {name!r}, subset {config.subset!r}, cannot be opened: {reason}") from error
+def _no_commit() -> None:
+    return None
 
 
-def _column(config: DataConfig, rows: Iterable[dict]) -> Iterator[str]:
-    for row in rows:
-        text = row.get(config.text_column)
-        if isinstance(text, str):
-            yield text
-        elif config.text_column not in row:
-            raise UserError(
-                f"data.dataset {config.dataset!r} has no column {config.text_column!r}; there are: "
-                f"{', '.join(row)} (set data.text_column)"
-            )
-        elif text is not None:
-            raise UserError(f"data.dataset {config.dataset!r}: column {config.text_column!r} is not text")
-
-
-def _split_documents(
-    config: DataConfig, train: Iterator[str], validation: Iterator[str] | None
-) -> Iterator[tuple[str, str]]:
-    """Clean documents, limit their number, and hold some out by hash if there is no validation split."""
-    for text in _clean(islice(train, config.max_documents)):
-        held_out = validation is None and in_validation(text, config.validation_fraction)
-        yield "validation" if held_out else "train", text
-    for text in _clean(islice(validation or (), config.max_documents)):
-        yield "validation", text
-
-
-def _clean(texts: Iterable[str]) -> Iterator[str]:
-    """Leave out empty documents and replace lone surrogates, which JSON can carry and UTF-8 cannot."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if text and not text.isspace():
-            yield text
+def _limited(units: Callable[[str | None], list[Unit]], config: DataConfig) -> Callable[[str | None], list[Unit]]:
+    """Read at most max_documents of each split."""
+    if config.max_documents is None:
+        return units
+    return lambda commit: first_documents(units(commit), config.max_documents)
 
 
 def _stat(files: list[tuple[str, Path]]) -> list[tuple[str, int, int]]:

@@ -5,7 +5,8 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -71,8 +72,35 @@ def find_files(dataset: str) -> DataFiles:
     return DataFiles(train, splits["validation"])
 
 
-def read_texts(path: Path, column: str) -> Iterator[str]:
-    """Read the documents of one file.
+@dataclass(frozen=True)
+class Piece:
+    """What can be read of a file without reading the rest of it.
+
+    Attributes:
+        row_group: of a parquet file; None: the whole of a file of another format.
+        num_bytes: estimated bytes of text; None where there is no telling.
+    """
+
+    row_group: int | None
+    num_bytes: int | None
+
+
+def list_pieces(path: Path, column: str) -> list[Piece]:
+    """List the pieces of a file in order, without reading their text.
+
+    Raises:
+        UserError: naming the file, if it is damaged.
+    """
+    with _naming(path):
+        if file_format(path) == "parquet":
+            metadata = pq.read_metadata(path)
+            groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+            return [Piece(index, _column_bytes(group, column)) for index, group in enumerate(groups)]
+        return [Piece(None, None if path.suffix.lower() == ".gz" else path.stat().st_size)]
+
+
+def read_texts(path: Path, column: str, row_group: int | None = None) -> Iterator[str]:
+    """Read the documents of one file, or of one piece of it.
 
     A parquet row or a jsonl line is a document; null ones are left out. A .txt file is one document, or
     several with a line <|endoftext|> between them.
@@ -80,26 +108,48 @@ def read_texts(path: Path, column: str) -> Iterator[str]:
     Args:
         path: the file.
         column: parquet column or jsonl key of the text.
+        row_group: the only row group to read of a parquet file.
 
     Raises:
         UserError: naming the file, if it is damaged or has no such column of text.
     """
-    readers = {"parquet": _read_parquet, "jsonl": _read_jsonl, "txt": _read_txt}
+    with _naming(path):
+        match file_format(path):
+            case "parquet":
+                yield from _read_parquet(path, column, row_group)
+            case "jsonl":
+                yield from _read_jsonl(path, column)
+            case "txt":
+                yield from _read_txt(path)
+
+
+def text_column(schema: pa.Schema, column: str, where: str) -> int:
+    """Find the column that holds the text.
+
+    Args:
+        schema: of a table.
+        column: its name.
+        where: what the table belongs to, for the message.
+
+    Raises:
+        UserError: if there is no such column, or it does not hold text.
+    """
+    if column not in schema.names:
+        raise UserError(_no_column(where, column, schema.names))
+    kind = schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise UserError(f"{where}: column {column!r} holds {kind}, not text")
+    return schema.get_field_index(column)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn a failure to read a file into one line with its name."""
     try:
-        yield from readers[file_format(path)](path, column)
+        yield
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"data file {path} cannot be read: {reason}") from error
-
-
-def estimate_text_bytes(files: list[tuple[str, Path]], column: str) -> int | None:
-    """Estimate the bytes of text in files without reading it; None where there is no telling."""
-    total = 0
-    for _, path in files:
-        if path.suffix.lower() == ".gz":
-            return None
-        total += _parquet_text_bytes(path, column) if file_format(path) == "parquet" else path.stat().st_size
-    return total
 
 
 def _candidates(dataset: str) -> tuple[Path, list[Path]]:
@@ -127,25 +177,16 @@ def _split_name(name: str) -> str:
     return ""
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
+def _read_parquet(path: Path, column: str, row_group: int | None) -> Iterator[str]:
     with pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        if column not in schema.names:
-            raise UserError(_no_column(path, column, schema.names))
-        kind = schema.field(column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise UserError(f"data file {path}: column {column!r} holds {kind}, not text")
-        for batch in file.iter_batches(_ROWS, columns=[column]):
+        text_column(file.schema_arrow, column, f"data file {path}")
+        groups = range(file.num_row_groups) if row_group is None else [row_group]
+        for batch in file.iter_batches(_ROWS, row_groups=groups, columns=[column]):
             yield from (text for text in batch.column(0).to_pylist() if text is not None)
 
 
-def _parquet_text_bytes(path: Path, column: str) -> int:
-    try:
-        metadata = pq.read_metadata(path)
-    except (OSError, pa.ArrowException):
-        return 0  # reading it will say what is wrong
-    groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
-    chunks = (group.column(index) for group in groups for index in range(group.num_columns))
+def _column_bytes(group: pq.RowGroupMetaData, column: str) -> int:
+    chunks = (group.column(index) for index in range(group.num_columns))
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
 
 
@@ -162,14 +203,14 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str]:
             if not isinstance(row, dict):
                 raise UserError(f"data file {path}, line {number}: not a JSON object")
             if column not in row:
-                raise UserError(_no_column(f"{path}, line {number}", column, row))
+                raise UserError(_no_column(f"data file {path}, line {number}", column, row))
             if not isinstance(row[column], str | None):
                 raise UserError(f"data file {path}, line {number}: {column!r} is not text")
             if row[column] is not None:
                 yield row[column]
 
 
-def _read_txt(path: Path, column: str) -> Iterator[str]:
+def _read_txt(path: Path) -> Iterator[str]:
     lines: list[str] = []
     with open(path, encoding="utf-8", newline="") as file:
         for line in file:
@@ -181,5 +222,5 @@ def _read_txt(path: Path, column: str) -> Iterator[str]:
     yield "".join(lines)
 
 
-def _no_column(where: object, column: str, columns: object) -> str:
-    return f"data file {where}: no column {column!r}; there are: {', '.join(columns)} (set data.text_column)"
+def _no_column(where: str, column: str, columns: Iterable[str]) -> str:
+    return f"{where}: no column {column!r}; there are: {', '.join(columns)} (set data.text_column)"

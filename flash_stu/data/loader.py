@@ -60,16 +60,16 @@ class BatchLoader:
 
     def batch(self, step: int) -> torch.Tensor:
         """Read this rank's part of a step's batch, (batch_size / world_size, sequence_length + 1), int64."""
+        batch = torch.empty(self._local_size, self.sequence_length + 1, dtype=torch.int64)
         first = step * self.batch_size + self._local_start
-        rows = [self._window(number) for number in range(first, first + self._local_size)]
-        return torch.from_numpy(np.stack(rows))
+        for number, row in enumerate(batch.numpy(), start=first):
+            self.dataset.read(self._window(number) * self.sequence_length, row)
+        return batch
 
-    def _window(self, number: int) -> np.ndarray:
-        """Read the window with this number in the endless sequence of epochs."""
+    def _window(self, number: int) -> int:
+        """Say which window has this number in the endless sequence of epochs."""
         epoch, position = divmod(number, self.num_windows)
-        index = int(self._permutation(epoch)[position]) if self.shuffle else position
-        tokens = self.dataset.window(index * self.sequence_length, self.sequence_length + 1)
-        return tokens.astype(np.int64)
+        return int(self._permutation(epoch)[position]) if self.shuffle else position
 
     def _new_permutation(self, epoch: int) -> np.ndarray:
         # sorting the raw bits: numpy promises that they never change, but not that its permutations do not

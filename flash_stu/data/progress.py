@@ -15,18 +15,21 @@ class Progress:
         title: what is going on.
         num_bytes: bytes of text to expect; None if unknown.
         enabled: say nothing if False.
+        done: bytes of text that an earlier process has done.
     """
 
-    def __init__(self, title: str, num_bytes: int | None, enabled: bool):
+    def __init__(self, title: str, num_bytes: int | None, enabled: bool, done: int = 0):
         self._title = title
         self._expected = num_bytes
         self._enabled = enabled
+        self._done = done
         self._documents = self._bytes = self._tokens = 0
 
     def __enter__(self) -> "Progress":
         on_terminal = self._enabled and sys.stderr.isatty()
         self._bar = tqdm(
             total=self._expected,
+            initial=self._done,
             desc=self._title,
             unit="B",
             unit_scale=True,
@@ -36,7 +39,7 @@ class Progress:
         self._plain = self._enabled and not on_terminal
         self._start = self._last_line = time.monotonic()
         if self._plain:
-            self._print(self._title)
+            self._print(f"{self._title}: {self._done / 1e6:.1f} MB are done" if self._done else self._title)
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -53,7 +56,7 @@ class Progress:
         self._bar.update(num_bytes)
         if self._plain and time.monotonic() - self._last_line >= _LINE_EVERY:
             self._last_line = time.monotonic()
-            done = f"{min(self._bytes / self._expected, 1):.0%}, " if self._expected else ""
+            done = f"{min((self._done + self._bytes) / self._expected, 1):.0%}, " if self._expected else ""
             self._print(f"{self._title}: {done}{self._figures()}")
 
     def _figures(self) -> str:

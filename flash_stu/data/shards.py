@@ -7,17 +7,20 @@ A directory of shards holds, for one split of a corpus,
     manifest.json    the shards in order, their counts and checksums, and the tokenizer that made them
     verified.json    which shards passed their checksum and how they looked then; a cache, may be missing
 
-Shards are written one at a time and appear under their name only when they are whole. The manifest comes
-last, so a directory with a manifest is complete. Several writers may fill one directory under different
+Shards are written one at a time. The manifest comes last, at once: a directory with a manifest is complete, and
+one without is not read. Several writers may fill one directory under different
 prefixes; whoever knows all their shards writes the manifest.
 """
 
 import hashlib
 import json
 import os
+import secrets
+from bisect import bisect_right
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -30,11 +33,15 @@ from flash_stu.errors import UserError
 MANIFEST = "manifest.json"
 _VERIFIED = "verified.json"
 FORMAT = 1
-_SHARD_TOKENS = 2**27  # 512 MiB of uint32
+SHARD_TOKENS = 2**27  # 512 MiB of uint32
+_BLOCK = 2**20  # bytes read at a time
 
 
 class Shard(BaseModel):
-    """One shard file as the manifest records it; num_bytes counts the UTF-8 text, sha256 covers the file."""
+    """One shard file as the manifest records it.
+
+    num_bytes counts the UTF-8 text; sha256 covers the file and is empty as long as that is being written.
+    """
 
     name: str
     num_tokens: int
@@ -66,21 +73,37 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class ShardWriter:
     """Writes documents into shards PREFIX-00000.bin, PREFIX-00001.bin ... of a directory.
 
+    What a writer has written is safe after `commit`; a later writer can go on from there, whatever happened
+    in between, and gives the same files as one that was never interrupted.
+
     Args:
         directory: an existing directory.
         tokenizer: whose ids are written.
         prefix: start of the file names; one per writer where several share the directory.
         shard_tokens: a shard is closed once it holds this many tokens.
+        committed: what an earlier writer's last `commit` returned; go on after that.
+
+    Raises:
+        UserError: if a file has lost what was committed.
     """
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer, prefix: str = "shard", shard_tokens: int = _SHARD_TOKENS):
-        self.shards: list[Shard] = []
+    def __init__(
+        self,
+        directory: Path,
+        tokenizer: Tokenizer,
+        prefix: str = "shard",
+        shard_tokens: int = SHARD_TOKENS,
+        committed: Iterable[Shard] = (),
+    ):
+        self._shards = [shard.model_copy() for shard in committed]
         self._directory = directory
         self._prefix = prefix
         self._shard_tokens = shard_tokens
         self._vocab_size = tokenizer.vocab_size
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._file = None
+        if self._shards and not self._shards[-1].sha256:
+            self._open_shard()
 
     def add(self, ids: np.ndarray, num_documents: int, num_bytes: int) -> None:
         """Append whole documents.
@@ -98,34 +121,59 @@ class ShardWriter:
         if ids.max() >= self._vocab_size:
             raise ValueError(f"token id {ids.max()} is outside the vocabulary of {self._vocab_size}")
         if self._file is None:
-            name = f"{self._prefix}-{len(self.shards):05d}.bin"
-            self._shard = Shard(name=name, num_tokens=0, num_documents=0, num_bytes=0, sha256="")
-            self._digest = hashlib.sha256()
-            self._file = open(self._directory / f"{name}.tmp", "wb")  # noqa: SIM115 - open across calls
-        data = ids.astype(self._dtype).tobytes()
+            name = f"{self._prefix}-{len(self._shards):05d}.bin"
+            self._shards.append(Shard(name=name, num_tokens=0, num_documents=0, num_bytes=0, sha256=""))
+            self._open_shard()
+        data = np.ascontiguousarray(ids, dtype=self._dtype).data
         self._file.write(data)
         self._digest.update(data)
-        self._shard.num_tokens += len(ids)
-        self._shard.num_documents += num_documents
-        self._shard.num_bytes += num_bytes
-        if self._shard.num_tokens >= self._shard_tokens:
+        shard = self._shards[-1]
+        shard.num_tokens += len(ids)
+        shard.num_documents += num_documents
+        shard.num_bytes += num_bytes
+        if shard.num_tokens >= self._shard_tokens:
             self._close_shard()
+
+    def commit(self) -> list[Shard]:
+        """Bring everything added to the disk, and list all shards written; the last may be open."""
+        if self._file is not None:
+            self._sync()
+        return [shard.model_copy() for shard in self._shards]
 
     def finish(self) -> list[Shard]:
         """Close the last shard and list all shards written."""
         if self._file is not None:
             self._close_shard()
-        return self.shards
+        return self.commit()
+
+    def _open_shard(self) -> None:
+        """Open the last shard's file after the tokens it is known to hold, of which there are none in a new one.
+
+        What an interrupted writer left beyond them is written over, and not cut off before the shard is closed:
+        should that writer live on, where locks do not reach, both write the same bytes to the same places.
+        """
+        shard = self._shards[-1]
+        path = self._directory / shard.name
+        self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 - open across calls
+        self._digest = hashlib.sha256()
+        missing = shard.num_tokens * self._dtype.itemsize
+        while missing and (block := self._file.read(min(missing, _BLOCK))):
+            self._digest.update(block)
+            missing -= len(block)
+        if missing:
+            raise UserError(f"unfinished token shard {path} has lost its last {missing} bytes")
+        self._file.seek(shard.num_tokens * self._dtype.itemsize)
 
     def _close_shard(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.truncate()
+        self._sync()
         self._file.close()
         self._file = None
-        path = self._directory / self._shard.name
-        os.replace(f"{path}.tmp", path)
-        self._shard.sha256 = self._digest.hexdigest()
-        self.shards.append(self._shard)
+        self._shards[-1].sha256 = self._digest.hexdigest()
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 def write_manifest(directory: Path, tokenizer: Tokenizer, shards: Iterable[Shard]) -> Manifest:
@@ -143,7 +191,7 @@ def write_manifest(directory: Path, tokenizer: Tokenizer, shards: Iterable[Shard
         num_bytes=sum(shard.num_bytes for shard in shards),
         shards=shards,
     )
-    _replace_text(directory / MANIFEST, manifest.model_dump_json(indent=1))
+    replace_text(directory / MANIFEST, manifest.model_dump_json(indent=1))
     return manifest
 
 
@@ -175,14 +223,14 @@ class TokenDataset:
                 f"(fingerprint {made_by[:12]}), not by {tokenizer.spec!r} ({tokenizer.fingerprint[:12]})"
             )
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        self._ends = np.cumsum([0] + [shard.num_tokens for shard in self.manifest.shards])
-        self._maps: dict[int, np.memmap] = {}
+        self._ends = list(accumulate((shard.num_tokens for shard in self.manifest.shards), initial=0))
+        self._maps: dict[int, np.ndarray] = {}
         for shard in self.manifest.shards:
             self._check_size(shard)
         self._verify_changed()
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     @property
     def num_bytes(self) -> int:
@@ -195,32 +243,37 @@ class TokenDataset:
         return self.manifest.num_documents
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """Copy `length` consecutive tokens, across shards where need be, as stored (uint16 or uint32).
+        """Copy `length` consecutive tokens as stored (uint16 or uint32); see `read`."""
+        tokens = np.empty(max(length, 0), dtype=self._dtype)
+        self.read(start, tokens)
+        return tokens
+
+    def read(self, start: int, tokens: np.ndarray) -> None:
+        """Fill an array of any integer type with consecutive tokens, across shards where need be.
 
         Raises:
-            IndexError: if the window is not inside the dataset.
+            IndexError: if they are not inside the dataset.
         """
-        if start < 0 or length < 0 or start + length > len(self):
+        length = len(tokens)
+        if start < 0 or start + length > len(self):
             raise IndexError(f"tokens {start} to {start + length} of a dataset of {len(self)}")
-        tokens = np.empty(length, dtype=self._dtype)
         filled = 0
-        index = int(np.searchsorted(self._ends, start, side="right")) - 1
+        index = bisect_right(self._ends, start) - 1
         while filled < length:
             offset = start + filled - self._ends[index]
             piece = self._shard(index)[offset : offset + length - filled]
             tokens[filled : filled + len(piece)] = piece
             filled += len(piece)
             index += 1
-        return tokens
 
     def verify(self) -> None:
         """Compare the checksum of every shard; raises UserError naming the first one that differs."""
         self._verify(self.manifest.shards)
 
-    def _shard(self, index: int) -> np.memmap:
+    def _shard(self, index: int) -> np.ndarray:
         if index not in self._maps:
             path = self.directory / self.manifest.shards[index].name
-            self._maps[index] = np.memmap(path, dtype=self._dtype, mode="r")
+            self._maps[index] = np.asarray(np.memmap(path, dtype=self._dtype, mode="r"))  # slices faster
         return self._maps[index]
 
     def _check_size(self, shard: Shard) -> None:
@@ -242,7 +295,7 @@ class TokenDataset:
         if changed:
             self._verify(changed)
             with suppress(OSError):  # a read-only directory: the next process checks again
-                _replace_text(record, json.dumps(stamps, indent=1))
+                replace_text(record, json.dumps(stamps, indent=1))
 
     def _verify(self, shards: list[Shard]) -> None:
         with ThreadPoolExecutor() as pool:
@@ -280,8 +333,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -1,174 +1,276 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, without pickle.
 
-checkpoints/step-N/ holds model.safetensors and optimizer.safetensors (whole tensors, whatever the sharding,
-so that any number of processes can load them) and progress.json with the sizes and checksums of both. The
-folder is written under a temporary name and renamed when everything is on disk: a folder of that name is
-complete.
+Every process copies the tensors it holds to CPU memory and goes on training while a thread writes the copies, with
+torch.distributed.checkpoint, into a safetensors file of its own; nothing is gathered. Each file says which part of
+which tensor it holds, so any number of processes can load them, whatever their parallel strategy. What a checkpoint
+looks like on disk and when it is complete is told in checkpoint_folder.
 """
 
-import json
-import os
-import re
-import shutil
-import zlib
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+    TensorStorageMetadata,
 )
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from flash_stu.errors import UserError
+from flash_stu.training import checkpoint_folder
+from flash_stu.training.checkpoint_folder import list_steps, load_weights
 from flash_stu.training.parallel import World
 
-_GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_READ_BYTES = 1 << 24
+__all__ = ["Checkpointer", "list_steps", "load_weights"]
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is no mistake
+
+_FILE_BYTES = 1 << 27  # safetensors lays out a whole file in memory, and meanwhile no other thread can run Python
+
+T = TypeVar("T")
 
 
-def gather_model(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All weights and buffers as whole CPU tensors, tied ones once; empty except on the main process."""
-    state = get_model_state_dict(model, options=_GATHER)
-    unique = {name.removeprefix("module.") for name, _ in [*model.named_parameters(), *model.named_buffers()]}
-    return {name: tensor.contiguous() for name, tensor in state.items() if name in unique}
+class Checkpointer:
+    """Saves and restores a model and its optimizers; every process makes the same calls in the same order.
 
-
-def save(folder: Path, step: int, model: nn.Module, optimizer, progress: dict, keep: int, world: World) -> None:
-    """Write the checkpoint of a step and delete the oldest ones; to be called by every process.
-
-    Args:
-        folder: the run's checkpoints/.
-        step: optimizer steps done.
-        model: as parallelize returned it.
-        optimizer: its optimizer.
-        progress: what else to keep, for JSON.
-        keep: how many checkpoints to leave, this one included.
-        world: the processes.
-
-    Raises:
-        UserError: if the files cannot be written; the checkpoints before are intact then.
+    As a context manager it waits at the end for the last write.
     """
-    weights = gather_model(model)
-    moments = get_optimizer_state_dict(model, optimizer, options=_GATHER).get("state", {})
-    if world.is_main:
-        tensors = {
-            "model.safetensors": weights,
-            "optimizer.safetensors": {
-                f"{name}/{key}": value for name, entry in moments.items() for key, value in entry.items()
-            },
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        world: World,
+        keep: int,
+        keep_every: int | None = None,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        """Prepare; nothing is written yet.
+
+        Args:
+            folder: the run's checkpoints/, on a file system that all processes share.
+            model: as parallelize returned it.
+            optimizers: over disjoint parts of the model's parameters.
+            world: the processes.
+            keep: how many of the newest checkpoints stay.
+            keep_every: checkpoints whose step is divisible by it stay for ever.
+            report: gets a line about every damaged checkpoint, on the main process.
+        """
+        self.folder, self.optimizers, self.world = folder, optimizers, world
+        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self.keep, self.keep_every, self.report = keep, keep_every, report
+        # training communicates at the same time as the thread, so they cannot share a group
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", _use, (world.device,))
+        self._writing: Future | None = None
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self.wait()
+        except UserError as failure:
+            if error is None:
+                raise
+            self._report(str(failure))
+        finally:
+            self._thread.shutdown()
+
+    def save(self, step: int, progress: dict) -> None:
+        """Begin to write the checkpoint of a step; returns when everything is copied, and may change.
+
+        Args:
+            step: optimizer steps done. A checkpoint of the same step is replaced.
+            progress: what else to keep, for JSON.
+
+        Raises:
+            UserError: if the checkpoint before could not be written; those before that one are intact.
+        """
+        self.wait()
+        tensors = self._weights() | self._moments()
+        copies = {
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for index, (name, tensor) in enumerate(tensors.items())
+            if isinstance(tensor, DTensor) or index % self.world.size == self.world.rank  # whole ones all could write
         }
+        files = _assign_files(tensors, _FILE_BYTES * self.world.size)
+        self._writing = self._thread.submit(self._write, step, copies, files, dict(progress))
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on disk.
+
+        Raises:
+            UserError: if it could not be written, on any process.
+        """
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def resume(self) -> dict | None:
+        """Load the newest intact checkpoint into model and optimizers; their hyperparameters stay as they are.
+
+        A damaged checkpoint is reported by name, set aside as step-N.damaged, and the one before it is tried.
+
+        Returns:
+            the progress saved with it, and "step"; None if there is no checkpoint.
+
+        Raises:
+            UserError: if there are checkpoints but none is intact, or they are another model's.
+        """
+        self._on_main(lambda: checkpoint_folder.clear(self.folder))
+        steps = self._on_main(lambda: list_steps(self.folder))
+        if not steps:
+            return None
+        damaged = []
+        for path in (self.folder / f"step-{step}" for step in reversed(steps)):
+            try:
+                progress = self._verify(path)
+                break
+            except (OSError, ValueError) as error:
+                self._report(f"damaged checkpoint {path}: {error}; trying the one before it")
+                damaged.append(path)
+        else:
+            raise UserError(
+                f"{self.folder}: none of its {len(steps)} checkpoints is intact; remove them to start again"
+            )
+        self._on_main(lambda: [checkpoint_folder.set_aside(path) for path in damaged])
+        self._load(path)
+        return progress
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by their names on disk, tied ones once; DTensors where they are sharded."""
+        state = self.model.state_dict()  # first of all: FSDP brings the parameters back to their shards for it
+        unique = {name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]}
+        return {f"model.{name}": tensor for name, tensor in state.items() if name in unique}
+
+    def _moments(self) -> dict[str, torch.Tensor]:
+        """The optimizers' tensors by their names on disk: none before the first step."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return {
+            f"optimizer.{names[parameter]}.{key}": tensor
+            for optimizer in self.optimizers
+            for parameter, state in optimizer.state.items()
+            for key, tensor in state.items()
+        }
+
+    def _write(self, step: int, copies: dict[str, torch.Tensor], files: dict[str, int], progress: dict) -> None:
+        """Write a checkpoint; runs in the thread."""
         try:
-            _write(folder, step, tensors, progress)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"the checkpoint of step {step} cannot be written to {folder}: {error}") from error
-        for old in list_steps(folder)[:-keep]:
-            shutil.rmtree(folder / f"step-{old}")
-    world.barrier()
+            path = self._on_main(lambda: checkpoint_folder.begin(self.folder, step))
+            writer = _Writer(str(path), files, save_distributed=True)
+            dcp.save(copies, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            parts = self._everywhere(lambda: {name: checkpoint_folder.describe(path / name) for name in writer.written})
+            written = {name: entry for part in parts for name, entry in part.items()}
+            self._on_main(lambda: self._complete(path, {**progress, "step": step, "files": written}))
+        except (Exception, CheckpointException) as error:
+            raise UserError(
+                f"the checkpoint of step {step} cannot be written to {self.folder}: {_reason(error)}"
+            ) from error
 
+    def _complete(self, path: Path, progress: dict) -> None:
+        checkpoint_folder.complete(path, progress)
+        checkpoint_folder.prune(self.folder, self.keep, self.keep_every)
 
-def resume(folder: Path, model: nn.Module, optimizer, world: World, report=print) -> dict | None:
-    """Load the newest intact checkpoint; to be called by every process.
+    def _verify(self, path: Path) -> dict:
+        """The progress of a checkpoint, if its files are as they were written; each process reads its part of them."""
+        progress = self._on_main(lambda: checkpoint_folder.read_progress(path))
+        files = progress.pop("files")
+        mine = {name: files[name] for name in sorted(files)[self.world.rank :: self.world.size]}
+        self._everywhere(lambda: checkpoint_folder.verify(path, mine))
+        return progress
 
-    A damaged checkpoint is reported by name, set aside as step-N.damaged, and the one before it is tried.
+    def _load(self, path: Path) -> None:
+        reader = HuggingFaceStorageReader(str(path))
+        saved = reader.read_metadata().state_dict_metadata
+        weights, parameters = self._weights(), dict(self.model.named_parameters())
+        for name in weights.keys() | {name for name in saved if name.startswith("model.")}:
+            if name not in saved or name not in weights or saved[name].size != weights[name].shape:
+                raise UserError(f"the checkpoint {path} is another model's: they differ in {name}")
+        states, moments = {}, {}  # of each parameter; of all, by their names on disk
+        for name, entry in saved.items():
+            if name.startswith("optimizer."):
+                owner, key = name.removeprefix("optimizer.").rsplit(".", 1)
+                moments[name] = states.setdefault(owner, {})[key] = _room(entry, parameters[owner])
+        dcp.load(weights | moments, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+        names = {parameter: name for name, parameter in parameters.items()}
+        for optimizer in self.optimizers:
+            owners = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            state = {index: states[owner] for index, owner in enumerate(owners) if owner in states}
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
-    Returns:
-        the progress saved with it, and "step"; None if there is no checkpoint.
+    def _on_main(self, work: Callable[[], T]) -> T:
+        """Do something on the main process alone; what it returned, or failed with, everywhere."""
+        return self._everywhere(lambda: work() if self.world.is_main else None)[0]
 
-    Raises:
-        UserError: if there are checkpoints but none is intact.
-    """
-    steps = list_steps(folder) if world.is_main else []
-    tensors, progress = {}, None
-    for step in reversed(steps):
+    def _everywhere(self, work: Callable[[], T]) -> list[T]:
+        """Do something on every process; what each returned, by rank.
+
+        Raises:
+            OSError: on every process, if it failed on one.
+        """
+        if self._group is None:
+            return [work()]
+        result, failure = None, None
         try:
-            tensors, progress = _read(folder / f"step-{step}")
-            break
-        except (OSError, ValueError) as error:
-            report(f"damaged checkpoint {folder / f'step-{step}'}: {error}; trying the one before it")
-    if steps and not progress:
-        raise UserError(f"{folder}: none of its {len(steps)} checkpoints is intact; remove them to start again")
-    for damaged in (folder / f"step-{step}" for step in steps if step > progress["step"]):
-        aside = damaged.with_name(f"{damaged.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(damaged, aside)
-    progress = world.from_main(progress)
-    if progress:
-        _load(model, optimizer, tensors, world)
-    return progress
+            result = work()
+        except Exception as error:
+            failure = error
+        outcomes: list = [None] * self.world.size
+        dist.all_gather_object(outcomes, (result, str(failure) if failure else None), group=self._group)
+        for rank, (_, reason) in enumerate(outcomes):
+            if reason is not None:
+                raise OSError(f"process {rank}: {reason}") from failure
+        return [result for result, _ in outcomes]
+
+    def _report(self, line: str) -> None:
+        if self.world.is_main:
+            self.report(line)
 
 
-def list_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, oldest first."""
-    names = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*"))
-    return sorted(int(name[1]) for name in names if name)
+class _Writer(HuggingFaceStorageWriter):
+    """Remembers which files this process wrote."""
+
+    written: frozenset[str] = frozenset()
+
+    def write_data(self, plan, planner):
+        results = super().write_data(plan, planner)
+        self.written = frozenset(result.storage_data.relative_path for result in results.value())
+        return results
 
 
-def _write(folder: Path, step: int, tensors: dict[str, dict], progress: dict) -> None:
-    final, temporary = folder / f"step-{step}", folder / f".step-{step}.tmp"
-    for stale in [final, *folder.glob(".step-*.tmp")]:
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    files = {}
-    for name, values in tensors.items():
-        save_file(values, temporary / name)
-        files[name] = {"bytes": (temporary / name).stat().st_size, "crc32": _crc32(temporary / name)}
-    (temporary / "progress.json").write_text(json.dumps({**progress, "step": step, "files": files}, indent=2))
-    for path in [*temporary.iterdir(), temporary]:
-        _flush_to_disk(path)
-    os.rename(temporary, final)
-    _flush_to_disk(folder)
+def _assign_files(tensors: dict[str, torch.Tensor], size: int) -> dict[str, int]:
+    """The number of the file, from 1 on, into which to write each tensor, so that a file is about `size` bytes."""
+    files, total = {}, 0
+    for name, tensor in tensors.items():
+        files[name] = 1 + total // size
+        total += tensor.nbytes
+    return files
 
 
-def _read(path: Path) -> tuple[dict[str, dict], dict]:
-    """Tensors by file and the progress of one checkpoint.
-
-    Raises:
-        OSError, ValueError: if anything is missing or not as it was written.
-    """
-    progress = json.loads((path / "progress.json").read_text())
-    if not isinstance(progress, dict) or "files" not in progress:
-        raise ValueError("progress.json names no files")
-    files = progress.pop("files")
-    for name, expected in files.items():
-        size = (path / name).stat().st_size
-        if size != expected["bytes"]:
-            raise ValueError(f"{name} has {size} bytes instead of {expected['bytes']}")
-        if _crc32(path / name) != expected["crc32"]:
-            raise ValueError(f"{name} was altered: its checksum differs")
-    return {name: load_file(path / name) for name in files}, progress
+def _use(device: torch.device) -> None:
+    """Make a GPU the thread's own: threads begin with the first one, and would take memory there."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
-def _load(model: nn.Module, optimizer, tensors: dict[str, dict], world: World) -> None:
-    """Give every process its part of the tensors that the main process read."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.size > 1, strict=False)
-    weights, moments = tensors.get("model.safetensors", {}), {}
-    for name, value in tensors.get("optimizer.safetensors", {}).items():
-        parameter, _, key = name.rpartition("/")
-        moments.setdefault(parameter, {})[key] = value
-    set_model_state_dict(model, weights, options=options)
-    # the hyperparameters are the config's, not the checkpoint's
-    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
-    state = {"state": moments, "param_groups": groups} if world.is_main else {}
-    set_optimizer_state_dict(model, optimizer, state, options=options)
+def _room(entry: TensorStorageMetadata, parameter: nn.Parameter) -> torch.Tensor:
+    """An empty tensor for one of an optimizer's, sharded like the parameter if it has the same shape."""
+    if entry.size == parameter.shape:
+        return torch.empty_like(parameter, dtype=entry.properties.dtype)
+    return torch.empty(entry.size, dtype=entry.properties.dtype)
 
 
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _reason(error: BaseException) -> BaseException:
+    """What went wrong, in one line: of a failed checkpoint, its first process's error."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error

@@ -34,15 +34,23 @@ class TrainConfig(Section):
     epochs: float | None = Field(default=None, gt=0, description="passes over the training tokens; or set steps")
     dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of the matrix products")
     compile: bool = Field(default=False, description="torch.compile every block")
-    activation_checkpointing: Literal["none", "full"] = Field(
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
         default="none",
-        description="full: keep only the inputs of each block and recompute the rest in backward",
+        description="full: keep only the inputs of each block and recompute the rest in backward; "
+        "selective: keep the results of products, attention and convolution too",
+    )
+    initial_weights: str | None = Field(
+        default=None, description="a model directory to start from instead of random weights; its shape is model's"
     )
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="clip the gradient's norm to this")
+    max_skipped_steps: int = Field(
+        default=10, ge=0, description="steps in a row with a loss or gradient that is not finite; one more ends the run"
+    )
     validation_every: int = Field(default=500, ge=1, description="steps")
     validation_tokens: int | None = Field(default=1_048_576, ge=1, description="null: the whole validation split")
     checkpoint_every: int = Field(default=1000, ge=1, description="steps")
     keep_checkpoints: int = Field(default=2, ge=1, description="how many of the newest checkpoints to keep")
+    keep_every: int | None = Field(default=None, ge=1, description="keep checkpoints of multiples of this for ever")
     log_every: int = Field(default=10, ge=1, description="steps between printed lines where there is no terminal")
 
     @model_validator(mode="after")
@@ -55,18 +63,21 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: of the matrices in the blocks; AdamW of everything else"
+    )
     learning_rate: float = Field(default=3e-3, gt=0, description="the peak, reached at the end of the warm-up")
     min_learning_rate: float = Field(default=3e-5, ge=0, description="reached at the last step")
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="after the warm-up")
-    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
-    eps: float = Field(default=1e-8, gt=0)
+    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2, description="AdamW's")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's")
     weight_decay: float = Field(default=0.1, ge=0, description="of matrices; vectors have none")
-    amsgrad: bool = False
-    fused: bool | Literal["auto"] = Field(default="auto", description="one kernel per step; auto: on CUDA")
+    amsgrad: bool = Field(default=False, description="AdamW's")
+    fused: bool | Literal["auto"] = Field(default="auto", description="AdamW in one kernel per step; auto: on CUDA")
 
     @model_validator(mode="after")
     def _check(self):
@@ -84,7 +95,32 @@ class ParallelConfig(Section):
     """How several processes share the work; see flash_stu.training.parallel."""
 
     strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
-    timeout_minutes: float = Field(default=10.0, gt=0, description="a process silent for longer ends the run")
+    replicas: int = Field(
+        default=1,
+        ge=1,
+        description="fsdp: groups of processes that each hold one whole model (HSDP); usually the nodes",
+    )
+    timeout_minutes: float = Field(default=10.0, gt=0, description="a process that stands still longer ends the run")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.replicas > 1 and self.strategy not in ("auto", "fsdp"):
+            raise UserError(
+                f"parallel.replicas is {self.replicas}, parallel.strategy {self.strategy!r}; needed: 'fsdp'"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """Tasks of lm-eval-harness during training, beside the validation loss; see flash_stu.training.evaluation_hook."""
+
+    tasks: str | None = Field(
+        default=None, min_length=1, description="what evaluate.py --tasks takes, such as embedded_cloze; null: none"
+    )
+    every: int = Field(default=1000, ge=1, description="steps")
+    limit: int | None = Field(default=None, ge=1, description="score only the first so many items of each task")
+    data_dir: str | None = Field(default=None, description="local mirror of data sets; null: the hub, or its cache")
+    include_path: str | None = Field(default=None, description="folder with task definitions of one's own")
 
 
 class WandbConfig(Section):
@@ -107,6 +143,7 @@ class RunConfig(Section):
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     wandb: WandbConfig = WandbConfig()
 
     @field_validator("model")
@@ -126,6 +163,12 @@ class RunConfig(Section):
             raise UserError(
                 f"train.sequence_length is {self.train.sequence_length}: sequence longer than the filters; "
                 f"at most model.max_position_embeddings, {longest}"
+            )
+        every = self.train.keep_every
+        if every is not None and every % self.train.checkpoint_every:
+            raise UserError(
+                f"train.keep_every is {every}; it must be a multiple of train.checkpoint_every, "
+                f"{self.train.checkpoint_every}"
             )
         if self.train.steps is not None and self.optimizer.warmup_steps > self.train.steps:
             raise UserError(

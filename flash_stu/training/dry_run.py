@@ -19,7 +19,7 @@ def describe(config: RunConfig, processes: int) -> str:
     with torch.device("meta"):
         model = FlashSTUForCausalLM(config.architecture())
     parameters = model.num_parameters()
-    strategy = resolve_strategy(config.parallel.strategy, processes, parameters)
+    strategy = resolve_strategy(config.parallel, processes, parameters)
     if train.steps is None:
         length = f"{train.epochs:g} epochs; steps and tokens follow from the size of the data"
     else:
@@ -44,11 +44,12 @@ def describe(config: RunConfig, processes: int) -> str:
 def estimate_memory(model, config: RunConfig, strategy: str, processes: int) -> dict[str, int]:
     """Bytes per GPU, by part; an estimate to choose a micro batch by, not a promise.
 
-    Parameters, gradients and moments are float32 and divided among the processes by FSDP, where two gathered
-    blocks and the embedding come on top. For each token a block keeps about 7.5 vectors of hidden_size (in
-    bfloat16 if the residual stream is, which takes FSDP, else float32) and 4 of intermediate_size in compute
-    precision; an attention block besides queries, keys, values and outputs, as its GPU kernels do. With
-    checkpointing it keeps its input, and one block at a time the rest.
+    Parameters, gradients and the two moments of AdamW (Muon has one) are float32 and divided among the processes of
+    a replica by FSDP, where two gathered blocks and the embedding come on top. For each token a block keeps about 7.5
+    vectors of hidden_size (in bfloat16 if the residual stream is, which takes FSDP, else float32) and 4 of
+    intermediate_size in compute precision; an attention block besides queries, keys, values and outputs, as its GPU
+    kernels do. With checkpointing it keeps its input, if selective also the results of its products, and one block at
+    a time the rest.
     """
     train, shape = config.train, config.model
     parameters = model.num_parameters()
@@ -56,25 +57,26 @@ def estimate_memory(model, config: RunConfig, strategy: str, processes: int) -> 
     size = 2 if train.dtype == "bfloat16" else 4
     states, gathered = parameters * 4 * (5 if config.optimizer.amsgrad else 4), 0
     if strategy == "fsdp":
-        states //= processes
+        states //= processes // config.parallel.replicas
         gathered = (2 * max(in_blocks) + parameters - sum(in_blocks)) * (size + 4)  # weights, unreduced gradients
     elif size == 2:
         gathered = parameters * 2  # autocast's copies
     residual = size if strategy == "fsdp" else 4
     tokens = train.micro_batch_size * train.sequence_length
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    blocks = [
-        int(tokens * (7.5 * residual * hidden + size * (4 * inner + 4 * hidden * (kind == "sliding_attention"))))
-        for kind in shape["layer_types"]
-    ]
-    if train.activation_checkpointing == "full":
-        activations = max(blocks) + len(blocks) * tokens * residual * hidden
-    else:
-        activations = sum(blocks)
-    logits = 3 * min(4 * tokens * shape["vocab_size"], CHUNK_BYTES)  # their softmax and gradient too
+    attends = [kind == "sliding_attention" for kind in shape["layer_types"]]
+    blocks = [tokens * (7.5 * residual * hidden + size * (4 * inner + 4 * hidden * attention)) for attention in attends]
+    kept = {
+        "none": 0,
+        "selective": sum(
+            tokens * (residual * hidden + size * (2 * inner + hidden * (6 if attention else 3)))
+            for attention in attends
+        ),
+        "full": len(blocks) * tokens * residual * hidden,
+    }[train.activation_checkpointing]
     return {
         "states": states,
         "gathered and cast weights": gathered,
-        "activations": activations,
-        "logits": logits,
+        "activations": int(max(blocks) + kept if train.activation_checkpointing != "none" else sum(blocks)),
+        "logits": min(6 * tokens * shape["vocab_size"], CHUNK_BYTES),
     }

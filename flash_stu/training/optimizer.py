@@ -1,10 +1,11 @@
-"""AdamW and its learning rate, a pure function of the step."""
+"""The optimizers, AdamW or Muon beside AdamW, and their learning rate, a pure function of the step."""
 
 import math
 
 import torch
 from torch import nn
 
+from flash_stu.model import Block
 from flash_stu.training.config import OptimizerConfig
 
 
@@ -29,27 +30,60 @@ def learning_rate(step: int, config: OptimizerConfig, steps: int) -> float:
     return floor + (peak - floor) * remaining
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over a model's parameters; those of two or more dimensions decay, norms and biases do not.
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers that together train a model's parameters, each parameter in exactly one of them.
+
+    Parameters of two or more dimensions decay, norms and biases do not. With "muon", Muon takes the weight matrices of
+    the blocks' linear layers and AdamW the rest: embedding and head, whose rows are used one at a time, the STU's
+    coefficients, which are no maps between features, and vectors. Muon's updates are scaled to the size of AdamW's, so
+    that one learning rate and one weight decay serve both.
 
     Call it after the parallel strategy was applied, since sharding replaces the parameters.
+
+    Source: Loshchilov and Hutter 2019 (arXiv 1711.05101); Muon: Jordan et al. 2024, with the scaling of Liu et al. 2025
+    (arXiv 2502.16982), eq. 4.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = _block_matrices(model) if config.name == "muon" else []
+    taken = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=tuple(config.betas),
-        eps=config.eps,
-        amsgrad=config.amsgrad,
-        fused=parameters[0].is_cuda if config.fused == "auto" else config.fused,
-    )
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    if others:
+        optimizers.append(
+            torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=config.learning_rate,
+                betas=tuple(config.betas),
+                eps=config.eps,
+                amsgrad=config.amsgrad,
+                fused=others[0].is_cuda if config.fused == "auto" else config.fused,
+            )
+        )
+    return optimizers
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+def _block_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trained weights of the linear layers within the model's blocks, in the order of the parameters."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    linears = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
+    return [linear.weight for linear in linears if linear.weight.requires_grad]
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], value: float) -> None:
     """Use one learning rate for all parameters from the next step on."""
-    for group in optimizer.param_groups:
-        group["lr"] = value
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = value

@@ -2,7 +2,8 @@
 
 The model is written for one device. `parallelize` applies, from outside and in this order, activation
 checkpointing, compilation of each block, mixed precision, and the strategy: fully_shard (FSDP2) per block
-and then for the rest, or DistributedDataParallel, or nothing.
+and then for the rest, or DistributedDataParallel, or nothing. With several replicas the processes form a
+grid (HSDP): each row of it shards one whole model, and the rows average their gradients.
 """
 
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +21,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flash_stu.errors import UserError
-from flash_stu.training.config import RunConfig
+from flash_stu.training.config import ParallelConfig, RunConfig
+from flash_stu.training.initialization import initialize, read_initial_weights
 
 _DDP_LIMIT = 10**9  # parameters; with their gradients and AdamW's moments, 16 GB in float32
 
@@ -98,7 +101,9 @@ def join_world(config: RunConfig) -> Iterator[World]:
         store=dist.HashStore() if size == 1 else None,
         rank=rank if size == 1 else -1,
         world_size=size if size == 1 else -1,
-        timeout=timedelta(minutes=config.parallel.timeout_minutes),
+        # later than the watchdog's, which knows who is to blame
+        timeout=timedelta(minutes=2 * config.parallel.timeout_minutes + 1),
+        device_id=device if device.type == "cuda" else None,
     )
     try:
         yield world
@@ -106,63 +111,101 @@ def join_world(config: RunConfig) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def resolve_strategy(strategy: str, processes: int, parameters: int) -> str:
-    """What "auto" means: nothing for one process, else DDP up to a billion parameters and FSDP beyond."""
-    if strategy != "auto":
-        return strategy
+def resolve_strategy(parallel: ParallelConfig, processes: int, parameters: int) -> str:
+    """What "auto" means: nothing for one process; DDP up to a billion parameters, FSDP beyond, or for replicas."""
+    if parallel.strategy != "auto":
+        return parallel.strategy
+    if parallel.replicas > 1:
+        return "fsdp"
     if processes == 1:
         return "none"
     return "ddp" if parameters <= _DDP_LIMIT else "fsdp"
 
 
 def parallelize(model: nn.Module, config: RunConfig, world: World) -> nn.Module:
-    """Prepare a model, equal on every process, for training on this world.
+    """Prepare a model for training on this world and give it its initial weights.
 
     Args:
-        model: a FlashSTUForCausalLM in float32 on the CPU; changed in place.
-        config: the run's; train.dtype, compile, activation_checkpointing and parallel.strategy are read.
+        model: a FlashSTUForCausalLM in float32 on the meta device; changed in place.
+        config: the run's; seed, train.initial_weights, dtype, compile, activation_checkpointing and the
+            parallel section are read.
         world: the processes.
 
     Returns:
         the module to call. Parameters stay float32. With dtype bfloat16 the products run in bfloat16: by
         autocast, or by FSDP's mixed precision with float32 reduction, where the residual stream is bfloat16
         too.
+
+    Raises:
+        UserError: for replicas that do not divide the processes, or initial weights that do not fit.
     """
-    strategy = resolve_strategy(config.parallel.strategy, world.size, model.num_parameters())
+    strategy = resolve_strategy(config.parallel, world.size, model.num_parameters())
     bfloat16 = config.train.dtype == "bfloat16"
-    model.to(world.device)
     for block in model.model.layers:
-        if config.train.activation_checkpointing == "full":
-            block.forward = _recomputed(block.forward)
+        if config.train.activation_checkpointing != "none":
+            block.forward = _recomputed(block.forward, config.train.activation_checkpointing)
         if config.train.compile:  # the function, not the module: FSDP's hooks stay outside
             block.forward = torch.compile(block.forward)
+    if strategy == "fsdp":
+        _shard(model, config, world)
+    if config.train.initial_weights is None:
+        initialize(model, world.device, config.seed)
+    else:
+        read_initial_weights(model, world.device, config.train.initial_weights)
     if bfloat16 and strategy != "fsdp":
         model.forward = torch.autocast(world.device.type, torch.bfloat16)(model.forward)
     if strategy == "ddp":
         devices = [world.device] if world.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    if strategy == "fsdp":
-        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-        # The filters are an input of every block and must stay float32, so inputs are not cast to bfloat16;
-        # the activations are bfloat16 already, since the embedding's weights are.
-        precision = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if bfloat16 else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )
-        for block in model.model.layers:
-            fully_shard(block, mesh=mesh, mp_policy=precision)
-        fully_shard(model, mesh=mesh, mp_policy=precision)
     return model
 
 
-def _recomputed(forward: Callable) -> Callable:
-    """The same function, which keeps only its inputs and runs again for its gradient."""
+def _shard(model: nn.Module, config: RunConfig, world: World) -> None:
+    replicas = config.parallel.replicas
+    if world.size % replicas:
+        raise UserError(f"parallel.replicas is {replicas}; it must divide the {world.size} processes")
+    if replicas > 1:
+        mesh = init_device_mesh(
+            world.device.type, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard")
+        )
+    else:
+        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    # The filters are an input of every block and must stay float32, so inputs are not cast to bfloat16;
+    # the activations are bfloat16 already, since the embedding's weights are.
+    precision = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if config.train.dtype == "bfloat16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
+
+
+def _recomputed(forward: Callable, mode: str) -> Callable:
+    """The same function, which keeps only its inputs, and if selective its products, and recomputes the rest."""
+    options = {}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _costly_ops())
 
     def run(*inputs):  # a function of its own: torch.compile skips a functools.partial of checkpoint
-        return checkpoint(forward, *inputs, use_reentrant=False)
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
     return run
+
+
+def _costly_ops() -> list:
+    """What takes long to compute again for the memory it takes to keep: products, attention, convolution."""
+    aten = torch.ops.aten
+    return [
+        aten.mm.default,
+        aten.addmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.higher_order.flex_attention,
+        torch.ops.flash_stu.fft_conv.default,
+    ]
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:

@@ -18,17 +18,22 @@ _FREE = {
     "output_dir",
     "model.attention_backend",
     "model.conv_backend",
+    "model.decode_backend",
+    "model.loss_backend",
+    "model.lds_state_dtype",
     "data.cache_dir",
     "train.micro_batch_size",
     "train.compile",
     "train.activation_checkpointing",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every",
+    "train.max_skipped_steps",
     "train.log_every",
     "train.validation_every",
     "optimizer.fused",
 }
-_FREE_SECTIONS = ("parallel.", "wandb.")
+_FREE_SECTIONS = ("evaluation.", "parallel.", "wandb.")
 
 
 class RunDirectory:

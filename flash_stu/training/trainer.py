@@ -8,27 +8,32 @@ every number of processes, up to rounding.
 
 import hashlib
 import math
-import os
-import shutil
 import signal
-import sys
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
-from transformers.utils.logging import disable_progress_bar
 
-from flash_stu.data import BatchLoader, TokenDataset, load_tokenizer, prepare
+from flash_stu.config import FlashSTUConfig
+from flash_stu.data import BatchLoader, Prefetcher, TokenDataset, load_tokenizer, prepare
 from flash_stu.errors import UserError
 from flash_stu.model import FlashSTUForCausalLM
-from flash_stu.training import checkpoint
+from flash_stu.training.checkpoint import Checkpointer
 from flash_stu.training.config import RunConfig
-from flash_stu.training.metrics import Metrics, check_wandb
-from flash_stu.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from flash_stu.training.evaluation_hook import TaskEvaluation
+from flash_stu.training.export import export_checkpoint, find_checkpoint
+from flash_stu.training.flops import peak_flops, train_flops
+from flash_stu.training.health import SkippedSteps, SpikeDetector
+from flash_stu.training.metrics import Metrics, check_wandb, peak_memory, read_metrics
+from flash_stu.training.optimizer import build_optimizers, learning_rate, set_learning_rate
 from flash_stu.training.parallel import World, clip_gradients, parallelize, set_gradient_sync
 from flash_stu.training.run_directory import RunDirectory
+from flash_stu.training.validation import ValidationWindows
+from flash_stu.training.watchdog import Watchdog
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what cluster schedulers send before they take a machine away
 
 
 class Trainer:
@@ -55,6 +60,7 @@ class Trainer:
                 f"model.vocab_size is {config.model['vocab_size']}; "
                 f"at least {self.tokenizer.vocab_size}, the vocabulary of tokenizer {self.tokenizer.spec}"
             )
+        self.evaluation = TaskEvaluation(config.evaluation, world, self.tokenizer)
         data = prepare(config.data, progress=world.is_main)
         self.loader = BatchLoader(
             data.train, config.train.sequence_length, sequences, config.seed, world.rank, world.size
@@ -63,47 +69,70 @@ class Trainer:
         self.steps = config.train.steps or self._steps_of_epochs(len(data.train), sequences)
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # spent on them
+        self.skipped = SkippedSteps(config.train.max_skipped_steps)
         self.data_digest = _digest(data.train, data.validation)
         self.run_id = uuid.uuid4().hex[:8]
-        self.terminated = False  # this process got a SIGTERM
+        self.terminated = False  # this process got a stop signal
         self.stopping = False  # some process did, and all know it
 
-        architecture = config.architecture()
-        architecture.eos_token_id = self.tokenizer.eos_token_id
-        torch.manual_seed(config.seed)
-        self.model = parallelize(FlashSTUForCausalLM(architecture), config, world)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.model = parallelize(build_model(config), config, world)
+        self.optimizers = build_optimizers(self.model, config.optimizer)
+        self.mfu_per_rate = _mfu_per_rate(config.architecture(), config, world)
         self._try_forward()
 
     def fit(self) -> bool:
         """Train to the last step, from where the run directory left off, and export the model.
 
         Returns:
-            True when the run is finished; False when SIGTERM ended it early, with a checkpoint to go on from.
+            True when the run is finished; False when a signal ended it early, with a checkpoint to go on from.
         """
         if self.world.from_main(self.directory.is_finished(self.steps)):
             self._say(f"{self.directory.path} is finished: {self.steps} steps, model in {self.directory.final}")
             return True
         self._announce()
-        self._resume()
-        every = self.config.train
-        with self._open_metrics() as metrics, self._stop_on_sigterm():
-            if self.step == 0:
-                metrics.validation(0, **self.validate())
-            while self.step < self.steps and not self.stopping:
-                self.step += 1
-                metrics.train(self.step, self._train_step())
-                last = self.step == self.steps
-                if last or self.step % every.validation_every == 0:
-                    metrics.validation(self.step, **self.validate())
-                if last or self.stopping or self.step % every.checkpoint_every == 0:
-                    metrics.sync()
-                    self._save()
+        with ExitStack() as stack:
+            stack.enter_context(self._stop_on_signal())
+            self.watchdog = stack.enter_context(Watchdog(self.world, 60 * self.config.parallel.timeout_minutes))
+            self.checkpoints = stack.enter_context(self._open_checkpoints())
+            self._resume()
+            self.metrics = stack.enter_context(self._open_metrics())
+            self.spikes = SpikeDetector(r["loss"] for r in read_metrics(self.directory.metrics_file) if "loss" in r)
+            self.batches = stack.enter_context(
+                Prefetcher(self.loader, self.step, self.steps - 1, pin_memory=self.world.device.type == "cuda")
+            )
+            self._loop()
         if self.step < self.steps:
             self._say(f"stopped at step {self.step} of {self.steps}; the same command continues from there")
             return False
-        self._export()
+        if self.world.is_main:
+            export_checkpoint(find_checkpoint(self.directory.path, self.steps), self.directory.final)
+            self._say(f"model written to {self.directory.final}")
+        self.world.barrier()
         return True
+
+    def _loop(self) -> None:
+        """The steps, with what happens between them."""
+        every = self.config.train
+        if self.step == 0:
+            self.metrics.validation(0, **self.validate())
+        while self.step < self.steps and not self.stopping:
+            self.step += 1
+            record = self._train_step()
+            self.metrics.train(self.step, record)
+            if usual := self.spikes.check(record["loss"]):
+                self.metrics.loss_spike(self.step, record["loss"], usual)
+            last = self.step == self.steps
+            if last or self.step % every.validation_every == 0:
+                self.metrics.validation(self.step, **self.validate())
+            if self.evaluation.due(self.step):
+                self.metrics.tasks(self.step, self.evaluation.scores(self.model, self.watchdog.mark))
+            if last or self.stopping or self.skipped.too_many or self.step % every.checkpoint_every == 0:
+                self._save()
+            if self.skipped.too_many:
+                self.checkpoints.wait()
+                self.skipped.end_run(self.step, find_checkpoint(self.directory.path, self.step))
+        self.watchdog.mark("writing the last checkpoint")
+        self.checkpoints.wait()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -111,44 +140,54 @@ class Trainer:
         self.model.eval()
         nats = windows = 0
         for batch, counted in self.validation.batches(self.world):
+            self.watchdog.mark(f"step {self.step}: validation")
             nats = nats + self._loss(batch, counted or None) * counted
             windows += counted
         nats, windows = self.world.sum(nats, windows)
         loss = nats / windows
         return {"loss": loss, "bits_per_byte": loss / math.log(2) * self.validation.tokens_per_byte}
 
-    def _train_step(self) -> dict[str, float]:
+    def _train_step(self) -> dict[str, float | None]:
         """One optimizer step on the global batch of self.step; what metrics.jsonl says of it."""
         start = time.perf_counter()
+        self.watchdog.mark(f"step {self.step}: reading its batch")
+        batch, waited = self.batches.get(self.step - 1)
         torch.manual_seed(dropout_seed(self.config.seed, self.step, self.world.rank))
         rate = learning_rate(self.step, self.config.optimizer, self.steps)
-        set_learning_rate(self.optimizer, rate)
-        loss = self._accumulate_gradients()
+        set_learning_rate(self.optimizers, rate)
+        loss = self._accumulate_gradients(batch)
         norm = clip_gradients(self.model, self.config.train.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         loss, terminated = self.world.sum(loss / self.world.size, float(self.terminated))
-        self.stopping = terminated > 0  # one process's SIGTERM stops all of them, after the same step
+        self.stopping = terminated > 0  # one process's signal stops all of them, after the same step
+        if not self.skipped.count(loss, norm):
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         seconds = time.perf_counter() - start
         self.seconds += seconds
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {self.step}; the checkpoints before it are intact")
+        tokens_per_second = self.config.train.global_batch_size / seconds
         return {
             "loss": loss,
             "learning_rate": rate,
             "grad_norm": norm,
-            "tokens_per_second": self.config.train.global_batch_size / seconds,
+            "skipped": self.skipped.total,
+            "tokens_per_second": tokens_per_second,
+            "mfu": self.mfu_per_rate and self.mfu_per_rate * tokens_per_second,
+            "memory_gib": peak_memory(self.world.device),
+            "data_wait": waited,
             "time": self.seconds,
         }
 
-    def _accumulate_gradients(self) -> torch.Tensor:
+    def _accumulate_gradients(self, batch: torch.Tensor) -> torch.Tensor:
         """Add up the gradients of this process's part of the global batch; returns its mean loss."""
         self.model.train()
-        micro_batches = self.loader.batch(self.step - 1).split(self.config.train.micro_batch_size)
+        micro_batches = batch.split(self.config.train.micro_batch_size)
         total = torch.zeros((), device=self.world.device)
-        for index, batch in enumerate(micro_batches):
+        for index, windows in enumerate(micro_batches):
+            self.watchdog.mark(f"step {self.step}: micro batch {index + 1} of {len(micro_batches)}")
             set_gradient_sync(self.model, index == len(micro_batches) - 1)
-            loss = self._loss(batch) / len(micro_batches)
+            loss = self._loss(windows) / len(micro_batches)
             loss.backward()
             total += loss.detach()
         return total
@@ -178,7 +217,7 @@ class Trainer:
     def _resume(self) -> None:
         if self.world.is_main:
             self.directory.create()
-        progress = checkpoint.resume(self.directory.checkpoints, self.model, self.optimizer, self.world, self._say)
+        progress = self.checkpoints.resume()
         if progress:
             if progress["data"] != self.data_digest:
                 raise UserError(
@@ -186,33 +225,21 @@ class Trainer:
                     "was trained on so far; restore it, or choose another output_dir"
                 )
             self.step, self.seconds, self.run_id = progress["step"], progress["seconds"], progress["run_id"]
+            self.skipped.total, self.skipped.in_a_row = progress["skipped"], progress["skipped_in_a_row"]
             self._say(f"continuing {self.directory.path} after step {self.step} of {self.steps}")
 
     def _save(self) -> None:
-        progress = {"seconds": self.seconds, "run_id": self.run_id, "data": self.data_digest}
-        keep = self.config.train.keep_checkpoints
-        checkpoint.save(self.directory.checkpoints, self.step, self.model, self.optimizer, progress, keep, self.world)
-
-    def _export(self) -> None:
-        """Write final/: the model and its tokenizer as a transformers directory."""
-        weights = checkpoint.gather_model(self.model)
-        if self.world.is_main:
-            architecture = self.config.architecture()
-            architecture.eos_token_id = self.tokenizer.eos_token_id
-            with torch.device("meta"):
-                model = FlashSTUForCausalLM(architecture)
-            model.load_state_dict(weights, assign=True, strict=False)
-            model.tie_weights()
-            temporary = self.directory.path / ".final.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            if not sys.stderr.isatty():
-                disable_progress_bar()
-            model.save_pretrained(temporary)
-            self.tokenizer.to_transformers().save_pretrained(temporary)
-            shutil.rmtree(self.directory.final, ignore_errors=True)
-            os.rename(temporary, self.directory.final)
-            self._say(f"model written to {self.directory.final}")
-        self.world.barrier()
+        """Begin to write a checkpoint; the steps go on meanwhile."""
+        self.watchdog.mark(f"step {self.step}: checkpoint")
+        self.metrics.sync()
+        progress = {
+            "seconds": self.seconds,
+            "run_id": self.run_id,
+            "data": self.data_digest,
+            "skipped": self.skipped.total,
+            "skipped_in_a_row": 0 if self.skipped.too_many else self.skipped.in_a_row,
+        }
+        self.checkpoints.save(self.step, progress)
 
     def _steps_of_epochs(self, tokens: int, sequences: int) -> int:
         windows = (tokens - 1) // self.config.train.sequence_length
@@ -224,55 +251,48 @@ class Trainer:
             )
         return steps
 
+    def _open_checkpoints(self) -> Checkpointer:
+        train = self.config.train
+        return Checkpointer(
+            self.directory.checkpoints,
+            self.model,
+            self.optimizers,
+            self.world,
+            keep=train.keep_checkpoints,
+            keep_every=train.keep_every,
+            report=self._say,
+        )
+
     def _open_metrics(self) -> Metrics:
         return Metrics(self.config, self.directory.path, self.steps, self.step, self.run_id, enabled=self.world.is_main)
 
     @contextmanager
-    def _stop_on_sigterm(self):
+    def _stop_on_signal(self):
         def stop(*_):
             self.terminated = True
 
-        before = signal.signal(signal.SIGTERM, stop)
+        before = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _say(self, text: str) -> None:
         if self.world.is_main:
             print(text, flush=True)
 
 
-class ValidationWindows:
-    """The same windows at every validation, evenly spread over the split."""
+def build_model(config: RunConfig) -> FlashSTUForCausalLM:
+    """The run's model on the meta device, for parallelize."""
+    with torch.device("meta"):
+        return FlashSTUForCausalLM(config.architecture())
 
-    def __init__(self, dataset: TokenDataset, config: RunConfig) -> None:
-        self.dataset = dataset
-        self.length = config.train.sequence_length
-        self.batch_size = config.train.micro_batch_size
-        available = (len(dataset) - 1) // self.length
-        if available < 1:
-            raise UserError(
-                f"train.sequence_length is {self.length}; the validation split has only {len(dataset)} tokens"
-            )
-        wanted = config.train.validation_tokens
-        count = available if wanted is None else min(available, max(1, wanted // self.length))
-        self.starts = [i * available // count * self.length for i in range(count)]
-        self.tokens_per_byte = len(dataset) / dataset.num_bytes
 
-    def batches(self, world: World):
-        """Yield (windows, how many of them count, from the front) for this process.
-
-        Every process gets the same number of batches, since a forward pass may have to be made by all
-        together, and all batches have one shape, since compiled blocks would be compiled again for another:
-        the last ones are filled up with copies.
-        """
-        for first in range(0, len(self.starts), self.batch_size * world.size):
-            begin = first + world.rank * self.batch_size
-            starts = self.starts[begin : begin + self.batch_size]
-            filled = starts + self.starts[:1] * (self.batch_size - len(starts))
-            windows = [self.dataset.window(start, self.length + 1) for start in filled]
-            yield torch.from_numpy(np.stack(windows).astype(np.int64)), len(starts)
+def _mfu_per_rate(architecture: FlashSTUConfig, config: RunConfig, world: World) -> float | None:
+    """MFU at one token per second over all processes; None where the device's peak is not known."""
+    peak = peak_flops(world.device, torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32)
+    return None if peak is None else train_flops(architecture, config.train.sequence_length) / (peak * world.size)
 
 
 def _digest(*datasets: TokenDataset) -> str:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,12 @@ def write_documents():
         return path
 
     return write
+
+
+@pytest.fixture
+def fork():
+    """Processes that start as copies of this one, patches included, without importing anything again."""
+    return multiprocessing.get_context("fork")
 
 
 @pytest.fixture

@@ -5,12 +5,11 @@ import gzip
 import hashlib
 from itertools import islice
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flash_stu.data import DataConfig, corpus, embedded_corpus, iter_documents
+from flash_stu.data import DataConfig, embedded_corpus, iter_documents
 from flash_stu.data.embedded import _docstrings, _documents
 from flash_stu.data.split import in_validation
 from flash_stu.errors import UserError
@@ -169,39 +168,3 @@ def test_damaged_files(tmp_path, write_documents, documents):
     assert "cut.parquet cannot be read" in refusal(tmp_path / "cut.parquet")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     assert "latin.txt cannot be read" in refusal(tmp_path / "latin.txt")
-
-
-def refuse(*args, **kwargs):
-    raise ConnectionError("no network here")
-
-
-def test_hub_dataset(monkeypatch):
-    """The hub's reply is replaced: streaming splits as load_dataset gives them."""
-    rows = {"train": ["first", "second", None, "third"], "validation": ["held out"]}
-    opened = []
-
-    def load_dataset(*args, **kwargs):
-        opened.append((args, kwargs))
-        return datasets.IterableDatasetDict(
-            {
-                split: datasets.Dataset.from_dict({"id": range(len(texts)), "text": texts}).to_iterable_dataset()
-                for split, texts in rows.items()
-            }
-        )
-
-    monkeypatch.setattr(corpus.HfApi, "dataset_info", lambda *args, **kwargs: None)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    splits = read("someone/corpus", subset="small", revision="v1")
-    assert splits == {"train": ["first", "second", "third"], "validation": ["held out"]}
-    assert opened == [(("someone/corpus", "small"), {"revision": "v1", "streaming": True})]
-    assert "no column 'body'; there are: id, text" in refusal("someone/corpus", text_column="body")
-    del rows["validation"]
-    assert read("someone/corpus", validation_fraction=0.9)["validation"]
-    rows["test"] = rows.pop("train")
-    assert "no train split; there are: test" in refusal("someone/corpus")
-
-
-def test_hub_out_of_reach(monkeypatch):
-    monkeypatch.setattr(corpus.HfApi, "dataset_info", refuse)
-    message = refusal("someone/corpus")
-    assert "'someone/corpus'" in message and "no such file or directory" in message

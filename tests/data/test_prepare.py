@@ -1,8 +1,8 @@
 """From a config to tokens: once, completely, and never half."""
 
+import io
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,13 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from flash_stu.data import DataConfig, load_tokenizer, prepare
-from flash_stu.data import prepare as prepare_function
-from flash_stu.data.prepare import encode_in_parallel
+from flash_stu.data import DataConfig, prepare, prepare_part, staging, tokenise
 from flash_stu.data.split import in_validation
 from flash_stu.errors import UserError
-
-prepare_module = sys.modules[prepare_function.__module__]
 
 
 @pytest.fixture
@@ -31,8 +27,8 @@ def config(tmp_path, write_documents):
 def tokenised(monkeypatch):
     """Counts how often a corpus is tokenised."""
     calls = []
-    original = prepare_module._tokenise
-    monkeypatch.setattr(prepare_module, "_tokenise", lambda *args: calls.append(1) or original(*args))
+    original = tokenise.Part.tokenise
+    monkeypatch.setattr(tokenise.Part, "tokenise", lambda *args: calls.append(1) or original(*args))
     return calls
 
 
@@ -90,28 +86,38 @@ def test_threads_at_once(config, tokenised):
     assert all(np.array_equal(result.train.window(0, len(reference)), reference) for result in results)
 
 
-def test_another_process_waits(config, monkeypatch):
+def test_another_process_waits(config, monkeypatch, fork):
     """A second process asks for the same tokens while this one is making them."""
-    script = (
-        "import sys; from flash_stu.data import DataConfig, prepare\n"
-        "data = prepare(DataConfig.model_validate_json(sys.argv[1]))\n"
-        "print(len(data.train), data.directory)"
-    )
-    command = [sys.executable, "-c", script, config.model_dump_json()]
-    others = []
-    original = prepare_module._tokenise
+    receiver, sender = fork.Pipe(duplex=False)
+    original = tokenise.Part.tokenise
 
-    def tokenise(*args):
-        other = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        others.append(other)
-        assert "waiting for another process" in other.stderr.readline()
-        original(*args)
+    def ask():
+        sys.stderr = Report(sender)
+        data = prepare(config)
+        sender.send((len(data.train), data.directory))
 
-    monkeypatch.setattr(prepare_module, "_tokenise", tokenise)
+    def begin(*args):
+        fork.Process(target=ask, daemon=True).start()
+        assert receiver.poll(60) and "waiting for another process" in receiver.recv()
+        assert not receiver.poll(0.2)
+        return original(*args)
+
+    monkeypatch.setattr(tokenise.Part, "tokenise", begin)
     data = prepare(config, progress=False)
-    output, errors = others[0].communicate(timeout=120)
-    assert (output, errors) == (f"{len(data.train)} {data.directory}\n", "")
+    assert receiver.poll(60) and receiver.recv() == (len(data.train), data.directory)
     assert len(entries(config)) == 1
+
+
+class Report(io.StringIO):
+    """Sends what is printed, line by line."""
+
+    def __init__(self, sender):
+        super().__init__()
+        self._sender = sender
+
+    def write(self, text):
+        if text.strip():
+            self._sender.send(text)
 
 
 def test_the_first_of_two_hosts_wins(config, monkeypatch):
@@ -120,14 +126,14 @@ def test_the_first_of_two_hosts_wins(config, monkeypatch):
     stamp = (other.directory / "train" / "manifest.json").stat().st_mtime_ns
     hidden = other.directory.with_name("hidden")
     other.directory.rename(hidden)
-    original = prepare_module.write_manifest
+    original = staging.write_manifest
 
     def write_manifest(*args):
         if hidden.exists():
             hidden.rename(other.directory)
         return original(*args)
 
-    monkeypatch.setattr(prepare_module, "write_manifest", write_manifest)
+    monkeypatch.setattr(staging, "write_manifest", write_manifest)
     data = prepare(config, progress=False)
     assert entries(config) == [other.directory.name]
     assert (data.directory / "train" / "manifest.json").stat().st_mtime_ns == stamp
@@ -142,18 +148,8 @@ def test_a_failure_leaves_nothing(config, tmp_path):
     assert entries(config) == []
 
 
-def test_leftovers_of_a_killed_process_go_away(config):
-    data = prepare(config, progress=False)
-    name = f".{data.directory.name}.{prepare_module.socket.gethostname()}.12345"
-    (data.directory.with_name(name) / "train").mkdir(parents=True)
-    (data.directory / "train" / "manifest.json").unlink()
-    again = prepare(config, progress=False)
-    assert len(again.train) == len(data.train)
-    assert entries(config) == [data.directory.name]
-
-
 def test_damaged_cache_is_refused_by_name(config):
-    shard = prepare(config, progress=False).directory / "train" / "shard-00000.bin"
+    shard = prepare(config, progress=False).directory / "train" / "shard-0000-00000.bin"
     data = bytearray(shard.read_bytes())
     data[5] ^= 255
     shard.write_bytes(data)
@@ -178,19 +174,14 @@ def test_a_directory_of_shards_is_a_dataset(config, tmp_path):
         prepare(shards, progress=False)
 
 
-def test_order_does_not_depend_on_threads(monkeypatch):
-    monkeypatch.setattr(prepare_module, "_CHUNK", 1000)
-    tokenizer = load_tokenizer("bytes")
-    pairs = [("validation" if i % 7 == 0 else "train", f"{i} " * (i % 5 * 100 + 1)) for i in range(100)]
+def test_order_does_not_depend_on_threads(config, monkeypatch):
+    monkeypatch.setattr(tokenise, "_CHUNK", 100)
+    tokens = []
     for threads in (1, 3):
-        texts = {"train": "", "validation": ""}
-        documents = 0
-        for encoded in encode_in_parallel(pairs, tokenizer, threads):
-            texts[encoded.split] += tokenizer.decode(encoded.ids)
-            documents += encoded.num_documents
-        assert documents == 100
-        for split, joined in texts.items():
-            assert joined == "".join(text + "<|endoftext|>" for name, text in pairs if name == split)
+        monkeypatch.setattr(tokenise, "_num_threads", lambda threads=threads: threads)
+        data = prepare(config.model_copy(update={"cache_dir": f"{config.cache_dir}-{threads}"}), progress=False)
+        tokens.append([split.window(0, len(split)).tolist() for split in (data.train, data.validation)])
+    assert tokens[0] == tokens[1]
 
 
 def test_empty_corpus(tmp_path, config):
@@ -251,3 +242,25 @@ def test_real_corpus(extra_data, tmp_path, monkeypatch):
         first = columns["text"][0].as_py()
         assert data.tokenizer.decode(split.window(0, columns["token_count"][0].as_py())) == first
         assert split.window(0, 1).dtype == np.uint32
+
+
+def test_real_text_in_parts(extra_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(extra_data / "tiktoken"))
+    text = pq.read_table(extra_data / "text" / "train-00001-of-00004.parquet", columns=["text"]).slice(500, 100)
+    pq.write_table(text, tmp_path / "text.parquet", row_group_size=15)
+    datasets = []
+    for parts in (1, 3):
+        config = DataConfig(
+            dataset=str(tmp_path / "text.parquet"),
+            tokenizer="tiktoken:o200k_base",
+            validation_fraction=0.1,
+            cache_dir=str(tmp_path / f"{parts}"),
+        )
+        for index in range(parts):
+            prepare_part(config, index, parts, progress=False)
+        datasets.append(prepare(config, progress=False))
+    whole, joined = datasets
+    assert whole.train.num_documents + whole.validation.num_documents == 100
+    for one, three in [(whole.train, joined.train), (whole.validation, joined.validation)]:
+        assert np.array_equal(one.window(0, len(one)), three.window(0, len(three)))
+    assert len(whole.train.manifest.shards) == 1 and len(joined.train.manifest.shards) == 3

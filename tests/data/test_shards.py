@@ -63,15 +63,42 @@ def test_several_writers_share_a_directory(tmp_path):
     assert tokenizer.decode(TokenDataset(tmp_path).window(0, 4)) == "b<|endoftext|>a<|endoftext|>"
 
 
-def test_nothing_under_its_name_before_it_is_whole(tmp_path):
+def test_nothing_is_read_before_it_is_whole(tmp_path):
     tokenizer = load_tokenizer("bytes")
     writer = ShardWriter(tmp_path, tokenizer)
     writer.add(np.array([1, 2], dtype=np.uint32), 1, 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.bin.tmp"]
-    with pytest.raises(UserError, match="no token shards in .*manifest.json"):
-        TokenDataset(tmp_path)
-    writer.finish()
-    assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.bin"]
+    for _ in range(2):
+        with pytest.raises(UserError, match="no token shards in .*manifest.json"):
+            TokenDataset(tmp_path)
+        shards = writer.finish()
+    write_manifest(tmp_path, tokenizer, shards)
+    assert TokenDataset(tmp_path).window(0, 2).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("committed", range(7))
+def test_going_on_after_a_commit(tmp_path, committed):
+    """A writer dies some documents after its last commit; the next one makes the same files."""
+    tokenizer = load_tokenizer("bytes")
+    documents = [np.full(length, length, dtype=np.uint32) for length in (5, 1, 13, 2, 8, 30)]
+
+    def add(writer, some):
+        for document in some:
+            writer.add(document, 1, len(document))
+
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    whole = ShardWriter(tmp_path / "whole", tokenizer, shard_tokens=10)
+    add(whole, documents)
+    first = ShardWriter(tmp_path / "resumed", tokenizer, shard_tokens=10)
+    add(first, documents[:committed])
+    state = first.commit()
+    add(first, documents[committed : committed + 2])
+    first.commit()  # more is on the disk than the state counts
+    second = ShardWriter(tmp_path / "resumed", tokenizer, shard_tokens=10, committed=state)
+    add(second, documents[committed:])
+    assert second.finish() == whole.finish()
+    contents = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "resumed")]
+    assert contents[0] == contents[1]
 
 
 def test_id_outside_the_vocabulary(tmp_path):

@@ -1,71 +1,121 @@
-"""Checkpoints that were truncated, altered, or written halfway."""
+"""Checkpoints: saved while training goes on, by any world for any other, and damaged, failing or cut short."""
 
 import json
+import os
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from processes import run_processes
+from safetensors import safe_open
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from flash_stu import UserError
-from flash_stu.training import checkpoint
+from flash_stu.training import checkpoint, checkpoint_folder
+from flash_stu.training.checkpoint import Checkpointer, list_steps, load_weights
 from flash_stu.training.parallel import World
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 class Tied(nn.Module):
-    """Two layers that share their weight, and a buffer."""
+    """Two layers that share their weight, and a buffer. Four processes cannot share 5 rows evenly: one has none."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
         self.second.weight = self.first.weight
         self.register_buffer("table", torch.randn(5))
 
+    def forward(self, x):
+        return self.second(self.first(x)) + self.table
 
-def build(seed: int) -> tuple[Tied, torch.optim.Optimizer]:
+
+def build(seed: int, strategy: str = "none") -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    """A model, parallel if need be, and two optimizers: for its matrix and for its vectors."""
     torch.manual_seed(seed)
     model = Tied()
-    return model, torch.optim.AdamW(model.parameters(), lr=0.1, amsgrad=True)
+    if strategy == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    elif strategy == "fsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    elif strategy == "hsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    return model, [torch.optim.AdamW(matrices, lr=0.1, amsgrad=True), torch.optim.SGD(vectors, lr=0.1, momentum=0.9)]
 
 
-def step(model, optimizer):
-    torch.manual_seed(0)
-    (model.second(model.first(torch.randn(4, 3))) + model.table.sum()).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """Checkpoints of the steps 1, 2 and 3 of a little training."""
-    model, optimizer = build(1)
-    for number in (1, 2, 3):
-        step(model, optimizer)
-        checkpoint.save(tmp_path, number, model, optimizer, {"note": f"after {number}"}, keep=3, world=ALONE)
-    return tmp_path
-
-
-def resume(folder: Path):
-    """Load into a fresh model and return it after one more step, with the progress and the reports."""
-    reports = []
-    model, optimizer = build(2)
-    progress = checkpoint.resume(folder, model, optimizer, ALONE, reports.append)
-    step(model, optimizer)
-    return model.state_dict(), progress, reports
-
-
-def trained(steps: int):
-    model, optimizer = build(1)
+def train(model, optimizers, steps: int = 1):
+    """Steps on one batch, the same in every process: the mean gradient of 2 or 4 is then exactly that of one."""
     for _ in range(steps):
-        step(model, optimizer)
-    return model.state_dict()
+        model(torch.arange(20).reshape(4, 5) / 20).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def whole(model) -> dict[str, torch.Tensor]:
+    """All weights, gathered, without DDP's prefix and the names of tied ones."""
+    return {
+        name.removeprefix("module."): (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+        for name, tensor in model.state_dict().items()
+        if "second.weight" not in name
+    }
+
+
+def trained(steps: int) -> dict[str, torch.Tensor]:
+    model, optimizers = build(1)
+    train(model, optimizers, steps)
+    return whole(model)
 
 
 def assert_equal(one, other):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def checkpointer(folder, model, optimizers, keep=3, **options) -> Checkpointer:
+    return Checkpointer(folder, model, optimizers, options.pop("world", ALONE), keep, **options)
+
+
+def save(folder: Path, step: int, **options) -> None:
+    """Save a new model as the checkpoint of a step."""
+    with checkpointer(folder, *build(1), **options) as saver:
+        saver.save(step, {})
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Checkpoints of the steps 1, 2 and 3 of a little training."""
+    model, optimizers = build(1)
+    with checkpointer(tmp_path / "checkpoints", model, optimizers) as saver:
+        for number in (1, 2, 3):
+            train(model, optimizers)
+            saver.save(number, {"note": f"after {number}"})
+    return tmp_path / "checkpoints"
+
+
+def resume(folder: Path):
+    """Load into a fresh model and return it after one more step, with the progress and the reports."""
+    reports = []
+    model, optimizers = build(2)
+    with checkpointer(folder, model, optimizers, report=reports.append) as saver:
+        progress = saver.resume()
+    train(model, optimizers)
+    return whole(model), progress, reports
+
+
+def file_of(path: Path) -> Path:
+    (file,) = path.glob("*.safetensors")
+    return file
 
 
 def test_the_newest_is_resumed_exactly(folder):
@@ -76,8 +126,180 @@ def test_the_newest_is_resumed_exactly(folder):
 
 
 def test_nothing_to_resume(tmp_path):
-    model, optimizer = build(1)
-    assert checkpoint.resume(tmp_path / "checkpoints", model, optimizer, ALONE) is None
+    state, progress, reports = resume(tmp_path / "checkpoints")
+    assert progress is None and reports == []
+    model, optimizers = build(2)
+    train(model, optimizers)
+    assert_equal(state, whole(model))
+
+
+def test_saving_changes_nothing_before_the_first_step(tmp_path):
+    model, optimizers = build(1)
+    with checkpointer(tmp_path, model, optimizers) as saver:
+        saver.save(0, {})
+    assert not any(optimizer.state for optimizer in optimizers)
+    assert not any("optimizer" in name for name in names_in(tmp_path / "step-0"))
+    assert_equal(resume(tmp_path)[0], trained(1))
+
+
+def test_the_hyperparameters_are_not_the_checkpoints(folder):
+    model, optimizers = build(2)
+    for group in optimizers[0].param_groups:
+        group["lr"] = 0.5
+    with checkpointer(folder, model, optimizers) as saver:
+        saver.resume()
+    assert optimizers[0].param_groups[0]["lr"] == 0.5
+    assert optimizers[1].param_groups[0]["momentum"] == 0.9
+
+
+def test_muon_is_resumed_exactly(tmp_path):
+    def start(seed):
+        model, _ = build(seed)
+        vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+        return model, [torch.optim.Muon([model.first.weight], lr=0.1), torch.optim.AdamW(vectors, lr=0.1)]
+
+    model, optimizers = start(1)
+    train(model, optimizers, 2)
+    with checkpointer(tmp_path, model, optimizers) as saver:
+        saver.save(2, {})
+    train(model, optimizers, 2)
+    other, optimizers = start(2)
+    with checkpointer(tmp_path, other, optimizers) as saver:
+        saver.resume()
+    train(other, optimizers, 2)
+    assert_equal(whole(other), whole(model))
+
+
+def test_another_models_checkpoint_is_refused(folder):
+    model = nn.Linear(5, 5)
+    with (
+        checkpointer(folder, model, [torch.optim.SGD(model.parameters())]) as saver,
+        pytest.raises(UserError, match="step-3 is another model's"),
+    ):
+        saver.resume()
+
+
+# What is on disk -------------------------------------------------------------------------------------------------
+
+
+def names_in(path: Path) -> list[str]:
+    with safe_open(file_of(path), "pt") as file:
+        return sorted(file.keys())
+
+
+def test_tied_weights_are_written_once_and_nothing_is_pickled(folder):
+    path = folder / "step-3"
+    assert sorted(file.suffix for file in path.iterdir()) == [".json", ".safetensors"]
+    names = names_in(path)
+    assert [name for name in names if name.startswith("model.")] == [
+        "model.first.bias",
+        "model.first.weight",
+        "model.second.bias",
+        "model.table",
+    ]
+    assert {"optimizer.first.weight.max_exp_avg_sq", "optimizer.second.bias.momentum_buffer"} < set(names)
+    assert json.loads((path / "progress.json").read_text())["step"] == 3
+    content = file_of(path).read_bytes()
+    assert content[8:9] == b"{" and not content.startswith((b"PK", b"\x80"))
+
+
+def test_whole_weights_without_a_model(folder):
+    assert_equal(load_weights(folder / "step-3"), trained(3))
+    alter(file_of(folder / "step-3"))
+    with pytest.raises(UserError, match="damaged checkpoint .*step-3: .*checksum"):
+        load_weights(folder / "step-3")
+    with pytest.raises(UserError, match="damaged checkpoint .*step-4"):
+        load_weights(folder / "step-4")
+
+
+def test_files_of_a_limited_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_FILE_BYTES", 150)
+    model, optimizers = build(1)
+    train(model, optimizers, 2)
+    with checkpointer(tmp_path, model, optimizers) as saver:
+        saver.save(2, {})
+    files = list((tmp_path / "step-2").glob("*.safetensors"))
+    assert len(files) > 3
+    assert json.loads((tmp_path / "step-2" / "progress.json").read_text())["files"].keys() == {f.name for f in files}
+    assert_equal(resume(tmp_path)[0], trained(3))
+
+
+def test_the_newest_stay_and_every_so_many(tmp_path):
+    model, optimizers = build(1)
+    with checkpointer(tmp_path, model, optimizers, keep=2, keep_every=4) as saver:
+        for step in range(1, 12):
+            saver.save(step, {})
+    assert list_steps(tmp_path) == [4, 8, 10, 11]
+    assert len(list(tmp_path.iterdir())) == 4
+    with checkpointer(tmp_path, model, optimizers, keep=1) as saver:
+        saver.save(11, {"again": True})
+    assert list_steps(tmp_path) == [11]
+    assert resume(tmp_path)[1] == {"again": True, "step": 11}
+
+
+# In the background -----------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    changed, begin = threading.Event(), checkpoint_folder.begin
+
+    def wait_and_begin(*arguments):
+        assert changed.wait(20)
+        return begin(*arguments)
+
+    monkeypatch.setattr(checkpoint_folder, "begin", wait_and_begin)
+    model, optimizers = build(1)
+    train(model, optimizers, 2)
+    with checkpointer(tmp_path, model, optimizers) as saver:
+        progress = {"note": "then"}
+        saver.save(2, progress)
+        progress["note"] = "now"
+        train(model, optimizers, 3)
+        with torch.no_grad():
+            model.table.zero_()
+        assert list_steps(tmp_path) == []
+        changed.set()
+        saver.wait()
+        assert list_steps(tmp_path) == [2]
+    state, progress, _ = resume(tmp_path)
+    assert progress["note"] == "then"
+    assert_equal(state, trained(3))
+
+
+def test_a_failing_write_is_an_error_of_the_next_call(folder, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    model, optimizers = build(1)
+    with checkpointer(folder, model, optimizers) as saver, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        saver.save(4, {})
+        with pytest.raises(UserError, match="checkpoint of step 4 cannot be written to .*checkpoints: disk full"):
+            saver.save(5, {})
+        saver.save(6, {})
+        with pytest.raises(UserError, match="checkpoint of step 6 cannot be written"):
+            saver.wait()
+        saver.wait()
+    assert list_steps(folder) == [1, 2, 3]
+    save(folder, 7)  # clears away what is left of them
+    assert sorted(path.name for path in folder.iterdir()) == ["step-2", "step-3", "step-7"]
+
+
+def test_leaving_waits_and_raises_but_hides_no_other_error(folder, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    reports = []
+    monkeypatch.setattr(checkpoint_folder, "complete", fail)
+    with pytest.raises(UserError, match="step 4 .*disk full"):
+        save(folder, 4)
+    with pytest.raises(KeyError), checkpointer(folder, *build(1), report=reports.append) as saver:
+        saver.save(4, {})
+        raise KeyError
+    assert len(reports) == 1 and "disk full" in reports[0]
+
+
+# Damage ----------------------------------------------------------------------------------------------------------
 
 
 def truncate(path: Path) -> None:
@@ -91,21 +313,22 @@ def alter(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "words"),
+    ("suffix", "damage", "words"),
     [
-        ("model.safetensors", truncate, "bytes instead of"),
-        ("optimizer.safetensors", alter, "checksum"),
-        ("optimizer.safetensors", Path.unlink, "optimizer.safetensors"),
-        ("progress.json", truncate, "damaged checkpoint"),
-        ("progress.json", Path.unlink, "progress.json"),
-        ("progress.json", lambda path: path.write_text("[]"), "progress.json"),
-        ("progress.json", lambda path: path.write_text("{}"), "progress.json"),
+        (".safetensors", truncate, "bytes instead of"),
+        (".safetensors", alter, "checksum"),
+        (".safetensors", Path.unlink, "safetensors"),
+        (".json", truncate, "damaged checkpoint"),
+        (".json", Path.unlink, "progress.json"),
+        (".json", lambda path: path.write_text("[]"), "progress.json"),
+        (".json", lambda path: path.write_text("{}"), "progress.json"),
     ],
 )
-def test_a_damaged_newest_is_named_and_the_one_before_used(folder, name, damage, words):
-    damage(folder / "step-3" / name)
+def test_a_damaged_newest_is_named_and_the_one_before_used(folder, suffix, damage, words):
+    (file,) = (folder / "step-3").glob(f"*{suffix}")
+    damage(file)
     state, progress, reports = resume(folder)
-    assert progress["step"] == 2
+    assert progress == {"note": "after 2", "step": 2}
     assert_equal(state, trained(3))
     assert len(reports) == 1 and "step-3" in reports[0] and words in reports[0]
     assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-2", "step-3.damaged"]
@@ -114,44 +337,154 @@ def test_a_damaged_newest_is_named_and_the_one_before_used(folder, name, damage,
 
 def test_all_damaged_is_an_error_and_nothing_is_touched(folder):
     for number in (1, 2, 3):
-        truncate(folder / f"step-{number}" / "model.safetensors")
+        truncate(file_of(folder / f"step-{number}"))
     with pytest.raises(UserError, match="none of its 3 checkpoints is intact"):
         resume(folder)
-    assert checkpoint.list_steps(folder) == [1, 2, 3]
+    assert list_steps(folder) == [1, 2, 3]
 
 
-def test_a_half_written_checkpoint_is_ignored_and_cleared_away(folder):
-    (folder / ".step-4.tmp").mkdir()
-    (folder / ".step-4.tmp" / "model.safetensors").write_bytes(b"half")
+def test_what_a_killed_process_left_is_ignored_and_cleared_away(folder):
+    shutil.copytree(folder / "step-3", folder / ".step-4.tmp")
+    shutil.copytree(folder / "step-3", folder / ".step-2.old")
     assert resume(folder)[1]["step"] == 3
-    model, optimizer = build(1)
-    checkpoint.save(folder, 5, model, optimizer, {}, keep=2, world=ALONE)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-2", "step-3"]
+    shutil.copytree(folder / "step-3", folder / ".step-5.tmp")
+    save(folder, 5, keep=2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-3", "step-5"]
 
 
-def test_a_failing_write_leaves_no_checkpoint(folder, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(checkpoint, "_flush_to_disk", fail)
-    model, optimizer = build(1)
-    with pytest.raises(UserError, match="checkpoint of step 4 cannot be written .*disk full"):
-        checkpoint.save(folder, 4, model, optimizer, {}, keep=2, world=ALONE)
-    assert checkpoint.list_steps(folder) == [1, 2, 3]
+class PowerCut(BaseException):
+    """Nothing that comes later is done."""
 
 
-def test_tied_weights_are_written_once_and_nothing_is_pickled(folder):
-    from safetensors.torch import load_file
+def test_whenever_the_power_is_cut_the_newest_complete_checkpoint_is_intact(folder, tmp_path, monkeypatch):
+    """Cut before the first, second, … of everything that a write does to the disk, until one gets through."""
+    done, limit = [], 0
 
-    path = folder / "step-3"
-    assert sorted(file.name for file in path.iterdir()) == [
-        "model.safetensors", "optimizer.safetensors", "progress.json",
-    ]  # fmt: skip
-    assert sorted(load_file(path / "model.safetensors")) == [
-        "first.bias",
-        "first.weight",
-        "second.bias",
-        "table",
-    ]
-    assert "first.weight/max_exp_avg_sq" in load_file(path / "optimizer.safetensors")
-    assert json.loads((path / "progress.json").read_text())["step"] == 3
+    def counted(function):
+        def run(*arguments, **options):
+            if len(done) >= limit:
+                raise PowerCut
+            done.append(function.__name__)
+            return function(*arguments, **options)
+
+        return run
+
+    def attempt(place) -> bool:
+        model, optimizers = build(1)
+        train(model, optimizers, 5)
+        saver = checkpointer(place, model, optimizers, keep=2)
+        try:
+            saver.save(5, {"note": "after 5"})
+            saver.wait()
+        except (PowerCut, UserError):  # torch.distributed.checkpoint catches whatever happens within it
+            return False
+        return True
+
+    outcomes = []
+    for limit in range(100):
+        place = tmp_path / str(limit)
+        shutil.copytree(folder, place)
+        done.clear()
+        with monkeypatch.context() as patch:
+            for module, name in [(os, "fsync"), (os, "rename"), (os, "unlink"), (os, "rmdir"), (os, "mkdir")]:
+                patch.setattr(module, name, counted(getattr(module, name)))
+            finished = attempt(place)
+        state, progress, reports = resume(place)
+        assert reports == [] and progress["step"] in (3, 5)
+        assert_equal(state, trained(progress["step"] + 1))
+        outcomes.append(progress["step"])
+        if finished:
+            break
+    assert outcomes == sorted(outcomes) and outcomes.count(3) > 3 and outcomes.count(5) > 3
+    assert done.count("rename") == 3  # of the new one, and of two old ones
+
+
+# Several processes -----------------------------------------------------------------------------------------------
+
+
+def join() -> World:
+    dist.init_process_group("gloo")
+    return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+
+
+def go_on(folder: Path, strategy: str, steps: int, seed: int):
+    """Resume if there is something to, train some steps, save, train one more; the weights and what was resumed."""
+    world = join()
+    model, optimizers = build(seed, strategy)
+    with torch.no_grad():
+        model(torch.ones(1, 5))  # leaves the weights gathered, with FSDP
+    with checkpointer(folder, model, optimizers, world=world) as saver:
+        progress = saver.resume()
+        train(model, optimizers, steps)
+        saver.save((progress or {"step": 0})["step"] + steps, {"by": strategy})
+        train(model, optimizers)  # communicates while the thread does
+    state = whole(model)
+    dist.destroy_process_group()
+    return state, progress
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("none", 1), ("fsdp", 4)),
+        (("fsdp", 4), ("ddp", 2)),
+        (("ddp", 2), ("hsdp", 4)),
+        (("hsdp", 4), ("fsdp", 2)),
+        (("fsdp", 2), ("none", 1)),
+    ],
+)
+def test_any_world_takes_over_from_any_other(tmp_path, first, second):
+    progress = None
+    for steps, ((strategy, size), seed) in enumerate(zip((first, second), (1, 2), strict=True)):
+        results = run_processes(size, go_on, tmp_path, strategy, 2, seed)
+        for state, resumed in results:
+            assert resumed == progress
+            assert_equal(state, trained(2 * steps + 3))
+        progress = {"by": strategy, "step": 2 * steps + 2}
+        path = tmp_path / f"step-{2 * steps + 2}"
+        assert len(list(path.glob("*.safetensors"))) == size
+        assert_equal(load_weights(path), trained(2 * steps + 2))
+
+
+def fail_on_one(folder: Path):
+    """A process that cannot write, then a file that one finds damaged."""
+    world = join()
+    model, optimizers = build(1, "fsdp")
+    train(model, optimizers)
+    heard, errors = [], []
+    with checkpointer(folder, model, optimizers, world=world, report=heard.append) as saver:
+        saver.save(1, {})
+        saver.wait()
+        for step, place in [(2, (checkpoint._Writer, "write_data")), (3, (checkpoint_folder, "describe"))]:
+            original = getattr(*place)
+            if world.rank == 1:
+                setattr(*place, unwritable)
+            saver.save(step, {})
+            try:
+                saver.wait()
+            except UserError as error:
+                errors.append(str(error))
+            setattr(*place, original)
+        saver.save(4, {})
+        saver.wait()
+        if world.is_main:
+            alter(max((folder / "step-4").glob("*.safetensors")))
+        dist.barrier()
+        progress = saver.resume()
+    dist.destroy_process_group()
+    return errors, heard, progress
+
+
+def unwritable(*_):
+    raise OSError("disk full")
+
+
+def test_what_fails_on_one_process_is_known_to_all(tmp_path):
+    for rank, (errors, heard, progress) in enumerate(run_processes(2, fail_on_one, tmp_path)):
+        assert len(errors) == 2
+        assert all("step" in error and "disk full" in error and "\n" not in error for error in errors)
+        assert len(heard) == (rank == 0)
+        assert all("step-4" in line and "checksum" in line for line in heard)
+        assert progress == {"step": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-4.damaged"]

@@ -15,15 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash_stu import UserError
 from flash_stu.training import Trainer, join_world
-from flash_stu.training.metrics import read_metrics
+from flash_stu.training.export import load_checkpoint
+from flash_stu.training.metrics import MEASURED, read_metrics
 from flash_stu.training.trainer import dropout_seed
+from flash_stu.training.watchdog import Watchdog
 
 
 def losses(folder: str | Path) -> list[dict]:
-    """The metrics of a run, without what depends on the clock."""
-    clock = ("tokens_per_second", "time")
+    """The metrics of a run, without what depends on the clock or the memory."""
     return [
-        {k: v for k, v in record.items() if k not in clock} for record in read_metrics(Path(folder) / "metrics.jsonl")
+        {k: v for k, v in record.items() if k not in MEASURED}
+        for record in read_metrics(Path(folder) / "metrics.jsonl")
     ]
 
 
@@ -46,7 +48,7 @@ def test_run_directory_of_a_finished_run(finished, fit, load, capsys):
     assert [(r["step"], "loss" in r) for r in records] == [
         (0, False), (1, True), (2, True), (3, True), (3, False), (4, True), (5, True), (6, True), (6, False),
     ]  # fmt: skip
-    assert records[-1]["validation_loss"] < records[0]["validation_loss"] - 0.5
+    assert records[-1]["validation_loss"] < records[0]["validation_loss"] - 0.4
     assert records[0]["validation_loss"] == pytest.approx(math.log(264), abs=0.3)
     before = os.stat(Path(finished) / "final" / "model.safetensors").st_mtime_ns
     assert fit(load(f"output_dir={finished}", "model.dropout=0.1"))
@@ -60,20 +62,20 @@ def test_final_is_a_transformers_directory(finished):
     assert model.config.eos_token_id == tokenizer.eos_token_id == 256
     ids = tokenizer("fixed window", return_tensors="pt").input_ids
     assert ids.tolist() == [list(b"fixed window")]
-    saved = load_file(Path(finished) / "checkpoints" / "step-6" / "model.safetensors")
-    assert torch.equal(model.model.embed_tokens.weight, saved["model.embed_tokens.weight"])
-    assert torch.equal(model.model.filters.phi, saved["model.filters.phi"])
+    saved, _ = load_checkpoint(Path(finished) / "checkpoints" / "step-6")
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
     assert model(ids).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 4])
-def test_sigterm_and_restart_give_the_same_run_bit_for_bit(finished, load, fit, stop_at, monkeypatch, capsys):
+@pytest.mark.parametrize(("stop_at", "number"), [(1, signal.SIGTERM), (3, signal.SIGUSR1), (4, signal.SIGTERM)])
+def test_a_signal_and_restart_give_the_same_run_bit_for_bit(finished, load, fit, stop_at, number, monkeypatch, capsys):
     config = load("model.dropout=0.1")
     train_step = Trainer._train_step
 
     def interrupted(self):
         if self.step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return train_step(self)
 
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
@@ -118,20 +120,18 @@ def test_results_do_not_depend_on_the_micro_batch(load, tmp_path):
         config = load(f"train.micro_batch_size={micro_batch_size}", f"output_dir={tmp_path / str(micro_batch_size)}")
         with join_world(config) as world:
             trainer = Trainer(config, world)
-            trainer.step = 1
-            trainer.optimizer.zero_grad = lambda: None  # keep them to look at
-            values = trainer._train_step()
-            return values, [p.grad for p in trainer.model.parameters()]
+            trainer.watchdog = Watchdog(world, 60)
+            loss = trainer._accumulate_gradients(trainer.loader.batch(0))
+            return loss.item(), [p.grad for p in trainer.model.parameters()]
 
     (one, one_gradients), (four, four_gradients) = gradients(1), gradients(4)
-    assert one["loss"] == pytest.approx(four["loss"], rel=1e-6)
-    assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-5)
+    assert one == pytest.approx(four, rel=1e-6)
     for a, b in zip(one_gradients, four_gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
 def test_activation_checkpointing_changes_nothing_but_memory(load, fit, tmp_path):
-    for mode in ("none", "full"):
+    for mode in ("none", "selective", "full"):
         assert fit(
             load(
                 f"train.activation_checkpointing={mode}",
@@ -140,10 +140,10 @@ def test_activation_checkpointing_changes_nothing_but_memory(load, fit, tmp_path
                 "model.dropout=0.1",
             )  # fmt: skip
         )
-    assert losses(tmp_path / "none") == losses(tmp_path / "full")
+    assert losses(tmp_path / "none") == losses(tmp_path / "selective") == losses(tmp_path / "full")
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_compiled_blocks_give_the_same_losses(load, fit, tmp_path, monkeypatch, checkpointing):
     overrides = [
         "train.steps=2",
@@ -158,7 +158,7 @@ def test_compiled_blocks_give_the_same_losses(load, fit, tmp_path, monkeypatch, 
     assert counters["stats"]["unique_graphs"] == 4  # two kinds of blocks, with and without gradients
     assert not counters["graph_break"]
     for eager, compiled in zip(losses(tmp_path / "eager"), losses(tmp_path / "compiled"), strict=True):
-        assert compiled == pytest.approx(eager, rel=1e-5)
+        assert {k for k, v in compiled.items() if v != pytest.approx(eager[k], rel=1e-5)} == set()
 
 
 def test_bfloat16_autocast_trains_float32_weights(load, fit, tmp_path):
@@ -177,6 +177,7 @@ def test_validation_is_the_mean_over_fixed_windows(load):
         data, starts = trainer.validation.dataset, trainer.validation.starts
         assert len(starts) == 5 and starts == sorted(set(starts)) and all(start % 24 == 0 for start in starts)
         assert starts[-1] > len(data) / 2  # spread over the split
+        trainer.watchdog = Watchdog(world, 60)
         values = trainer.validate()
         nats = []
         with torch.no_grad():
@@ -247,13 +248,47 @@ def test_vocabulary_and_validation_split_must_fit(load, fit):
         )
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run(load, fit, monkeypatch):
-    monkeypatch.setattr(
-        Trainer, "_loss", lambda self, windows: sum(p.sum() for p in self.model.parameters()) * math.nan
-    )
-    monkeypatch.setattr(Trainer, "validate", lambda self: {"loss": 1.0, "bits_per_byte": 1.0})
-    with pytest.raises(UserError, match="the loss is nan at step 1"):
-        fit(load())
+@pytest.fixture
+def not_finite_at(monkeypatch):
+    """Spoil the loss, and so the gradient, of some steps."""
+
+    def spoil(*steps):
+        loss = Trainer._loss
+
+        def spoiled(self, windows, counted=None):
+            return loss(self, windows, counted) * (math.nan if self.step in steps and torch.is_grad_enabled() else 1)
+
+        monkeypatch.setattr(Trainer, "_loss", spoiled)
+
+    return spoil
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(load, fit, not_finite_at, tmp_path):
+    not_finite_at(2, 3, 5)
+    assert fit(load("train.max_skipped_steps=2"))
+    steps = [record for record in losses(tmp_path / "run") if "loss" in record]
+    assert [record["skipped"] for record in steps] == [0, 1, 2, 2, 3, 3]
+    assert [record["loss"] is None for record in steps] == [False, True, True, False, True, False]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+def test_too_many_in_a_row_end_the_run_with_the_last_good_weights(load, fit, not_finite_at, tmp_path):
+    not_finite_at(3, 4, 5)
+    with pytest.raises(UserError, match="3 steps in a row, the last of them step 5 .*step-5 has the weights"):
+        fit(load("train.max_skipped_steps=2", "train.keep_checkpoints=9"))
+    good, _ = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-2")
+    kept, _ = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-5")
+    for name, tensor in good.state_dict().items():
+        assert torch.equal(kept.state_dict()[name], tensor), name
+    assert fit(load("train.max_skipped_steps=2"))  # step 6 is fine
+
+
+def test_training_starts_from_given_weights(finished, load, fit, tmp_path):
+    config = load(f"train.initial_weights={finished}", "train.validation_tokens=240")
+    assert fit(config)
+    assert losses(tmp_path / "run")[0]["validation_loss"] == losses(finished)[-1]["validation_loss"]
+    with pytest.raises(UserError, match="initial_weights.* shape .*, the model's"):
+        fit(load(f"train.initial_weights={finished}", "model.num_filters=5", f"output_dir={tmp_path / 'other'}"))
 
 
 def test_dropout_seeds_differ_between_steps_ranks_and_runs():

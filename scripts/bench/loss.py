@@ -1,0 +1,148 @@
+"""Time and memory of the head's loss, forward and backward: plain, in chunks, and Liger's where it is installed.
+
+    python scripts/bench/loss.py [--tokens 2048] [--chunked-tokens 512 8192] [--hidden 1024] [--vocabulary 200064]
+
+Each measurement has a process of its own. Memory is the peak above the inputs, the weight and their gradients: of the
+process on the CPU, of PyTorch's allocator on a GPU. Differences are the largest ones, relative to the largest entry of
+the plain loss's gradient. The plain loss at 2,048 tokens of the default shape takes about 6 GiB.
+"""
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from flash_stu.backends import why_not
+from flash_stu.errors import ArgumentParser, UserError, run_cli
+from flash_stu.loading import default_device
+from flash_stu.ops.cross_entropy import linear_cross_entropy
+
+ROWS = 8192  # of the weight's gradient compared at a time
+
+
+def loss_of(variant: str, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean loss by a variant: "plain", or a back end of linear_cross_entropy."""
+    if variant == "plain":
+        return F.cross_entropy(F.linear(hidden, weight), labels)
+    return linear_cross_entropy(hidden, weight, labels, backend=variant)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has had so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's rusage starts with what the process had that started this one
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(args) -> dict:
+    """Run one variant; seconds of each repeat, bytes above inputs, weight and gradients, and the loss."""
+    device = default_device()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.empty(args.vocabulary, args.hidden)
+    weight.normal_(std=args.hidden**-0.5, generator=generator)
+    hidden = torch.empty(args.tokens, args.hidden).normal_(generator=generator)
+    labels = torch.randint(0, args.vocabulary, (args.tokens,), generator=generator).to(device)
+    hidden, weight = (tensor.to(device).requires_grad_() for tensor in (hidden, weight))
+    before, seconds = peak_bytes(device), []
+    for _ in range(args.repeats):
+        hidden.grad = weight.grad = None
+        start = time.perf_counter()
+        loss = loss_of(args.variant, hidden, weight, labels)
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    gradients = (hidden.numel() + weight.numel()) * weight.itemsize
+    result = {"seconds": seconds, "bytes": peak_bytes(device) - before - gradients, "loss": loss.item()}
+    if args.save:
+        save_file({"hidden": hidden.grad, "weight": weight.grad}, args.save)
+    return result
+
+
+def in_a_process(args, variant: str, tokens: int, save: Path | None = None) -> dict:
+    """The same in a fresh process."""
+    options = {"variant": variant, "tokens": tokens, "hidden": args.hidden, "vocabulary": args.vocabulary}
+    command = [sys.executable, __file__, f"--repeats={args.repeats}"]
+    command += [f"--{key}={value}" for key, value in (options | ({"save": save} if save else {})).items()]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        raise UserError(f"the {variant} loss of {tokens} tokens ended with status {run.returncode}; see above")
+    return json.loads(run.stdout)
+
+
+def largest_difference(path: Path, reference: Path, name: str) -> float:
+    """Of two saved gradients, relative to the reference's largest entry, a part of them at a time."""
+    difference = largest = 0.0
+    with safe_open(path, "pt") as ours, safe_open(reference, "pt") as theirs:
+        ours, theirs = ours.get_slice(name), theirs.get_slice(name)
+        for start in range(0, theirs.get_shape()[0], ROWS):
+            part, exact = ours[start : start + ROWS], theirs[start : start + ROWS]
+            difference = max(difference, (part - exact).abs().max().item())
+            largest = max(largest, exact.abs().max().item())
+    return difference / largest
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=2048, help="where all are compared")
+    parser.add_argument("--chunked-tokens", type=int, nargs="*", default=[512, 8192], help="without the plain loss")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=200064)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--variant", choices=["plain", "chunked", "liger"], help="measure one in this process")
+    parser.add_argument("--save", help="with --variant: write its gradients to this file")
+    args = parser.parse_args()
+    if args.variant:
+        print(json.dumps(measure(args)))
+        return
+
+    device = default_device()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {name}, float32")
+    print(f"hidden {args.hidden}, vocabulary {args.vocabulary:,}; seconds: median (min-max) of {args.repeats}\n")
+    print("| loss    | tokens | forward + backward, s | memory, GiB | loss, rel. | d hidden, rel. | d weight, rel. |")
+    print("|---------|-------:|----------------------:|------------:|-----------:|---------------:|---------------:|")
+    variants = ["plain", "chunked"] + (["liger"] if why_not("liger") is None else [])
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Path(folder, "plain")
+        for variant in variants:
+            path = Path(folder, variant)
+            result = in_a_process(args, variant, args.tokens, path)
+            if variant == "plain":
+                exact, differences = result["loss"], []
+            else:
+                differences = [abs(result["loss"] - exact) / abs(exact)]
+                differences += [largest_difference(path, reference, name) for name in ("hidden", "weight")]
+                path.unlink()
+            print(_row(variant, args.tokens, result, differences), flush=True)
+    for tokens in args.chunked_tokens:
+        for variant in variants[1:]:
+            print(_row(variant, tokens, in_a_process(args, variant, tokens), []), flush=True)
+
+
+def _row(variant: str, tokens: int, result: dict, differences: list[float]) -> str:
+    seconds = result["seconds"]
+    spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
+    cells = [f"{value:.1e}" for value in differences] or ["", "", ""]
+    memory = result["bytes"] / 2**30
+    return (
+        f"| {variant:7} | {tokens:6,} | {spread:>21} | {memory:11.2f} "
+        f"| {cells[0]:>10} | {cells[1]:>14} | {cells[2]:>14} |"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))
