@@ -1,32 +1,52 @@
 """Replace a model's STU layers by linear dynamical systems: constant time and memory per generated token.
 
-python distill.py --checkpoint RUN_OR_MODEL_DIR --state-dim 160 --output DIR [--method M] [--text FILE]
+python distill.py --checkpoint RUN_OR_CHECKPOINT_OR_MODEL_DIR --output DIR [--state-dim N|auto] [--verify]
 """
 
+import sys
 from functools import partial
 
 from transformers.utils import logging
 
-from flash_stu.errors import ArgumentParser, run_cli
-from spectralds.directory import FIGURE, REPORT, distill_directory, summary
-from spectralds.fit import METHODS
+from flash_stu.errors import ArgumentParser, UserError, run_cli
+from spectralds.directory import DTYPES, FIGURE, REPORT, VERIFY_TOLERANCE, distill_directory, summary
+from spectralds.fit import AUTO, METHODS, TOLERANCE
 
 
-def main() -> None:
+def main() -> int:
     """Parse the command line, distill, and say what it did to the model."""
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="training run, or transformers model directory")
+    add("--checkpoint", required=True, metavar="DIR",
+        help="transformers model directory, training run, or its checkpoints/step-N")  # fmt: skip
     add("--output", required=True, metavar="DIR", help="where the distilled model goes")
-    add("--state-dim", type=int, default=160, metavar="N", help="states per layer and channel (%(default)s)")
-    add("--method", default=METHODS[0], help=f"{' or '.join(METHODS)} (default: the first)")
-    add("--text", metavar="FILE", help="what to compare the models on, or 'embedded'; "
+    add("--state-dim", default="160", metavar="N", help="states per layer and channel, or auto (default: %(default)s)")
+    add("--tolerance", type=float, default=TOLERANCE, metavar="T",
+        help="for auto: relative error of the impulse responses, in float32 (default: %(default)s)")  # fmt: skip
+    add("--method", default=AUTO, help=f"{', '.join(METHODS)} or {AUTO}, the best of them (default: %(default)s)")
+    add("--dtype", help=f"{' or '.join(DTYPES)}: of the weights written (default: as they are)")
+    add("--verify", type=float, nargs="?", const=VERIFY_TOLERANCE, metavar="T", help="compare logits, validation loss "
+        "and generated tokens with the original's; exit with 1 if the logits' relative difference exceeds T "
+        "(default: %(const)s)")  # fmt: skip
+    add("--text", metavar="FILE", help="for --verify: what to compare on, or 'embedded'; "
         "default: the validation split of the run, else the embedded corpus")  # fmt: skip
     args = parser.parse_args()
+    if args.text is not None and args.verify is None:
+        raise UserError("--text says what to compare the models on: it goes with --verify")
+    state_dim = int(args.state_dim) if args.state_dim.isdecimal() else args.state_dim
     logging.disable_progress_bar()
-    say = partial(print, flush=True)
-    report = distill_directory(args.checkpoint, args.output, args.state_dim, args.method, args.text, say)
-    print(f"\n{summary(report)}\n\nwritten to {args.output}: the model, {REPORT}, {FIGURE}")
+    report = distill_directory(
+        *(args.checkpoint, args.output, state_dim, args.method, args.tolerance, args.dtype, args.verify, args.text),
+        say=partial(print, flush=True),
+    )
+    print(f"\n{summary(report)}\n\nwritten to {args.output}: the model, {REPORT}, {FIGURE}", flush=True)
+    if report["verified"] is False:
+        found = report["comparison"]["relative_logit_difference"]
+        print(
+            f"error: the logits' relative difference is {found:.2e}; --verify allows {args.verify:g}", file=sys.stderr
+        )
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

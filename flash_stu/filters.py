@@ -7,8 +7,9 @@ The Hankel matrices of spectral filtering are Gram matrices of decaying exponent
 
 with n = i + j and i, j = 1..L. Substituting a = exp(-e^s), the trapezoid rule in s converges exponentially, so a few
 hundred nodes give Z = V V^T to machine precision with V of shape (L, nodes). The left singular vectors of V are the
-filters and its squared singular values the eigenvalues. Cost is O(L nodes^2) instead of O(L^3), and small eigenvalues
-keep their relative accuracy because the decomposition sees their square roots.
+filters and its squared singular values the eigenvalues. The columns of V are decaying exponentials, so V is compressed
+to a few hundred rows first (flash_stu.lags). Cost is O(L filters) instead of O(L^3), and small eigenvalues keep their
+relative accuracy because the decomposition sees their square roots.
 
 Source: Agarwal et al. 2023, Spectral State Space Models (arXiv 2312.06837), section 3; Liu et al. 2024, Flash STU
 (arXiv 2409.10489), for hankel_l and the sigma^(1/4) scaling.
@@ -26,10 +27,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flash_stu.errors import UserError
+from flash_stu.lags import CompressedLags
 
 BASES = ("hankel", "hankel_l")
 _QUADRATURE_STEP = 0.12  # in s; halving it changes no eigenvalue above 1e-13 of the first by more than 1e-11 of itself
-_REVISION = 1  # part of the cache key: raise it when the numbers change
+_REVISION = 2  # part of the cache key: raise it when the numbers change
 
 
 def spectral_filters(seq_len: int, num_filters: int, basis: str = "hankel") -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,11 +98,11 @@ def _eigenpairs(lags: torch.Tensor, count: int, basis: str) -> tuple[torch.Tenso
     gap = -torch.expm1(-rate) if basis == "hankel" else -torch.expm1(-2 * rate)
     sides = 1.0 if basis == "hankel" else 2.0
     weight = gap * (sides * step * rate).sqrt()
-    factor = torch.outer(lags + 0.5, -rate).exp_().mul_(weight)
-    q, r = torch.linalg.qr(factor)
-    del factor
-    u, s, _ = torch.linalg.svd(r, full_matrices=False)
-    return s[:count] ** 2, q @ u[:, :count]
+    compressed = CompressedLags(len(lags))
+    points = lags[0] + (lags[-1] - lags[0]) / max(1, len(lags) - 1) * compressed.points
+    factor = compressed.compress(torch.outer(points + 0.5, -rate).exp() * weight)
+    u, s, _ = torch.linalg.svd(factor, full_matrices=False)
+    return s[:count] ** 2, compressed.expand(u[:, :count])
 
 
 def _fix_signs(phi: torch.Tensor) -> torch.Tensor:

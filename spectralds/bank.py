@@ -1,14 +1,19 @@
 """A bank of spectral filters as sums of decaying exponentials: the least squares behind every fit."""
 
 import math
+from collections.abc import Callable
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
 from flash_stu.errors import UserError
+from flash_stu.lags import CompressedLags
 from spectralds.bounds import Bounds
-from spectralds.exponentials import ROWS, column_norms, powers, triangular_factor
+from spectralds.exponentials import column_norms, powers
 
+T = TypeVar("T")
+_ROWS = 65536  # lags evaluated at once: a filter of 2^20 lags then needs no more memory than one of 2^16
 _SPACING = 0.12  # of the fine realisation's nodes, in s = ln(-ln a): finer ones lower no residual in float64
 
 
@@ -38,16 +43,18 @@ class FilterBank:
         odd_only = (self.phi[0::2] == 0).all(dim=0) & ~even_only
         self.step = 2 if bool((even_only | odd_only).all()) else 1
         self.first = odd_only.long() if self.step == 2 else torch.zeros(self.num_filters, dtype=torch.long)
+        self._shared = {}
 
-    def groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs (indices of filters, the lags they live on as float64)."""
-        return [
-            (
-                (self.first == first).nonzero()[:, 0],
-                torch.arange(first, self.length, self.step, dtype=torch.float64),
-            )
-            for first in sorted(set(self.first.tolist()))
-        ]
+    def shared(self, compute: Callable[["FilterBank"], T]) -> T:
+        """compute(self), done once: what several fits of these filters need."""
+        if compute not in self._shared:
+            self._shared[compute] = compute(self)
+        return self._shared[compute]
+
+    @cached_property
+    def groups(self) -> list["Group"]:
+        """The filters, those that live on the same lags together."""
+        return [Group(self, first) for first in sorted(set(self.first.tolist()))]
 
     def solve(self, nodes: torch.Tensor, precision: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Least squares coefficients of the filters on given nodes, each filter on the lags it lives on.
@@ -66,21 +73,32 @@ class FilterBank:
         """
         coefficients = torch.zeros(len(nodes), self.num_filters, dtype=torch.float64)
         energy = torch.zeros((), dtype=torch.float64)
-        for columns, lags in self.groups():
+        for group in self.groups:
             # norms as if every filter began at lag 0: at run time the whole exponential cancels
-            scale = column_norms(nodes, len(lags), self.step)
-            targets = self.phi[lags.long()][:, columns]
-            triangle = triangular_factor(nodes, lags, 1 / scale, targets)
-            count = min(len(nodes), len(lags))
+            scale = column_norms(nodes, group.count, self.step)
+            rows = torch.cat([group.exponentials(nodes) / scale, group.targets], dim=1)
+            triangle = torch.linalg.qr(rows, mode="r")[1]
+            count = min(len(nodes), len(rows))
             scaled = _truncated_solve(
                 triangle[:count, : len(nodes)],
                 triangle[:count, len(nodes) :],
-                triangle[count:, len(nodes) :].norm(),
+                torch.hypot(triangle[count:, len(nodes) :].norm(), group.outside),
                 precision,
             )
-            coefficients[:, columns] = scaled / scale[:, None]
+            coefficients[:, group.columns] = scaled / scale[:, None]
             energy += scaled.square().sum()
         return coefficients, energy.sqrt()
+
+    def relative_error(self, nodes: torch.Tensor, coefficients: torch.Tensor) -> float:
+        """Frobenius norm of the difference between the filters and what the coefficients stand for, over that of the
+        filters; at the cost of a few hundred lags.
+        """
+        squares = [
+            (group.exponentials(nodes) @ coefficients[:, group.columns] - group.targets).square().sum()
+            + group.outside.square()
+            for group in self.groups
+        ]
+        return float(sum(squares).sqrt() / self.norm)
 
     @cached_property
     def realisation(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,6 +106,11 @@ class FilterBank:
         span = math.log(8 * self.length)
         nodes = quadrature_nodes(self, max(80, math.ceil(span / _SPACING)))
         return nodes, self.solve(nodes, torch.finfo(torch.float64).eps)[0]
+
+    @cached_property
+    def norm(self) -> float:
+        """Frobenius norm of the filters, never zero."""
+        return float(self.phi.norm().clamp(min=torch.finfo(torch.float64).tiny))
 
     @cached_property
     def bounds(self) -> Bounds:
@@ -116,19 +139,41 @@ class FilterBank:
     def evaluate(self, nodes: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
         """The filters that coefficients (nodes, filters) stand for, (length, filters), float64."""
         filters = torch.zeros(self.length, self.num_filters, dtype=torch.float64)
-        for columns, lags in self.groups():
-            for rows in lags.split(ROWS):
-                filters[rows.long()[:, None], columns] = powers(nodes, rows) @ coefficients[:, columns]
+        for group in self.groups:
+            lags = torch.arange(group.first, self.length, self.step)
+            for rows in lags.split(_ROWS):
+                filters[rows[:, None], group.columns] = powers(nodes, rows.double()) @ coefficients[:, group.columns]
         return filters
 
 
-def quadrature_nodes(bank: FilterBank, count: int) -> torch.Tensor:
-    """Decays a = exp(-e^s) for `count` equally spaced s from ln(1/length) to ln 8, slowest first, float64.
+class Group:
+    """The filters of a bank that begin at one lag, compressed.
 
-    The range holds every time constant that a filter of this length can show: from the length down to an
-    eighth of a token.
+    Attributes:
+        columns: their indices; first: the lag; count: how many lags they live on.
+        targets: rows of the filters (rows, columns); outside: the norm of what the rows do not hold.
     """
-    return torch.linspace(-math.log(bank.length), math.log(8), count, dtype=torch.float64).exp().neg().exp()
+
+    def __init__(self, bank: FilterBank, first: int):
+        self.columns, self.first, self._step = (bank.first == first).nonzero()[:, 0], first, bank.step
+        values = bank.phi[first :: bank.step, self.columns]
+        self.count = len(values)
+        self._lags = CompressedLags(self.count)
+        self.targets, self.outside = self._lags.project(values)
+
+    def exponentials(self, nodes: torch.Tensor) -> torch.Tensor:
+        """Rows of nodes ** lag over the group's lags, (rows, nodes)."""
+        return self._lags.compress(powers(nodes, self.first + self._step * self._lags.points))
+
+
+def slowest_and_fastest(bank: FilterBank) -> tuple[float, float]:
+    """The range of s = ln(-ln a) that holds every time constant a filter can show: from its length to 1/8 token."""
+    return -math.log(bank.length), math.log(8)
+
+
+def quadrature_nodes(bank: FilterBank, count: int) -> torch.Tensor:
+    """Decays a = exp(-e^s), `count` of them, s equally spaced over `slowest_and_fastest`, slowest first, float64."""
+    return torch.linspace(*slowest_and_fastest(bank), count, dtype=torch.float64).exp().neg().exp()
 
 
 def _truncated_solve(matrix, targets, residual, precision) -> torch.Tensor:

@@ -1,22 +1,23 @@
-"""What a linear dynamical system can reach: Hankel singular values, the AAK bound, Theorem 1."""
+"""What a linear dynamical system can reach: Hankel singular values and the AAK bound."""
 
 import math
 
 import torch
 
-from spectralds.exponentials import triangular_factor
+from flash_stu.lags import CompressedLags
+from spectralds.exponentials import powers
 
 FLOOR = 1e-14  # Hankel singular values below this fraction of the largest are rounding
 
 
-def hankel_blocks(decay, coefficients, triangle) -> torch.Tensor:
+def hankel_blocks(coefficients: torch.Tensor, triangle: torch.Tensor) -> torch.Tensor:
     """Hankel matrices of a diagonal system in an orthonormal basis of its inputs and outputs, stacked.
 
     The Hankel matrix of one output, H[i, j] = sum_n c[n] decay[n]^(i + j), is V diag(c) V^T with V the
     Vandermonde matrix of the decays. With V = Q R it has the singular values of the small R diag(c) R^T.
 
     Args:
-        decay: (states,); coefficients: (states, outputs); triangle: R, (rank, states).
+        coefficients: (states, outputs); triangle: R, (rank, states).
 
     Returns:
         (outputs * rank, rank), float64.
@@ -29,8 +30,7 @@ def hankel_singular_values(decay, coefficients, length: int, weighted: bool = Fa
     """Singular values of the Hankel matrix that a filter bank of a given length determines, largest first.
 
     The matrix maps past inputs to future outputs, H[(i, k), j] = f_k(i + j), with i and j below (length + 1)
-    / 2, so that only lags of the filters enter. The cost is that of QR of a (length / 2, states) matrix: H
-    is never formed.
+    / 2, so that only lags of the filters enter. H is never formed.
 
     A linear dynamical system of dimension r has a Hankel matrix of rank r: no such system comes closer to
     the bank than the (r+1)-st value in Hankel norm (Adamyan, Arov, Krein; for a finite section it is Eckart
@@ -48,13 +48,17 @@ def hankel_singular_values(decay, coefficients, length: int, weighted: bool = Fa
     Returns:
         at most `states` values, float64, (values,).
     """
-    lags = torch.arange((length + 1) // 2, dtype=torch.float64)
-    weights = None
-    if weighted:
-        weights = (0.5 * (torch.lgamma(lags + 0.5) - torch.lgamma(lags + 1) - 0.5 * math.log(math.pi))).exp()
-    triangle = triangular_factor(decay, lags, weights=weights)
-    stacked = hankel_blocks(decay, coefficients, triangle)
-    return torch.linalg.svdvals(torch.linalg.qr(stacked, mode="r")[1])
+    rows = []
+    for parity in (0, 1):  # negative eigenvalues are smooth on every other lag
+        lags = CompressedLags(((length + 1) // 2 - parity + 1) // 2)
+        points = parity + 2 * lags.points
+        values = powers(decay.abs(), points) * decay.sign() ** parity
+        if weighted:
+            square = torch.lgamma(points + 0.5) - torch.lgamma(points + 1) - 0.5 * math.log(math.pi)
+            values *= (0.5 * square).exp()[:, None]
+        rows.append(lags.compress(values))
+    triangle = torch.linalg.qr(torch.cat(rows), mode="r")[1]
+    return torch.linalg.svdvals(torch.linalg.qr(hankel_blocks(coefficients, triangle), mode="r")[1])
 
 
 class Bounds:
@@ -80,23 +84,6 @@ class Bounds:
     def mse(self, state_dim: int) -> float:
         """Mean squared error that no system of this dimension undercuts; 0.0 where it is below rounding."""
         return float(self.weighted[state_dim:].square().sum()) / self._entries
-
-
-def theorem_1(coefficients: torch.Tensor) -> dict[str, float]:
-    """The quantities of Theorem 1 of SpectraLDS (Shah et al. 2025, arXiv 2505.17868) for one fit.
-
-    The theorem bounds the error of Phi ~ M mu, with mu the impulse responses of h systems of dimension one
-    and M the matrix that maps them to the filters, by c lambda_max h exp(-k / log L). Here M is the
-    transpose of the coefficients (for one sign of the nodes), and lambda_max its largest singular value.
-
-    Args:
-        coefficients: (h, filters).
-
-    Returns:
-        lambda_max and lambda_max_h = lambda_max * h.
-    """
-    largest = float(torch.linalg.matrix_norm(coefficients, 2))
-    return {"lambda_max": largest, "lambda_max_h": largest * len(coefficients)}
 
 
 def _above_rounding(values: torch.Tensor) -> torch.Tensor:

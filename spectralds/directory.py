@@ -1,4 +1,4 @@
-"""Distill a model directory into another: model, tokenizer, report and figure, all of it or nothing."""
+"""Distill a model on disk into a model directory: model, tokenizer, report and figure, all of it or nothing."""
 
 import json
 import os
@@ -7,108 +7,157 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from flash_stu.errors import UserError
-from flash_stu.loading import default_device, load_model, resolve_model_dir
+from flash_stu.loading import default_device
+from spectralds.curve import error_curve
 from spectralds.distill import model_filters, replace_stu_layers
-from spectralds.fit import check_arguments, fit_lds
+from spectralds.fit import AUTO, TOLERANCE, check_arguments, fit_lds
 from spectralds.plots import plot_fit
-from spectralds.report import compare_layers, compare_models
-from spectralds.text import comparison_text
+from spectralds.report import compare_generation, compare_layers, compare_models
+from spectralds.source import Source, find_source, open_source
+from spectralds.text import ComparisonText, comparison_text
 
 REPORT, FIGURE = "distillation.json", "distillation.png"
-_TOKENIZER_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    "chat_template*",
-)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+VERIFY_TOLERANCE = 1e-3
 
 
 def distill_directory(
     checkpoint: str | Path,
     output: str | Path,
-    state_dim: int = 160,
-    method: str = "quadrature",
+    state_dim: int | str = 160,
+    method: str = AUTO,
+    tolerance: float = TOLERANCE,
+    dtype: str | None = None,
+    verify: float | None = None,
     text: str | None = None,
     say=lambda line: None,
 ) -> dict:
-    """Distill the model of a run or model directory and measure what that changed.
+    """Distill a model on disk, and on request measure what that changed.
 
     Args:
-        checkpoint: a transformers model directory with STU layers, or a training run with final/.
+        checkpoint: a transformers model directory with STU layers, a training run with final/, or a training
+            checkpoint RUN/checkpoints/step-N.
         output: directory to write: the distilled model and its tokenizer, distillation.json,
-            distillation.png. An earlier distillation there is replaced once the new one is complete.
-        state_dim, method: see `distill`.
+            distillation.png. An earlier distillation there is replaced once the new one is complete; the same
+            arguments write the same files.
+        state_dim, method, tolerance: see `fit_lds`.
+        dtype: "float32" or "bfloat16", of the weights written; None: as they are. Decays and readouts of the LDS
+            layers are float32 in any case.
+        verify: compare the models, and call the distillation verified if relative_logit_difference (see
+            `compare_models`) is at most this. None: only the fit is measured.
         text: what to compare the models on, see `comparison_text`.
         say: told what is being done, a line at a time.
 
     Returns:
-        the content of distillation.json: source, state_dim, method, fit (see `fit_lds`), layers (see
-        `compare_layers`), comparison (see `compare_models`, with its text; None without a tokenizer), and
-        the seconds that each part took.
+        the content of distillation.json: source; state_dim, method and tolerance as asked for; dtype; fit (see
+        `fit_lds`), eigenvalues (the positive half), curve (see `error_curve`); layers, comparison and generation
+        (see `compare_layers`, `compare_models` with its text, `compare_generation`) and verified, which are None
+        without `verify`. In the returned one only: seconds, that each part took.
 
     Raises:
-        UserError: for a checkpoint that is none or has no STU layers, an output that is something else's,
-            and as `fit_lds` and `comparison_text`.
+        UserError: for a checkpoint that is none or has no STU layers, a model without a tokenizer that is to be
+            verified, an output that is something else's, and as `fit_lds` and `comparison_text`.
     """
-    check_arguments(state_dim, method)
-    directory, output = resolve_model_dir(checkpoint), Path(output)
+    check_arguments(state_dim, method, tolerance=tolerance)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    directory, output = find_source(checkpoint), Path(output)
     _check_output(output, directory)
     seconds, lap = {}, _stopwatch()
-    model = load_model(directory, dtype="auto")
-    bank = model_filters(model)
+    source = open_source(directory)
+    model, bank = source.model, model_filters(source.model)
     seconds["load"] = lap()
-    sample = comparison_text(directory, text, model.config.max_position_embeddings)
-    if sample is not None and int(sample.windows.max()) >= model.config.vocab_size:
-        raise UserError(f"{directory}: the tokenizer's ids exceed the model's vocabulary of {model.config.vocab_size}")
+    sample = None if verify is None else _sample(source, text)
     seconds["text"] = lap()
 
-    say(f"fitting {bank.num_filters} filters of length {bank.length} with {state_dim} states, {method}")
-    fit = fit_lds(bank, state_dim, method, dilation=model.config.stu_dilation)
-    distilled = replace_stu_layers(model, fit)
+    states = "the fewest states" if state_dim == AUTO else f"{state_dim} states"
+    say(f"fitting {bank.num_filters} filters of length {bank.length} with {states}, method {method}")
+    fit = fit_lds(bank, state_dim, method, dilation=model.config.stu_dilation, tolerance=tolerance)
+    curve = error_curve(bank, torch.float32, model.config.stu_dilation)
+    distilled = replace_stu_layers(model, fit).to(DTYPES.get(dtype))
     seconds["distill"] = lap()
+    del fit.report["seconds"]
+    report = {
+        "source": str(checkpoint),
+        "state_dim": state_dim,
+        "method": method,
+        "tolerance": tolerance,
+        "dtype": str(distilled.dtype).removeprefix("torch."),
+        "fit": fit.report,
+        "eigenvalues": fit.A[: len(fit.A) // 2].tolist(),
+        "curve": curve,
+        **dict.fromkeys(("layers", "comparison", "generation", "verified")),
+    }
     with _replacing(output) as temporary:
         distilled.save_pretrained(temporary)
-        for name in {path.name for pattern in _TOKENIZER_FILES for path in directory.glob(pattern)}:
-            shutil.copy2(directory / name, temporary / name)
+        source.copy_tokenizer(temporary)
         seconds["save"] = lap()
-
-        report = {"source": str(checkpoint), "state_dim": state_dim, "method": method, "fit": fit.report}
-        model, distilled = (m.float().to(default_device()) for m in (model, distilled))
-        say(f"comparing the layers on {bank.length} tokens of noise")
-        report["layers"] = compare_layers(model, distilled)
-        if sample is None:
-            say("no tokenizer beside the model: no comparison on text")
-            report["comparison"] = None
-        else:
-            say(f"comparing the models on {sample.windows[:, 1:].numel()} tokens: {sample.source}")
-            report["comparison"] = {"text": sample.source, **compare_models(model, distilled, sample.windows)}
-        seconds["compare"] = lap()
-        plot_fit(bank, fit, temporary / FIGURE)
-        report["seconds"] = {**seconds, "plot": lap()}
+        if sample is not None:
+            report |= _compare(model, distilled, sample, verify, say)
+            seconds["compare"] = lap()
+        plot_fit(bank, fit, curve, temporary / FIGURE)
         (temporary / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return report
+        seconds["plot"] = lap()
+    return report | {"seconds": seconds}
 
 
 def summary(report: dict) -> str:
     """The few lines of a report that a user looks for first."""
     fit, layers, comparison = report["fit"], report["layers"], report["comparison"]
-    worst = max(entry["relative_difference"] for entry in layers["layers"])
     lines = [
-        f"filters          mean squared error {fit['mse']:.2e}, largest error {fit['max_abs_error']:.2e}",
-        f"layers           relative difference at most {worst:.2e} over {layers['length']} tokens, "
-        f"{layers['recurrence_relative_difference']:.2e} token by token",
+        f"state dimension  {fit['state_dim']}, method {fit['method']}",
+        f"filters          mean squared error {fit['mse']:.2e}, largest error {fit['max_abs_error']:.2e}, "
+        f"relative error in {fit['dtype']} {fit['run_time_error']:.1e}",
     ]
     if comparison is not None:
+        worst = max(entry["relative_difference"] for entry in layers["layers"])
         before, after = comparison["validation_loss_before"], comparison["validation_loss_after"]
+        generation = report["generation"]
         lines += [
-            f"logits           largest difference {comparison['max_abs_logit_difference']:.2e}, "
-            f"mean {comparison['mean_abs_logit_difference']:.2e}, "
+            f"layers           relative difference at most {worst:.2e} over {layers['length']} tokens, "
+            f"{layers['recurrence_relative_difference']:.2e} token by token",
+            f"logits           relative difference {comparison['relative_logit_difference']:.2e}, largest "
+            f"{comparison['max_abs_logit_difference']:.2e}, "
             f"same first choice at {comparison['argmax_agreement']:.2%} of tokens",
             f"validation loss  {before:.6f} before, {after:.6f} after, in nats per token "
             f"({comparison['tokens']} tokens)",
+            f"generation       {generation['identical']} of {generation['prompts']} continuations of "
+            f"{generation['tokens']} tokens are identical",
         ]
     parts = (f"{value:.1f} s to {part}" for part, value in report["seconds"].items() if part != "text")
     lines.append(f"time             {', '.join(parts)}")
     return "\n".join(lines)
+
+
+def _sample(source: Source, text: str | None) -> ComparisonText:
+    """The text to compare on, checked against the model."""
+    if not source.has_tokenizer:
+        raise UserError(
+            f"{source.directory}: no tokenizer beside the model, and comparing on text (--verify) needs one"
+        )
+    config = source.model.config
+    sample = comparison_text(source.tokenizer, source.run, text, config.max_position_embeddings)
+    if int(sample.windows.max()) >= config.vocab_size:
+        raise UserError(f"{source.directory}: the tokenizer's ids exceed the model's vocabulary of {config.vocab_size}")
+    return sample
+
+
+def _compare(model, distilled, sample: ComparisonText, allowed: float, say) -> dict:
+    """The report's entries on what distillation changed; both models are moved and become float32."""
+    model, distilled = (m.float().to(default_device()) for m in (model, distilled))
+    say(f"comparing the layers on {model.config.max_position_embeddings} tokens of noise")
+    layers = compare_layers(model, distilled)
+    say(f"comparing the models on {sample.windows[:, 1:].numel()} tokens: {sample.source}")
+    comparison = {"text": sample.source, **compare_models(model, distilled, sample.windows)}
+    return {
+        "layers": layers,
+        "comparison": comparison,
+        "generation": compare_generation(model, distilled, sample.windows),
+        "verified": comparison["relative_logit_difference"] <= allowed,
+    }
 
 
 def _check_output(output: Path, source: Path) -> None:

@@ -9,16 +9,18 @@ from flash_stu.filters import spectral_filters
 from flash_stu.layers import STU
 from flash_stu.model import FlashSTUForCausalLM
 from spectralds.bank import FilterBank
-from spectralds.fit import LDSFit, fit_lds
+from spectralds.fit import AUTO, TOLERANCE, LDSFit, fit_lds
 
 
-def distill(model: FlashSTUForCausalLM, state_dim: int = 160, method: str = "quadrature") -> FlashSTUForCausalLM:
+def distill(
+    model: FlashSTUForCausalLM, state_dim: int | str = 160, method: str = AUTO, tolerance: float = TOLERANCE
+) -> FlashSTUForCausalLM:
     """Distill a model: the same model with every STU layer replaced by an LDS layer.
 
     Args:
         model: a model with STU layers; it is not changed and shares no memory with the result.
-        state_dim: states per layer and channel.
-        method: "quadrature" or "balanced", see `fit_lds`.
+        state_dim: states per layer and channel, or "auto".
+        method, tolerance: see `fit_lds`.
 
     Returns:
         a new model on the same device, in the same mode, with config.lds_state_dim set. Weights keep their
@@ -28,13 +30,8 @@ def distill(model: FlashSTUForCausalLM, state_dim: int = 160, method: str = "qua
     Raises:
         UserError: for a model without STU layers, and as `fit_lds`.
     """
-    return replace_stu_layers(model, fit_model(model, state_dim, method))
-
-
-def fit_model(model: FlashSTUForCausalLM, state_dim: int = 160, method: str = "quadrature") -> LDSFit:
-    """Fit the system that stands in for a model's spectral filters; arguments and errors as in `distill`."""
-    _require_stu_layers(model)
-    return fit_lds(model_filters(model), state_dim, method, torch.float32, model.config.stu_dilation)
+    fit = fit_lds(model_filters(model), state_dim, method, torch.float32, model.config.stu_dilation, tolerance)
+    return replace_stu_layers(copy.deepcopy(model), fit)
 
 
 def model_filters(model: FlashSTUForCausalLM) -> FilterBank:
@@ -52,17 +49,17 @@ def model_filters(model: FlashSTUForCausalLM) -> FilterBank:
 
 
 def replace_stu_layers(model: FlashSTUForCausalLM, fit: LDSFit) -> FlashSTUForCausalLM:
-    """Build the distilled model from a model and the fit of its filters; see `distill`."""
+    """Build the distilled model from a model and the fit of its filters; it shares the other weights' memory."""
     _require_stu_layers(model)
     config = copy.deepcopy(model.config)
-    config.lds_state_dim = len(fit.A)
+    config.lds_state_dim, config.lds_trainable, config.decode_backend = len(fit.A), False, "auto"
     with torch.device("meta"):
         distilled = FlashSTUForCausalLM(config)
 
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, STU)}
     replaced = {f"{name}.{own}" for name in layers for own in ("M_filters", "M_phi")} | {"model.filters.phi"}
     named = [*model.named_parameters(), *model.named_buffers()]  # tied weights come once
-    tensors = {name: tensor.detach().clone() for name, tensor in named if name not in replaced}
+    tensors = {name: tensor.detach() for name, tensor in named if name not in replaced}
     for name, layer in layers.items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in fold(fit, layer).items()}
     distilled.load_state_dict(tensors, assign=True, strict=False)
@@ -98,7 +95,7 @@ def fold(fit: LDSFit, layer: STU) -> dict[str, torch.Tensor]:
     if layer.tensordot:
         features = features @ weights.flatten(0, 1).cpu().double()
     else:
-        tensors["M_phi"] = weights.flatten(0, 1).clone()
+        tensors["M_phi"] = weights.flatten(0, 1)
     tensors["readout"] = features.to(weights.device, torch.promote_types(weights.dtype, torch.float32))
     return tensors
 

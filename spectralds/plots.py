@@ -1,5 +1,6 @@
 """One figure that shows how good a fit is."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,41 +8,30 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from flash_stu.errors import UserError
 from spectralds.bank import FilterBank
-from spectralds.fit import METHODS, LDSFit, fit_lds
+from spectralds.exponentials import powers
+from spectralds.fit import METHODS, LDSFit
 
 # Okabe and Ito's palette: told apart with any colour vision
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-_STATE_DIMS = (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 112, 128, 160)
 
 
-def error_curve(bank: FilterBank, method: str, dtype: torch.dtype, dilation: int) -> tuple[list[int], list[float]]:
-    """Mean squared error of the fit against the state dimension, as far as the method reaches."""
-    dims, errors = [], []
-    for state_dim in _STATE_DIMS:
-        try:
-            errors.append(fit_lds(bank, state_dim, method, dtype, dilation).report["mse"])
-        except UserError:  # balanced truncation ends where float64 does
-            break
-        dims.append(state_dim)
-    return dims, errors
-
-
-def plot_fit(bank: FilterBank, fit: LDSFit, path: str | Path) -> None:
+def plot_fit(bank: FilterBank, fit: LDSFit, curve: dict[str, list], path: str | Path) -> None:
     """Draw filters over their fit, the error per filter, the error against the state dimension, and the
     decays.
 
     Args:
         bank: the filters.
         fit: their fit.
+        curve: errors against state dimension, see `error_curve`.
         path: the image to write; its ending chooses the format.
     """
-    figure = Figure(figsize=(11, 7.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 7.6), dpi=150)
+    figure.subplots_adjust(left=0.07, right=0.985, top=0.955, bottom=0.07, hspace=0.28, wspace=0.18)
     filters, errors, dimensions, decays = figure.subplots(2, 2).flat
     _draw_filters(filters, bank, fit)
     _draw_errors(errors, bank, fit)
-    _draw_dimensions(dimensions, bank, fit)
+    _draw_dimensions(dimensions, curve, fit)
     _draw_decays(decays, bank, fit)
     for letter, axes in zip("abcd", figure.axes, strict=True):
         title = axes.get_title()
@@ -55,10 +45,14 @@ def plot_fit(bank: FilterBank, fit: LDSFit, path: str | Path) -> None:
 def _draw_filters(axes, bank: FilterBank, fit: LDSFit) -> None:
     last = bank.num_filters - 1
     shown = sorted({0, 1, *(round(last * part) for part in (0.2, 0.45, 0.7, 1))} & set(range(last + 1)))
-    response = fit.impulse_response(bank.length)
+    count = (bank.length + bank.step - 1) // bank.step
+    places = torch.cat(
+        [torch.arange(count)[:200], torch.logspace(2, math.log10(max(count - 1, 1)), 600).long()]
+    ).unique()
     for place, k in enumerate(shown):
-        lags = torch.arange(int(bank.first[k]), bank.length, bank.step)
-        values, fitted = bank.phi[lags, k], response[lags, k]
+        lags = bank.first[k] + bank.step * places
+        lags = lags[lags < bank.length]
+        values, fitted = bank.phi[lags, k], powers(fit.A, lags.double()) @ fit.C[:, k]
         size = float(values.abs().max()) or 1.0
         offset = -2.2 * place
         axes.axhline(offset, color="black", linewidth=0.4, alpha=0.3)
@@ -90,16 +84,14 @@ def _draw_errors(axes, bank: FilterBank, fit: LDSFit) -> None:
     axes.set_xlabel("filter number, largest eigenvalue first")
     axes.set_ylabel("absolute value")
     axes.set_title("error per filter")
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False)
 
 
-def _draw_dimensions(axes, bank: FilterBank, fit: LDSFit) -> None:
-    report = fit.report
-    dtype, styles = getattr(torch, report["dtype"]), ((_BLUE, "o"), (_ORANGE, "s"))
-    for method, (color, marker) in zip(METHODS, styles, strict=True):
-        dims, errors = error_curve(bank, method, dtype, report["dilation"])
-        axes.semilogy(dims, errors, color=color, marker=marker, markersize=4, linewidth=1.2, label=method)
-    bound = [(h, bank.bounds.mse(h)) for h in _STATE_DIMS if bank.bounds.mse(h) > 0]
+def _draw_dimensions(axes, curve: dict[str, list], fit: LDSFit) -> None:
+    report, dims = fit.report, curve["state_dim"]
+    for method, (color, marker) in zip(METHODS, ((_BLUE, "o"), (_ORANGE, "s"), (_GREEN, "^")), strict=True):
+        axes.semilogy(dims, curve[method], color=color, marker=marker, markersize=4, linewidth=1.2, label=method)
+    bound = [(h, error) for h, error in zip(dims, curve["bound"], strict=True) if error > 0]
     if bound:
         axes.semilogy(*zip(*bound, strict=True), color=_GREY, linestyle=":", label="no LDS is below this")
     this = (report["state_dim"], report["mse"])

@@ -1,5 +1,7 @@
 """Measure a distilled model against its original: logits and loss on real text, outputs layer by layer."""
 
+import math
+
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -21,12 +23,13 @@ def compare_models(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
 
     Returns:
         tokens, windows, window_length; max_abs_logit_difference and mean_abs_logit_difference;
+        relative_logit_difference (Frobenius, to the logits less their mean over the vocabulary);
         validation_loss_before and validation_loss_after, nats per token; argmax_agreement, the fraction of
         tokens for which both think the same next token likeliest.
     """
     device = original.device
     step = max(1, _LOGITS // original.config.vocab_size)
-    largest = total = agree = 0.0
+    largest = total = agree = error = size = 0.0
     losses = {"before": 0.0, "after": 0.0}
     for window in tqdm(windows, desc="comparing", unit="window", leave=False, disable=None):
         ids, targets = window[None, :-1].to(device), window[1:].to(device)
@@ -38,6 +41,9 @@ def compare_models(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
                 distilled.lm_head(hidden[1][part]).float(),
             )
             difference = (before - after).abs()
+            spread = before - before.mean(dim=1, keepdim=True)  # a constant added to all logits changes no prediction
+            size += float(spread.square().sum(dtype=torch.float64))
+            error += float(difference.square().sum(dtype=torch.float64))
             largest = max(largest, float(difference.max()))
             total += float(difference.sum(dtype=torch.float64))
             agree += float((before.argmax(dim=1) == after.argmax(dim=1)).sum())
@@ -50,6 +56,7 @@ def compare_models(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
         "window_length": length,
         "max_abs_logit_difference": largest,
         "mean_abs_logit_difference": total / (count * original.config.vocab_size),
+        "relative_logit_difference": math.sqrt(error / size) if size > 0 else 0.0,
         "validation_loss_before": losses["before"] / count,
         "validation_loss_after": losses["after"] / count,
         "argmax_agreement": agree / count,
@@ -81,6 +88,40 @@ def compare_layers(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
             if recurrence is None:
                 recurrence = _relative(_run_token_by_token(after.mixer, x), expected)
     return {"length": length, "layers": layers, "recurrence_relative_difference": recurrence}
+
+
+@torch.inference_mode()
+def compare_generation(
+    original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM, windows: torch.Tensor, prompts: int = 4
+) -> dict:
+    """Let both models go on from pieces of real text, always with the likeliest token.
+
+    Args:
+        original, distilled: on one device, in evaluation mode, the same dtype.
+        windows: token ids (windows, length); prompts are spread over them, each at most 64 tokens and half a window.
+        prompts: how many, at most.
+
+    Returns:
+        prompts, prompt_length, tokens (generated per prompt, at most 32), identical (prompts after which every token
+        is the same) and agreement (the fraction of tokens before the first that differs).
+    """
+    length = max(1, min(64, windows.shape[1] // 2))
+    count = max(1, min(32, original.config.max_position_embeddings - length))
+    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    ids = pieces[:: max(1, len(pieces) // prompts)][:prompts].to(original.device)
+    settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    before, after = (
+        model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, length:]
+        for model in (original, distilled)
+    )
+    same = (before == after).long().cumprod(dim=1)
+    return {
+        "prompts": len(ids),
+        "prompt_length": length,
+        "tokens": count,
+        "identical": int(same[:, -1].sum()),
+        "agreement": float(same.double().mean()),
+    }
 
 
 def _run_token_by_token(layer: LDS, x: torch.Tensor) -> torch.Tensor:

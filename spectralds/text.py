@@ -1,12 +1,13 @@
 """Real text on which a model and its distillation are compared."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from flash_stu.data import embedded_corpus, load_tokenizer, prepare
+from flash_stu.data import Tokenizer, embedded_corpus, prepare
 from flash_stu.errors import UserError
 from flash_stu.training.config import load_config
 
@@ -21,11 +22,14 @@ class ComparisonText:
     source: str
 
 
-def comparison_text(directory: Path, text: str | None, longest: int, tokens: int = TOKENS) -> ComparisonText | None:
+def comparison_text(
+    tokenizer: Callable[[], Tokenizer], run: Path | None, text: str | None, longest: int, tokens: int = TOKENS
+) -> ComparisonText:
     """Choose and tokenise the text for a comparison.
 
     Args:
-        directory: the model's, with its tokenizer; in a training run its name is final.
+        tokenizer: gives the model's.
+        run: the training run that the model is from, with its config.yaml; None for a model from elsewhere.
         text: a UTF-8 text file, or "embedded" for the embedded corpus' validation documents. None: the
             validation split of the training run, in windows of its sequence length; outside a run, the
             embedded corpus.
@@ -33,28 +37,24 @@ def comparison_text(directory: Path, text: str | None, longest: int, tokens: int
         tokens: how many to compare on, about.
 
     Returns:
-        windows spread evenly over the text; None if no text was asked for and the model came without a
-        tokenizer.
+        windows spread evenly over the text.
 
     Raises:
         UserError: for a file that cannot be read or is too short, and if the run's data or the tokenizer
             cannot be loaded.
     """
-    run = directory.parent / "config.yaml"
-    if text is None and directory.name == "final" and run.is_file():
-        config = load_config(run)
+    if text is None and run is not None:
+        config = load_config(run / "config.yaml")
         try:
             dataset = prepare(config.data).validation
         except UserError as error:
             raise UserError(f"{error}; or choose another text for the comparison with --text") from None
         length = min(longest, config.train.sequence_length)
         windows = _windows(dataset.window, len(dataset), length, tokens)
-        return ComparisonText(windows, f"validation split of {run.parent}")
+        return ComparisonText(windows, f"validation split of {run}")
 
-    if text is None and not any(directory.glob("tokenizer*")):
-        return None
     documents = embedded_corpus()["validation"] if text in (None, "embedded") else [_read(Path(text))]
-    ids = load_tokenizer(str(directory)).encode_documents(documents)
+    ids = tokenizer().encode_documents(documents)
     source = "validation documents of the embedded corpus" if text in (None, "embedded") else text
     windows = _windows(lambda start, count: ids[start : start + count], len(ids), longest, tokens)
     return ComparisonText(windows, source)

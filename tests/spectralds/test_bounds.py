@@ -6,7 +6,7 @@ import torch
 from flash_stu.filters import spectral_filters
 from spectralds.bank import FilterBank
 from spectralds.bounds import hankel_singular_values
-from spectralds.fit import fit_lds
+from spectralds.fit import METHODS, fit_lds
 
 
 def dense_hankel(features: torch.Tensor, weighted: bool = False) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_weights_count_every_lag_at_most_once():
 
 
 @pytest.mark.parametrize("basis", ["hankel", "hankel_l"])
-@pytest.mark.parametrize("method", ["quadrature", "balanced"])
+@pytest.mark.parametrize("method", METHODS)
 def test_no_fit_undercuts_its_bounds(basis, method):
     length = 201
     phi = spectral_filters(length, 8, basis)[1]

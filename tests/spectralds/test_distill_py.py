@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash_stu.data import load_tokenizer
 from flash_stu.loading import load_model
+from flash_stu.training.checkpoint import Checkpointer
+from flash_stu.training.parallel import World
 
 REPOSITORY = Path(__file__).parents[2]
 SIZES = {"vocab_size": 257, "max_position_embeddings": 129, "hidden_size": 16}
@@ -20,10 +23,13 @@ SIZES = {"vocab_size": 257, "max_position_embeddings": 129, "hidden_size": 16}
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run distill.py's command line in this process; returns exit status, stdout, stderr."""
+    """Run distill.py's command line in this process; returns exit status, stdout, stderr. Figures take long: an empty
+    file stands for one unless asked for."""
 
-    def run(*arguments):
+    def run(*arguments, figure=False):
         capsys.readouterr()
+        if not figure:
+            monkeypatch.setattr("spectralds.directory.plot_fit", lambda bank, fit, curve, path: path.touch())
         monkeypatch.setattr(sys, "argv", ["distill.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
             runpy.run_path(str(REPOSITORY / "distill.py"), run_name="__main__")
@@ -43,14 +49,18 @@ def model_dir(tiny_model, tmp_path) -> Path:
 
 def test_writes_a_model_its_tokenizer_a_report_and_a_figure(command, model_dir, tmp_path):
     output = tmp_path / "somewhere" / "distilled"
-    status, stdout, stderr = command("--checkpoint", model_dir, "--output", output, "--state-dim", 80)
+    arguments = ("--checkpoint", model_dir, "--output", output, "--state-dim", 80)
+    status, stdout, stderr = command(*arguments, "--verify", figure=True)
     assert (status, stderr) == (0, "")
     assert "validation loss" in stdout and str(output) in stdout
     assert sorted(path.name for path in output.parent.iterdir()) == ["distilled"]
 
     report = json.loads((output / "distillation.json").read_text())
-    assert (report["state_dim"], report["method"]) == (80, "quadrature")
-    assert report["fit"]["mse"] < 1e-22
+    assert (report["state_dim"], report["method"], report["tolerance"]) == (80, "auto", 1e-5)
+    assert report["fit"]["mse"] < 1e-22 and report["fit"]["state_dim"] == 80
+    assert len(report["eigenvalues"]) == 40 and 0 < min(report["eigenvalues"]) < max(report["eigenvalues"]) < 1
+    assert report["curve"].keys() == {"state_dim", "bound", "quadrature", "balanced", "sampled"}
+    assert report["generation"]["agreement"] == 1.0 and report["verified"] is True
     assert len(report["fit"]["per_filter"]["mse"]) == 8
     assert {"lambda_max", "lambda_max_h", "aak_bound", "mse_bound", "coefficient_norm"} <= report["fit"].keys()
     assert [entry["layer"] for entry in report["layers"]["layers"]] == [0, 2]
@@ -70,10 +80,70 @@ def test_writes_a_model_its_tokenizer_a_report_and_a_figure(command, model_dir, 
         torch.testing.assert_close(distilled(ids).logits, original(ids).logits, rtol=0, atol=1e-4)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_running_twice_gives_the_same_files_and_without_verify_compares_nothing(command, model_dir, tmp_path):
+    output = tmp_path / "distilled"
+    arguments = ("--checkpoint", model_dir, "--output", output, "--state-dim", "auto", "--tolerance", 1e-4)
+    assert command(*arguments, figure=True)[0] == 0
+    first = contents(output)
+    status, stdout, stderr = command(*arguments, figure=True)
+    assert (status, stderr) == (0, "") and "validation loss" not in stdout
+    assert contents(output) == first
+    report = json.loads(first["distillation.json"])
+    assert [report[key] for key in ("layers", "comparison", "generation", "verified")] == [None] * 4
+    assert report["fit"]["run_time_error"] <= 1e-4 and (report["state_dim"], report["tolerance"]) == ("auto", 1e-4)
+    assert load_model(output).config.lds_state_dim == report["fit"]["state_dim"] < 40
+
+
+def test_a_coarse_distillation_is_written_and_fails_its_verification(command, model_dir, tmp_path):
+    output = tmp_path / "distilled"
+    arguments = ("--checkpoint", model_dir, "--output", output, "--state-dim", 4)
+    status, _, stderr = command(*arguments, "--verify")
+    assert status == 1 and stderr.startswith("error: the logits' relative difference is ")
+    assert stderr.endswith("; --verify allows 0.001\n") and stderr.count("\n") == 1
+    report = json.loads((output / "distillation.json").read_text())
+    assert report["verified"] is False and report["comparison"]["relative_logit_difference"] > 1e-3
+    assert command(*arguments, "--verify", 10.0)[0] == 0
+
+
+def test_a_training_checkpoint_is_distilled_and_an_unfinished_run_says_so(command, model_dir, tmp_path):
+    run, model = tmp_path / "run", load_model(model_dir)
+    model.model.embed_tokens.weight.data.mul_(1.5)  # not what the directory holds
+    settings = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 4}
+    settings |= {"num_attention_heads": 4, "sliding_window": 7, "max_position_embeddings": 129, "num_filters": 8}
+    config = {
+        "output_dir": str(run),
+        "model": settings,
+        "data": {"dataset": "embedded", "tokenizer": "bytes", "cache_dir": str(tmp_path / "cache")},
+        "train": {"sequence_length": 48, "global_batch_size": 48, "steps": 5},
+    }
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    with Checkpointer(run / "checkpoints", model, [torch.optim.SGD(model.parameters())], world, keep=1) as checkpointer:
+        checkpointer.save(3, {})
+    status, _, stderr = command("--checkpoint", run, "--output", tmp_path / "distilled")
+    step = run / "checkpoints" / "step-3"
+    assert status == 2 and stderr.endswith(f"has no final/ yet; a checkpoint of it can be distilled: {step}\n")
+
+    assert command("--checkpoint", step, "--output", tmp_path / "distilled", "--verify")[0] == 0
+    report = json.loads((tmp_path / "distilled" / "distillation.json").read_text())
+    assert report["comparison"]["text"] == f"validation split of {run}" and report["verified"]
+    ids = AutoTokenizer.from_pretrained(tmp_path / "distilled")("A checkpoint", return_tensors="pt").input_ids
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "distilled")(ids).logits
+        torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-4)
+
+
 def test_an_earlier_distillation_is_replaced_and_nothing_else(command, model_dir, tmp_path):
     output = tmp_path / "distilled"
-    arguments = ("--checkpoint", model_dir, "--output", output, "--text", model_dir / "config.json")
-    assert command(*arguments, "--state-dim", 40)[0] == 0
+    arguments = ("--checkpoint", model_dir, "--output", output)
+    text = ("--verify", "--text", model_dir / "config.json")
+    assert command(*arguments, "--state-dim", 40, *text)[0] == 0
+    assert json.loads((output / "distillation.json").read_text())["comparison"]["text"] == str(text[-1])
     (output / "leftover").touch()
     assert command(*arguments, "--state-dim", 24, "--method", "balanced")[0] == 0
     report = json.loads((output / "distillation.json").read_text())
@@ -108,45 +178,59 @@ def test_a_run_is_compared_on_its_own_validation_split(command, model_dir, tmp_p
     }
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     output = tmp_path / "distilled"
-    assert command("--checkpoint", run, "--output", output)[0] == 0
+    assert command("--checkpoint", run, "--output", output, "--verify")[0] == 0
     comparison = json.loads((output / "distillation.json").read_text())["comparison"]
     assert comparison["text"] == f"validation split of {run}"
     assert comparison["window_length"] == 48
     assert comparison["tokens"] == 48 * comparison["windows"] > 48
 
     (tmp_path / "corpus.jsonl").unlink()
-    status, _, stderr = command("--checkpoint", run, "--output", tmp_path / "other")
+    status, _, stderr = command("--checkpoint", run, "--output", tmp_path / "other", "--verify")
     assert status == 2 and "choose another text for the comparison with --text" in stderr
-    assert command("--checkpoint", run, "--output", tmp_path / "other", "--text", "embedded")[0] == 0
+    assert command("--checkpoint", run, "--output", tmp_path / "other", "--verify", "--text", "embedded")[0] == 0
 
 
-def test_a_model_without_a_tokenizer_is_distilled_without_a_comparison(command, model_dir, tmp_path):
+def test_a_model_without_a_tokenizer_is_distilled_but_not_verified(command, model_dir, tmp_path):
     for file in model_dir.glob("tokenizer*"):
         file.unlink()
-    status, stdout, _ = command("--checkpoint", model_dir, "--output", tmp_path / "distilled")
-    assert status == 0 and "no comparison on text" in stdout
-    assert json.loads((tmp_path / "distilled" / "distillation.json").read_text())["comparison"] is None
+    assert command("--checkpoint", model_dir, "--output", tmp_path / "distilled")[0] == 0
+    assert not list((tmp_path / "distilled").glob("tokenizer*"))
+    status, _, stderr = command("--checkpoint", model_dir, "--output", tmp_path / "other", "--verify")
+    assert status == 2 and "no tokenizer beside the model" in stderr and not (tmp_path / "other").exists()
 
 
-def test_half_precision_checkpoints_stay_half_precision(command, model_dir, tmp_path, tiny_model):
-    tiny_model(**SIZES).bfloat16().save_pretrained(model_dir)
+@pytest.mark.parametrize("before, asked, after", [("bfloat16", None, "bfloat16"), ("bfloat16", "float32", "float32"),
+                                                  ("float32", "bfloat16", "bfloat16")])  # fmt: skip
+def test_dtype_of_the_weights_written(command, model_dir, tmp_path, tiny_model, before, asked, after):
+    tiny_model(**SIZES).to(getattr(torch, before)).save_pretrained(model_dir)
     output = tmp_path / "distilled"
-    assert command("--checkpoint", model_dir, "--output", output)[0] == 0
-    assert AutoModelForCausalLM.from_pretrained(output).model.embed_tokens.weight.dtype == torch.bfloat16
-    comparison = json.loads((output / "distillation.json").read_text())["comparison"]
-    assert comparison["max_abs_logit_difference"] < 1e-4  # measured in float32
+    arguments = ("--checkpoint", model_dir, "--output", output, *(() if asked is None else ("--dtype", asked)))
+    assert command(*arguments, "--verify", 0.1)[0] == 0
+    report = json.loads((output / "distillation.json").read_text())
+    assert report["dtype"] == after
+    if before == "bfloat16":  # every weight is kept; compared in float32
+        assert report["comparison"]["max_abs_logit_difference"] < 1e-4
+    weights = load_file(output / "model.safetensors")
+    assert weights["model.embed_tokens.weight"].dtype == getattr(torch, after)
+    exact = {name: tensor for name, tensor in weights.items() if name.endswith(("decay", "readout"))}
+    assert len(exact) == 4 and {tensor.dtype for tensor in exact.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--state-dim", 41], "state_dim is 41; allowed: even numbers from 2 to 1024"),
-        (["--method", "sgd"], "method is 'sgd'; allowed: quadrature, balanced"),
-        (["--method", "balanced", "--state-dim", 200], "balanced truncation resolves at most"),
+        (["--state-dim", 41], "state_dim is 41; allowed: even numbers from 2 to 1024, or auto"),
+        (["--state-dim", "few"], "state_dim is 'few'; allowed: even numbers"),
+        (["--method", "sgd"], "method is 'sgd'; allowed: auto, quadrature, balanced, sampled"),
+        (["--state-dim", "auto", "--tolerance", 1e-12], "state dimensions up to 256 do not reach it"),
+        (["--tolerance", 2], "tolerance is 2.0; allowed"),
+        (["--dtype", "float16"], "dtype is 'float16'; allowed: float32, bfloat16"),
+        (["--text", "embedded"], "--text says what to compare the models on: it goes with --verify"),
+        (["--verify", "much"], "argument --verify: invalid float value: 'much'"),
         (["--checkpoint", "/nowhere"], "/nowhere: no such directory"),
         (["--checkpoint", "."], "not a model directory"),
-        (["--text", "/nowhere.txt"], "--text /nowhere.txt: No such file or directory"),
-        (["--text", "."], "--text .: Is a directory"),
+        (["--verify", "--text", "/nowhere.txt"], "--text /nowhere.txt: No such file or directory"),
+        (["--verify", "--text", "."], "--text .: Is a directory"),
         (["--output", "model/config.json/x"], "--output model/config.json/x: Not a directory"),
     ],
 )
@@ -167,7 +251,7 @@ def test_broken_checkpoints_are_named(command, model_dir, tmp_path):
     assert status == 2 and stderr.count("\n") == 1 and str(model_dir) in stderr
     weights.write_bytes(whole)
     (model_dir / "tokenizer.json").write_text("{}")
-    status, _, stderr = command("--checkpoint", model_dir, "--output", tmp_path / "distilled")
+    status, _, stderr = command("--checkpoint", model_dir, "--output", tmp_path / "distilled", "--verify")
     assert status == 2 and stderr.count("\n") == 1 and "tokenizer" in stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 

@@ -9,7 +9,7 @@ import torch
 from flash_stu.errors import UserError
 from flash_stu.filters import spectral_filters
 from spectralds.bank import FilterBank
-from spectralds.fit import LDSFit, fit_lds, round_nodes
+from spectralds.fit import METHODS, LDSFit, best_candidate, fit_lds, round_nodes, rounding_floor
 
 LENGTH, FILTERS = 8192, 24
 
@@ -61,11 +61,14 @@ def test_state_160_with_float32_nodes_reproduces_both_branches(banks, basis, dil
 @pytest.mark.parametrize(
     "state_dim, method, dtype, mse",
     [
-        (48, "balanced", torch.float32, 1.2e-12),  # the paper's error, with 160 states there
+        (48, "auto", torch.float32, 1.2e-12),  # the paper's error, with 160 states there
         (52, "balanced", torch.float32, 1e-13),
         (56, "balanced", torch.float32, 5e-15),
         (64, "balanced", torch.float32, 1e-18),
         (80, "balanced", torch.float32, 1e-24),
+        (96, "balanced", torch.float32, 1e-28),  # past what the truncation resolves
+        (160, "sampled", torch.float32, 7.7e-19),  # the best published file
+        (160, "sampled", torch.float64, 1e-26),
         (80, "quadrature", torch.float64, 1e-18),
         (96, "quadrature", torch.float64, 2.7e-22),
         (128, "quadrature", torch.float64, 1e-25),
@@ -79,7 +82,56 @@ def test_error_falls_with_the_state_dimension(banks, state_dim, method, dtype, m
     assert error.square().mean() == pytest.approx(fit.report["mse"], rel=0.2, abs=1e-28)
 
 
-@pytest.mark.parametrize("method, state_dim", [("quadrature", 80), ("balanced", 28)])
+def test_auto_is_the_best_method(banks):
+    for state_dim in (24, 40, 56, 96, 160):
+        reports = [fit_lds(banks["hankel"], state_dim, method).report for method in ("auto", *METHODS)]
+        best = min(reports[1:], key=lambda report: report["relative_error"])
+        assert reports[0]["method"] == best["method"] and reports[0]["mse"] == best["mse"]
+
+
+@pytest.mark.parametrize(
+    "length, count, basis",
+    [
+        *((64, 8, "hankel"), (64, 8, "hankel_l"), (64, 64, "hankel"), (64, 64, "hankel_l")),
+        *((101, 13, "hankel"), (500, 33, "hankel_l"), (8192, 8, "hankel_l"), (8192, 64, "hankel")),
+        (20001, 24, "hankel"),
+    ],
+)
+def test_the_fit_reaches_the_floor_of_every_size(length, count, basis):
+    bank = FilterBank(spectral_filters(length, count, basis)[1])
+    report = fit_lds(bank, 160, dtype=torch.float64).report
+    # filters that are small and need large weights are given up, in the finest realisation too
+    assert report["relative_error"] <= max(1e-12, 1.5 * rounding_floor(bank, torch.float64)) <= 1e-7
+    assert report["mse_bound"] <= report["mse"] and report["aak_bound"] <= report["hankel_error"]
+    assert fit_lds(bank, 160).report["run_time_error"] <= 2e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method, tolerance", [("auto", 1e-5), ("balanced", 1e-3), ("quadrature", 1e-2)])
+@pytest.mark.parametrize("basis", ["hankel", "hankel_l"])
+def test_auto_finds_the_smallest_state_dimension(basis, method, tolerance, dtype):
+    bank = FilterBank(spectral_filters(1000, 12, basis)[1])
+    fit = fit_lds(bank, "auto", method, dtype, tolerance=tolerance)
+    signs = (-1.0) ** torch.arange(1000, dtype=torch.float64)[:, None]
+    exact = torch.cat([bank.phi, signs * bank.phi], dim=1)
+    rounded = LDSFit(fit.A, fit.B, fit.C.to(dtype).double(), {})
+    error = float((rounded.impulse_response(1000) - exact).norm() / exact.norm())
+    assert error <= tolerance
+    assert fit.report["run_time_error"] == pytest.approx(error, rel=1e-3)
+    assert fit.report["state_dim"] == len(fit.A) and fit.report["tolerance"] == tolerance
+    for state_dim in range(2, len(fit.A), 2):
+        assert best_candidate(bank, state_dim, method, dtype, 1).run_time_error(bank, dtype) > tolerance
+
+
+def test_a_tolerance_below_rounding_is_refused_with_the_floor(banks):
+    with pytest.raises(UserError, match=r"tolerance is 1e-09; state dimensions up to 256 do not reach it: the least "
+                       r"error is [12]\..e-06, with \d+ states, and rounding to float32 alone leaves about "
+                       r"[1-5]\..e-06$"):  # fmt: skip
+        fit_lds(banks["hankel"], "auto", "balanced", tolerance=1e-9)
+    assert fit_lds(banks["hankel"], "auto", dtype=torch.float64, tolerance=1e-9).report["state_dim"] <= 80
+
+
+@pytest.mark.parametrize("method, state_dim", [("quadrature", 80), ("balanced", 28), ("sampled", 40)])
 @pytest.mark.parametrize("basis", ["hankel", "hankel_l"])
 @pytest.mark.parametrize("length, count", [(64, 8), (101, 9), (257, 10)])
 def test_system_is_the_recurrence_it_claims_to_be(length, count, basis, method, state_dim):
@@ -87,14 +139,15 @@ def test_system_is_the_recurrence_it_claims_to_be(length, count, basis, method, 
     fit = fit_lds(phi, state_dim, method, torch.float64)
     x = torch.randn(length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = recurrence(fit, x)
-    torch.testing.assert_close(y, convolution(fit.impulse_response(length), x), rtol=1e-9, atol=1e-10)
+    # float64 over coefficients in the thousands, which cancel
+    torch.testing.assert_close(y, convolution(fit.impulse_response(length), x), rtol=1e-9, atol=1e-9)
     expected = convolution(features(phi), x)
     assert (y - expected).norm() <= 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("basis", ["hankel", "hankel_l"])
 @pytest.mark.parametrize("branches", ["shared", "separate", "positive"])
-@pytest.mark.parametrize("method, state_dim", [("quadrature", 160), ("balanced", 72)])
+@pytest.mark.parametrize("method, state_dim", [("auto", 160), ("quadrature", 160), ("balanced", 72), ("balanced", 100)])
 def test_float32_recurrence_of_8192_steps(banks, basis, branches, method, state_dim):
     bank, channels = banks[basis], 8
     dilation = 2 if branches == "shared" else 1
@@ -120,7 +173,7 @@ def test_float32_recurrence_of_8192_steps(banks, basis, branches, method, state_
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
-@pytest.mark.parametrize("method", ["quadrature", "balanced"])
+@pytest.mark.parametrize("method", METHODS)
 def test_decays_are_exact_in_the_run_time_dtype(banks, method, dilation):
     A = fit_lds(banks["hankel"], 64, method, dilation=dilation).A
     assert (A**dilation - (A**dilation).float().double()).abs().max() <= 2.0**-52
@@ -149,8 +202,7 @@ def test_report_against_a_direct_calculation():
     lengths = (fit.A[:20, None] ** torch.arange(300)).norm(dim=1)
     assert report["coefficient_norm"] == pytest.approx(float((fit.C[:20, :10] * lengths[:, None]).norm()), rel=1e-9)
     largest = np.linalg.norm(fit.C[:20, :10].numpy(), 2)
-    assert report["lambda_max"] == pytest.approx(largest)
-    assert report["lambda_max_h"] == pytest.approx(20 * largest)
+    assert report["coefficient_spectral_norm"] == pytest.approx(largest)
     assert all(math.isfinite(value) for value in report.values() if isinstance(value, float))
 
 
@@ -165,17 +217,19 @@ def test_filters_in_half_precision_do_not_blow_up_the_coefficients():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"state_dim": 41}, "state_dim is 41; allowed: even numbers from 2 to 1024"),
+        ({"state_dim": 41}, "state_dim is 41; allowed: even numbers from 2 to 1024, or auto"),
+        ({"state_dim": "small"}, "state_dim is 'small'"),
         ({"state_dim": 0}, "state_dim is 0"),
         ({"state_dim": 4096}, "state_dim is 4096"),
         ({"state_dim": True}, "state_dim is True"),
-        ({"method": "sgd"}, "method is 'sgd'; allowed: quadrature, balanced"),
+        ({"method": "sgd"}, "method is 'sgd'; allowed: auto, quadrature, balanced, sampled"),
         ({"dtype": torch.bfloat16}, "dtype is torch.bfloat16; allowed: torch.float32, torch.float64"),
         ({"dilation": 3}, "dilation is 3; allowed: 1, 2"),
         ({"phi": torch.zeros(8)}, "shape (8,)"),
         ({"phi": torch.zeros(8, 2, dtype=torch.int64)}, "torch.int64"),
         ({"phi": torch.full((8, 2), math.nan)}, "not finite"),
-        ({"state_dim": 200, "method": "balanced"}, "balanced truncation resolves at most"),
+        ({"tolerance": 0.0}, "tolerance is 0.0; allowed: relative errors between 0 and 1"),
+        ({"tolerance": math.nan}, "tolerance is nan"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(change, message):
@@ -188,7 +242,15 @@ def test_bad_input_is_one_line_that_names_it(change, message):
 
 @pytest.mark.parametrize("state_dim", [2, 4])
 def test_smallest_systems_are_stable_and_finite(state_dim):
-    for method in ("quadrature", "balanced"):
+    for method in METHODS:
         fit = fit_lds(spectral_filters(64, 4)[1], state_dim, method)
         assert fit.A.abs().max() < 1
         assert fit.impulse_response(1000).isfinite().all()
+
+
+@pytest.mark.parametrize("phi", [torch.zeros(9, 2), torch.eye(2), torch.tensor([[1.0], [-1.0]])])
+def test_odd_banks_give_finite_systems(phi):
+    for method in METHODS:
+        fit = fit_lds(phi.double(), 6, method)
+        assert fit.A.abs().max() < 1 and fit.C.isfinite().all()
+        assert all(math.isfinite(value) for value in fit.report.values() if isinstance(value, float))

@@ -6,8 +6,10 @@ from matplotlib import pyplot
 
 from flash_stu.filters import spectral_filters
 from spectralds import FilterBank, distill, fit_lds
-from spectralds.plots import error_curve, plot_fit
-from spectralds.report import compare_layers, compare_models
+from spectralds.curve import error_curve
+from spectralds.fit import METHODS
+from spectralds.plots import plot_fit
+from spectralds.report import compare_generation, compare_layers, compare_models
 
 
 @pytest.mark.parametrize("vocab_chunk", [2**24, 61 * 5])
@@ -23,6 +25,9 @@ def test_comparison_of_models_against_a_direct_calculation(tiny_model, monkeypat
     assert (found["tokens"], found["windows"], found["window_length"]) == (99, 3, 33)
     assert found["max_abs_logit_difference"] == pytest.approx(float((before - after).abs().max()), rel=1e-3)
     assert found["mean_abs_logit_difference"] == pytest.approx(float((before - after).abs().mean()), rel=1e-3)
+    spread = before - before.mean(dim=-1, keepdim=True)
+    relative = float((before - after).norm() / spread.norm())
+    assert found["relative_logit_difference"] == pytest.approx(relative, rel=1e-3)
     for key, logits in (("validation_loss_before", before), ("validation_loss_after", after)):
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), targets)
         assert found[key] == pytest.approx(float(loss), rel=1e-6)
@@ -44,7 +49,7 @@ def test_comparison_of_layers_sees_a_bad_fit(tiny_model):
 def test_figure_is_an_image_with_ink_in_every_panel(tmp_path, basis, count):
     bank = FilterBank(spectral_filters(100, count, basis)[1])
     path = tmp_path / "fit.png"
-    plot_fit(bank, fit_lds(bank, 24), path)
+    plot_fit(bank, fit_lds(bank, 24), error_curve(bank, torch.float32, 1), path)
     image = pyplot.imread(path)[..., :3]
     rows, columns = image.shape[0] // 2, image.shape[1] // 2
     for top in (0, rows):
@@ -52,8 +57,20 @@ def test_figure_is_an_image_with_ink_in_every_panel(tmp_path, basis, count):
             assert (image[top : top + rows, left : left + columns] < 0.9).any(axis=2).mean() > 0.01
 
 
-def test_error_curve_ends_where_balanced_truncation_does():
-    bank = FilterBank(spectral_filters(100, 8)[1])
-    dims, errors = error_curve(bank, "balanced", torch.float32, 1)
-    assert 24 <= dims[-1] < 160 and len(dims) == len(errors)
-    assert errors[0] > errors[2] > errors[-1]
+def test_generation_is_compared_token_by_token(tiny_model):
+    model, windows = tiny_model(), torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(0))
+    found = compare_generation(model, distill(model), windows, prompts=3)
+    assert found == {"prompts": 3, "prompt_length": 10, "tokens": 32, "identical": 3, "agreement": 1.0}
+    coarse = compare_generation(model, distill(model, 2), windows, prompts=3)
+    assert coarse["identical"] < 3 and coarse["agreement"] < 1
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_error_curve_is_that_of_the_fits(dilation):
+    bank = FilterBank(spectral_filters(300, 8)[1])
+    curve = error_curve(bank, torch.float32, dilation, (8, 20, 32))
+    assert curve["state_dim"] == [8, 20, 32]
+    for method in METHODS:
+        reports = [fit_lds(bank, h, method, dilation=dilation).report for h in (8, 20, 32)]
+        assert curve[method] == pytest.approx([report["mse"] for report in reports], rel=1e-6)
+        assert curve["bound"] == [report["mse_bound"] for report in reports]
