@@ -4,6 +4,8 @@ The only file that touches transformers' Cache, whose own layers assume keys and
 Ours are whatever the layer says (flash_stu.layers.state): the cache only stores them and picks rows of the batch.
 """
 
+from collections.abc import Iterator
+
 import torch
 from transformers import Cache
 
@@ -62,13 +64,14 @@ class FlashSTUCache(Cache):
     @property
     def num_bytes(self) -> int:
         """Memory held by all states, in bytes."""
-        return sum(t.nbytes for state in self.states if state is not None for t in _tensors(state))
+        return sum(t.nbytes for state in self.states if state is not None for t in state_tensors(state))
 
     def _tensor(self) -> torch.Tensor:
-        return next(_tensors(self.states[0]))
+        return next(state_tensors(self.states[0]))
 
 
-def _tensors(state):
+def state_tensors(state) -> Iterator[torch.Tensor]:
+    """All tensors in one layer's state, in the order of its fields."""
     for field in state:
         if isinstance(field, torch.Tensor):
             yield field

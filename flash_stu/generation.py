@@ -1,17 +1,20 @@
 """The decoding loop: prefill once, then one token at a time from the model's cache.
 
-model.generate() of transformers works too and has every strategy there is; this loop has the plain ones, streams,
-and adds nothing to the cost of a step.
+model.generate() of transformers works too and has every strategy there is; this loop streams, its steps cost the same
+however long the text is, and on a GPU they are one CUDA graph.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedTokenizerBase
 
 from flash_stu.cache import FlashSTUCache
 from flash_stu.errors import UserError
 from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.sampling import Sampler, Sampling
+from flash_stu.static_step import StaticStep
+from flash_stu.streaming import TextStream
 
 
 @torch.inference_mode()
@@ -19,72 +22,113 @@ def generate_tokens(
     model: FlashSTUForCausalLM,
     input_ids: torch.Tensor,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    sampling: Sampling | None = None,
+    attention_mask: torch.Tensor | None = None,
     eos_token_id: int | None = None,
-    seed: int | None = None,
+    compile: bool = False,
 ) -> Iterator[torch.Tensor]:
-    """Generate tokens after a prompt and yield each as soon as it is known.
+    """Generate tokens after a batch of prompts and yield each as soon as it is known.
 
     Args:
-        model: in eval mode, with STU or LDS layers.
-        input_ids: prompts of one length, (batch, length) with at least one token.
+        model: in eval mode.
+        input_ids: prompts, (batch, length) with at least one token, shorter ones padded on the left.
         max_new_tokens: tokens to generate at most.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: sample among the k most likely tokens only.
-        top_p: sample among the fewest tokens whose probabilities add up to p.
+        sampling: how to choose a token; by default from the model's own distribution.
+        attention_mask: (batch, length), 0 at padding; None if there is none.
         eos_token_id: stop when every row has produced it; a row that has goes on repeating it.
-        seed: of the sampling; None leaves torch's global generator in charge.
+        compile: see flash_stu.static_step; for a model without STU layers.
 
     Yields:
         the next token of every row, (batch,).
 
     Raises:
-        UserError: for an empty prompt, a setting outside its range, or when prompt and new tokens together are longer
-            than an undistilled model's filters.
+        UserError: for an empty prompt, padding on the right, or when prompt and new tokens together are longer than an
+            undistilled model's filters.
     """
+    _check_prompt(model, input_ids, max_new_tokens, attention_mask)
+    real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+    choose = Sampler(sampling or Sampling(), input_ids, real, model.config.vocab_size)
+    cache = FlashSTUCache(model.config.num_hidden_layers)
+    logits = model(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    step = None
+    ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    for number in range(1, max_new_tokens + 1):
+        token = choose(logits)
+        if eos_token_id is not None:
+            token = torch.where(ended, eos_token_id, token)
+            ended = ended | (token == eos_token_id)
+        yield token
+        if number == max_new_tokens or (eos_token_id is not None and bool(ended.all())):
+            return
+        step = step or _step_function(model, cache, compile)
+        logits = step(token[:, None])
+
+
+def generate_text(
+    model: FlashSTUForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    compile: bool = False,
+) -> Iterator[list[str]]:
+    """Continue a batch of prompts and yield the text as it comes.
+
+    Args:
+        model: in eval mode.
+        tokenizer: the model's; its end-of-text token ends a row.
+        prompts: one per row, of any lengths.
+        max_new_tokens: tokens to generate at most per row.
+        sampling: how to choose a token.
+        stop: strings that end a row; the row's text stops before them.
+        compile: see flash_stu.static_step; for a model without STU layers.
+
+    Yields:
+        for every token generated, the text that each row gained; often empty, all of it joined is the row's text.
+
+    Raises:
+        UserError: for an empty prompt or stop string, and as generate_tokens.
+    """
+    encoded = tokenizer(list(prompts), add_special_tokens=False).input_ids
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise UserError(f"prompt {prompt!r} is empty; at least one token is needed")
+    rows = [TextStream(tokenizer, ids, stop) for ids in encoded]
+    input_ids, mask = pad_left(encoded, model.device)
+    tokens = generate_tokens(model, input_ids, max_new_tokens, sampling, mask, tokenizer.eos_token_id, compile)
+    for number, token in enumerate(tokens, start=1):
+        pieces = [row.push(value) for row, value in zip(rows, token.tolist(), strict=True)]
+        if number == max_new_tokens:
+            pieces = [piece + row.finish() for piece, row in zip(pieces, rows, strict=True)]
+        yield pieces
+        if all(row.finished for row in rows):
+            return
+
+
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Put token ids of different lengths into one batch: ids and mask (batch, longest), 0 at padding in both."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _check_prompt(model, input_ids, max_new_tokens, attention_mask) -> None:
     if input_ids.shape[1] == 0:
         raise UserError("the prompt is empty; at least one token is needed")
+    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+        raise UserError("the prompts are padded on the right; generation needs the padding on the left")
     total = input_ids.shape[1] + max_new_tokens
     if model.config.uses_stu and total > model.config.max_position_embeddings:
         raise UserError(
             f"prompt and new tokens are {total} together; this model's spectral filters end at "
             f"{model.config.max_position_embeddings}; distill the model to go further"
         )
-    choose = _sampler(temperature, top_k, top_p, seed, input_ids.device)
-    cache = FlashSTUCache(model.config.num_hidden_layers)
-    ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    tokens = input_ids
-    for _ in range(max_new_tokens):
-        logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        token = choose(logits.float())
-        if eos_token_id is not None:
-            token = torch.where(ended, eos_token_id, token)
-            ended = ended | (token == eos_token_id)
-        yield token
-        if eos_token_id is not None and bool(ended.all()):
-            return
-        tokens = token[:, None]
 
 
-def _sampler(temperature, top_k, top_p, seed, device):
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}; allowed: 0 (greedy) or positive")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top-k is {top_k}; allowed: 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top-p is {top_p}; allowed: above 0, up to 1")
-    if temperature == 0:
-        return lambda logits: logits.argmax(dim=-1)
-    warp = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
-    if top_k is not None:
-        warp.append(TopKLogitsWarper(top_k))
-    if top_p is not None and top_p < 1:
-        warp.append(TopPLogitsWarper(top_p))
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-
-    def sample(logits: torch.Tensor) -> torch.Tensor:
-        return torch.multinomial(warp(None, logits).softmax(dim=-1), 1, generator=generator)[:, 0]
-
-    return sample
+def _step_function(model, cache: FlashSTUCache, compile: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What turns the newest tokens (batch, 1) into logits (batch, vocab_size)."""
+    if compile or (model.device.type == "cuda" and not model.config.uses_stu):
+        return StaticStep(model, cache, compile)
+    return lambda tokens: model(tokens, past_key_values=cache).logits[:, -1]

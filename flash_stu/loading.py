@@ -79,6 +79,21 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the default one for None.
+
+    Raises:
+        UserError: for a name that means no device here.
+    """
+    if name is None:
+        return default_device()
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    allowed = ["cpu", *["cuda"] * bool(gpus), *gpus]
+    if name not in allowed:
+        raise UserError(f"--device is {name!r}; allowed here: {', '.join(allowed)}")
+    return torch.device(name)
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU, float32 on the CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32

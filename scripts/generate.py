@@ -1,57 +1,90 @@
-"""Generate text from a model directory, streaming it as it comes.
+"""Generate text from a model directory; one prompt streams as it comes, several make a batch.
 
 python scripts/generate.py --model runs/quickstart/final --prompt "The function returns" --max-new-tokens 200
 """
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from flash_stu.errors import ArgumentParser, UserError, run_cli
-from flash_stu.generation import generate_tokens
-from flash_stu.loading import default_device, default_dtype, load_model, load_model_tokenizer
+from flash_stu.generation import generate_text
+from flash_stu.loading import choose_device, default_dtype, load_model, load_model_tokenizer
+from flash_stu.sampling import Sampling
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="model directory or training run")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cuda or cpu; by default a GPU if there is one")
-    args = parser.parse_args()
+    args = parse()
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}; allowed: 1 or more")
-
-    device = torch.device(args.device) if args.device else default_device()
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
+    if not prompts:
+        raise UserError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
+    for text in prompts + args.stop:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"{text!r} is not UTF-8 text")
+    device = choose_device(args.device)
+    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
     tokenizer = load_model_tokenizer(args.model)
-    model = load_model(args.model, device, default_dtype(device))
-    prompt = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False).input_ids.long().to(device)
+    model = load_model(args.model, device, dtype)
 
-    print(args.prompt, end="", flush=True)
-    count, pending, started = 0, [], time.perf_counter()
-    for token in generate_tokens(
-        model,
-        prompt,
-        args.max_new_tokens,
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        tokenizer.eos_token_id,
-        args.seed,
-    ):
+    alone = len(prompts) == 1
+    texts = list(prompts)
+    count, started = 0, time.perf_counter()
+    for pieces in generate_text(model, tokenizer, prompts, args.max_new_tokens, sampling, args.stop, args.compile):
+        if alone:
+            print((texts[0] if count == 0 else "") + pieces[0], end="", flush=True)
+        else:
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         count += 1
-        pending.append(int(token))
-        text = tokenizer.decode(pending, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # an unfinished UTF-8 sequence waits for its next token
-            print(text, end="", flush=True)
-            pending = []
     seconds = time.perf_counter() - started
-    print(f"\n[{count} tokens, {count / seconds:.1f} tokens/s]", file=sys.stderr)
+    if not alone:
+        print("\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1)), end="")
+    batch = "" if alone else f" x {len(prompts)} prompts"
+    print(flush=True)
+    print(f"[{count} tokens{batch}, {count * len(prompts) / seconds:.1f} tokens/s]", file=sys.stderr)
+
+
+def parse():
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", required=True, help="model directory or training run")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
+    add("--prompt-file", metavar="FILE", help="one prompt per line; - reads standard input")
+    add("--max-new-tokens", type=int, default=200, metavar="N")
+    add("--temperature", type=float, default=0.8, metavar="T", help="0 takes the most likely token; default 0.8")
+    add("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
+    add("--top-p", type=float, default=0.95, metavar="P", help="among the fewest that add up to P; default 0.95")
+    add("--min-p", type=float, metavar="P", help="among those at least P times as likely as the likeliest")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less; default 1")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add("--seed", type=int, default=0, help="the same seed gives the same text; default 0")
+    add("--device", metavar="D", help="cpu, cuda or cuda:N; default: a GPU if there is one")
+    add("--dtype", choices=_DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
+    add("--compile", action="store_true", help="compile the step: faster for long texts, after a minute or so")
+    return parser.parse_args()
+
+
+def read_prompts(name: str) -> list[str]:
+    """The lines of a file, blank ones left out.
+
+    Raises:
+        UserError: for a file that cannot be read or holds no prompt.
+    """
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"--prompt-file {name}: {reason}") from None
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompt-file {name}: no prompt in it; needed: one per line")
+    return prompts
 
 
 if __name__ == "__main__":

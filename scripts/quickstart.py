@@ -28,25 +28,25 @@ def main() -> None:
 
     config = yaml.safe_load((ROOT / args.config).read_text())
     run = Path(config["output_dir"])
-    lds, results, bench = run / "distilled", run / "evaluation", run / "decode.json"
+    lds, results, bench = run / "distilled", run / "evaluation", run / "generation"
     longest = config["model"]["max_position_embeddings"]
-    contexts = (256, longest - 256)
+    lengths = (256, longest - 256)
 
     stage("1/4 train", "train.py", "--config", args.config)
     call("scripts/plot_run.py", run, "--output", run / "loss.png")
-    stage("2/4 distill", "distill.py", "--checkpoint", run, "--state-dim", 160, "--output", lds)
+    stage("2/4 distill", "distill.py", "--checkpoint", run, "--state-dim", 160, "--output", lds, "--verify")
     stage("3/4 evaluate", "evaluate.py", "--model", run, "--model", lds, "--output", results)
     stage(
         "4/4 generate",
-        *("scripts/bench/decode.py", "--model", run, "--model", lds, "--contexts", *contexts, "--json", bench),
+        *("scripts/bench/generate.py", "--model", run, "--model", lds, "--lengths", *lengths, "--output", bench),
     )
     call("scripts/generate.py", "--model", lds, "--prompt", PROMPT, "--max-new-tokens", 300)
 
-    print(f"\n{'=' * 100}\n{summary(run, lds, results, bench, contexts)}")
+    print(f"\n{'=' * 100}\n{summary(run, lds, results, bench, lengths)}")
     print(f"\nmodel              {run / 'final'}")
     print(f"distilled model    {lds}")
     print(f"scores             {results / 'table.md'}")
-    print(f"plots              {run / 'loss.png'}, {lds / 'distillation.png'}")
+    print(f"plots              {run / 'loss.png'}, {lds / 'distillation.png'}, {bench / 'generate.png'}")
     print(f"another sample     python scripts/generate.py --model {lds} --prompt '{PROMPT}'")
     print(f"\nall of it took {(time.perf_counter() - started) / 60:.1f} minutes")
 
@@ -69,11 +69,11 @@ def call(*command) -> None:
         raise UserError(f"{words[0]} failed; see above")
 
 
-def summary(run: Path, lds: Path, results: Path, bench: Path, contexts: tuple[int, int]) -> str:
+def summary(run: Path, lds: Path, results: Path, bench: Path, lengths: tuple[int, int]) -> str:
     """The closing table, from the files that the stages wrote."""
     before = json.loads((ROOT / lds / "distillation.json").read_text())["comparison"]
     scores = json.loads((ROOT / results / "results.json").read_text())["models"]
-    rates = json.loads((ROOT / bench).read_text())
+    generation = json.loads((ROOT / bench / "generate.json").read_text())["results"]["models"]
     rows = [["", "STU", f"distilled, {_state_dim(lds)} states"]]
     losses = [before["validation_loss_before"], before["validation_loss_after"]]
     rows.append(["validation loss, nats per byte", *(f"{loss:.6f}" for loss in losses)])
@@ -81,8 +81,9 @@ def summary(run: Path, lds: Path, results: Path, bench: Path, contexts: tuple[in
         tasks = [model["tasks"][name] for model in scores.values()]
         cells = [f"{t['value']:.4f}" + (f" ± {t['stderr']:.4f}" if t["stderr"] else "") for t in tasks]
         rows.append([f"{name} ({tasks[0]['metric']})", *cells])
-    for context in contexts:
-        rows.append([f"tokens/s after {context} tokens", *(f"{rates[str(m)][str(context)]:.0f}" for m in (run, lds))])
+    for length in lengths:
+        rates = (generation[str(model)]["tokens_per_second"][str(length)] for model in (run, lds))
+        rows.append([f"tokens/s after {length} tokens", *(f"{rate:.0f}" for rate in rates)])
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(f"{r[0]:{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}" for r in rows)
 

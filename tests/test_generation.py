@@ -1,56 +1,227 @@
-"""The decoding loop against transformers' generate, and its limits."""
+"""The decoding loop against transformers' generate, batches against single prompts, text, and the command line."""
+
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from flash_stu import UserError
-from flash_stu.generation import generate_tokens
+from flash_stu import FlashSTUForCausalLM, UserError
+from flash_stu.data import load_tokenizer
+from flash_stu.errors import run_cli
+from flash_stu.generation import generate_text, generate_tokens, pad_left
+from flash_stu.layers import LDS
+from flash_stu.sampling import Sampling
+
+GREEDY = Sampling(temperature=0)
+VARIANTS = {
+    "futurefill": {},
+    "futurefill_epoched": {"decode_backend": "futurefill_epoched", "stu_branches": "separate"},
+    "naive": {"decode_backend": "naive", "stu_type": "full"},
+    "lds": {"lds_state_dim": 12, "position_embedding": "alibi"},
+    "lds only": {"lds_state_dim": 12, "layer_types": ["linear_attention"] * 4, "stu_branches": "separate"},
+    "attention only": {"layer_types": ["sliding_attention"] * 4},
+}
+PROMPTS = ["def f(x):", "é", "once upon a time there", "12"]
 
 
-def run(model, prompt, count, **settings):
-    return torch.stack(list(generate_tokens(model, prompt, count, **settings)), dim=1)
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("bytes").to_transformers()
 
 
-def test_greedy_equals_generate(tiny_model):
-    model, prompt = tiny_model(), torch.arange(1, 19).view(2, 9)
-    expected = model.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)[:, 9:]
-    assert torch.equal(run(model, prompt, 20, temperature=0), expected)
+@pytest.fixture
+def make(tiny_model):
+    """A model for bytes whose layers all do something."""
+
+    def build(**changes) -> FlashSTUForCausalLM:
+        # with an untied head the newest token does not simply repeat itself
+        sizes = {"vocab_size": 257, "max_position_embeddings": 90, "tie_word_embeddings": False}
+        model = tiny_model(**(sizes | changes))
+        for layer in model.modules():
+            if isinstance(layer, LDS):
+                torch.nn.init.normal_(layer.readout, std=1.0)
+                layer.decay.data.copy_(torch.linspace(-0.9, 0.9, len(layer.decay)))
+        return model
+
+    return build
 
 
-def test_seed_decides_the_sample(tiny_model):
-    model, prompt = tiny_model(), torch.arange(9)[None]
-    first, again, other = (run(model, prompt, 20, seed=seed) for seed in (1, 1, 2))
+def run(model, ids, count, sampling=GREEDY, **settings):
+    return torch.stack(list(generate_tokens(model, ids, count, sampling, **settings)), dim=1)
+
+
+def texts(*args, **settings):
+    return ["".join(row) for row in zip(*generate_text(*args, **settings), strict=True)]
+
+
+def encoded(tokenizer, prompts=PROMPTS):
+    return pad_left(tokenizer(prompts).input_ids)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_a_padded_batch_equals_generate_and_each_prompt_alone(make, tokenizer, changes):
+    model = make(**changes)
+    ids, mask = encoded(tokenizer)
+    tokens = run(model, ids, 40, attention_mask=mask)
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, pad_token_id=256)
+    assert torch.equal(tokens, expected[:, ids.shape[1] :])
+    for row, prompt in enumerate(PROMPTS):
+        assert torch.equal(tokens[row], run(model, encoded(tokenizer, [prompt])[0], 40)[0])
+        assert len(tokens[row].unique()) > 5
+
+
+@pytest.mark.parametrize("changes", [VARIANTS["futurefill"], VARIANTS["lds"]], ids=["futurefill", "lds"])
+def test_beam_search_with_padding(make, tokenizer, changes):
+    model = make(**changes)
+    ids, mask = encoded(tokenizer)
+    settings = {"attention_mask": mask, "max_new_tokens": 15, "do_sample": False, "pad_token_id": 256, "num_beams": 3}
+    assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
+
+
+def test_repetition_penalty_equals_generate(make):
+    model, ids = make(), torch.arange(1, 19).view(2, 9)
+    sampling = Sampling(temperature=0, repetition_penalty=1.3)
+    settings = {"max_new_tokens": 40, "do_sample": False, "repetition_penalty": 1.3, "pad_token_id": 256}
+    assert torch.equal(run(model, ids, 40, sampling), model.generate(ids, **settings)[:, 9:])
+    assert not torch.equal(run(model, ids, 40, sampling), run(model, ids, 40))
+
+
+def test_repetition_penalty_ignores_padding(make, tokenizer):
+    model, sampling = make(), Sampling(temperature=0, repetition_penalty=1.3)
+    ids, mask = encoded(tokenizer)
+    tokens = run(model, ids, 40, sampling, attention_mask=mask)
+    for row, prompt in enumerate(PROMPTS):
+        assert torch.equal(tokens[row], run(model, encoded(tokenizer, [prompt])[0], 40, sampling)[0])
+
+
+def test_generate_samples_with_every_setting(make, tokenizer):
+    model = make()
+    ids, mask = encoded(tokenizer)
+    settings = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": True, "pad_token_id": 256}
+    settings |= {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}
+    first, again = (torch.manual_seed(0) and model.generate(ids, **settings) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    narrow = model.generate(ids, **settings | {"top_k": 1, "repetition_penalty": 1.0})
+    assert torch.equal(narrow[:, ids.shape[1] :], run(model, ids, 20, attention_mask=mask))
 
 
-def test_top_k_and_top_p_narrow_the_choice(tiny_model):
-    model, prompt = tiny_model(), torch.arange(9)[None]
-    greedy = run(model, prompt, 10, temperature=0)
-    assert torch.equal(run(model, prompt, 10, top_k=1), greedy)
-    assert torch.equal(run(model, prompt, 10, top_p=1e-6), greedy)
+def test_seed_decides_the_sample_of_a_batch(make, tokenizer):
+    model, settings = make(), {"temperature": 0.9, "top_p": 0.95}
+    first, again, other = (texts(model, tokenizer, PROMPTS, 20, Sampling(seed=seed, **settings)) for seed in (1, 1, 2))
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
 
 
-def test_stops_when_every_row_has_ended(tiny_model):
-    model, prompt = tiny_model(), torch.arange(1, 19).view(2, 9)
-    greedy = run(model, prompt, 20, temperature=0)
+def test_stops_when_every_row_has_ended(make):
+    model, prompt = make(), torch.arange(1, 19).view(2, 9)
+    greedy = run(model, prompt, 20)
     end = greedy[0, 3].item()
-    stopped = run(model, prompt, 20, temperature=0, eos_token_id=end)
+    stopped = run(model, prompt, 20, eos_token_id=end)
     row = stopped[0].tolist()
     first = row.index(end)
     assert row[: first + 1] == greedy[0, : first + 1].tolist()
     assert set(row[first:]) == {end}
 
 
+def test_text_is_the_decoded_tokens(make, tokenizer):
+    model = make()
+    together = texts(model, tokenizer, PROMPTS, 30, GREEDY)
+    for prompt, text in zip(PROMPTS, together, strict=True):
+        tokens = run(model, encoded(tokenizer, [prompt])[0], 30, eos_token_id=256)[0]
+        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert texts(model, tokenizer, [prompt], 30, GREEDY) == [text]
+
+
+def spelling(model, tokenizer, text):
+    """Make the model say a text byte by byte after any prompt, again and again."""
+    ids = tokenizer(text).input_ids
+    following = dict(zip(ids, ids[1:] + ids[:1], strict=True))  # the characters must differ
+
+    def rule(module, args, kwargs, output):
+        newest = args[0] if args else kwargs["input_ids"]
+        output.logits.fill_(-5.0)
+        output.logits[:, -1].scatter_(
+            1, torch.tensor([[following.get(i, ids[0])] for i in newest[:, -1].tolist()]), 5.0
+        )
+
+    return model.register_forward_hook(rule, with_kwargs=True)
+
+
+def test_stop_strings_across_tokens_equal_generate(make, tokenizer):
+    model = make(lds_state_dim=12)
+    spelling(model, tokenizer, "one TWU3,é")
+    prompts = ["x", "e", "W"]  # the rows reach the stop string at different times
+    together = texts(model, tokenizer, prompts, 60, GREEDY, ["TWU"])
+    assert together == ["one ", " ", "U3,éone "]
+    ids, mask = encoded(tokenizer, prompts)
+    settings = {
+        "max_new_tokens": 60,
+        "eos_token_id": 256,
+        "do_sample": False,
+        "stop_strings": ["TWU"],
+        "tokenizer": tokenizer,
+    }
+    theirs = model.generate(ids, attention_mask=mask, pad_token_id=256, **settings)
+    for text, row in zip(together, theirs, strict=True):  # generate() keeps the stop string
+        assert tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) == text + "TWU"
+    assert texts(model, tokenizer, ["x"], 6, GREEDY, ["U3,Z"]) == ["one TW"]
+    assert texts(model, tokenizer, ["x"], 7, GREEDY, ["U3,Z"]) == ["one TWU"]  # held back, then shown at the end
+
+
+def test_streams_as_soon_as_it_can(make, tokenizer):
+    model = make(lds_state_dim=12)
+    spelling(model, tokenizer, "aé€bSTo")
+    pieces = [piece for [piece] in generate_text(model, tokenizer, ["x"], 9, GREEDY, ["STX"])]
+    assert pieces == ["a", "", "é", "", "", "€", "b", "", "ST"]
+    pieces = [piece for [piece] in generate_text(model, tokenizer, ["x"], 50, GREEDY, ["STo"])]
+    assert pieces == ["a", "", "é", "", "", "€", "b", "", "", ""]  # ten tokens, not fifty
+
+
+def test_end_of_text_ends_the_text(make, tokenizer):
+    model = make(lds_state_dim=12)
+    spelling(model, tokenizer, "ab<|endoftext|>cd")
+    assert texts(model, tokenizer, ["x", "c"], 50, GREEDY) == ["ab", "dab"]
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("ids", "settings", "message"),
     [
-        ({"temperature": -1}, "temperature is -1"),
-        ({"top_k": 0}, "top-k is 0"),
-        ({"top_p": 1.5}, "top-p is 1.5"),
-        ({"max_new_tokens": 57}, "66 together; this model's spectral filters end at 65"),
+        (torch.arange(9)[None], {"count": 82}, "91 together; this model's spectral filters end at 90"),
+        (torch.zeros(2, 0, dtype=torch.long), {}, "the prompt is empty"),
+        (torch.ones(2, 3).long(), {"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}, "padded on the right"),
     ],
 )
-def test_bad_settings(tiny_model, settings, message):
+def test_bad_prompts(make, ids, settings, message):
     with pytest.raises(UserError, match=message):
-        list(generate_tokens(tiny_model(), torch.arange(9)[None], **({"max_new_tokens": 1} | settings)))
+        run(make(), ids, settings.pop("count", 1), **settings)
+
+
+def test_empty_prompt_text(make, tokenizer):
+    with pytest.raises(UserError, match="prompt '' is empty"):
+        texts(make(), tokenizer, ["a", ""], 3)
+
+
+def test_script(make, tokenizer, tmp_path, monkeypatch, capsys):
+    model, directory = make(lds_state_dim=12), tmp_path / "model"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    (tmp_path / "prompts").write_text("first line\n\nsecond ü\n")
+    main = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "generate.py"))["main"]
+
+    def script(*words):
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(directory), *map(str, words)])
+        status = run_cli(main)
+        return status, *capsys.readouterr()
+
+    settings = ["--max-new-tokens", 9, "--temperature", 0, "--device", "cpu"]
+    _, shown, _ = script("--prompt", "abc", "--prompt-file", tmp_path / "prompts", *settings)
+    expected = texts(model, tokenizer, ["abc", "first line", "second ü"], 9, GREEDY)
+    assert shown == f"[1] abc{expected[0]}\n\n[2] first line{expected[1]}\n\n[3] second ü{expected[2]}\n"
+    _, shown, _ = script("--prompt", "abc", "--stop", expected[0][3], *settings)
+    assert shown == f"abc{expected[0].split(expected[0][3])[0]}\n"
+    assert script("--prompt", "a", "--top-k", 0) == (2, "", "error: top-k is 0; allowed: 1 or more\n")
+    assert script() == (2, "", "error: there is no prompt; give --prompt TEXT or --prompt-file FILE\n")
+    status, _, error = script("--prompt-file", tmp_path / "absent")
+    assert status == 2 and error.endswith("absent: No such file or directory\n")

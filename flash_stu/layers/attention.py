@@ -7,7 +7,7 @@ from flash_stu.config import FlashSTUConfig
 from flash_stu.layers.context import SequenceContext
 from flash_stu.layers.linear import ResidualLinear
 from flash_stu.layers.state import WindowState
-from flash_stu.ops.attention import alibi_slopes, sliding_window_attention
+from flash_stu.ops.attention import alibi_slopes, attend_to_window, sliding_window_attention
 from flash_stu.ops.rotary import rotate
 
 
@@ -39,21 +39,33 @@ class SlidingWindowAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Attend over a whole sequence."""
-        return self._attend(x, *self._heads(x, context), context)
+        return self._attend(*self._heads(x, context), context.mask)
 
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: WindowState | None = None
     ) -> tuple[torch.Tensor, WindowState]:
         """Attend over a sequence after the keys and values in `state`; only a window of them is kept."""
         query, key, value = self._heads(x, context)
+        mask = context.mask
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         if state is not None:
-            key = torch.cat([state.keys, key], dim=2)
-            value = torch.cat([state.values, value], dim=2)
-        y = self._attend(x, query, key, value, context)
-        first = max(0, key.shape[2] - self.window + 1)
-        return y, WindowState(key[:, :, first:], value[:, :, first:])
+            past_key, past_value, past_real = state.in_order()
+            key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+            real = torch.cat([past_real, real], dim=1)
+            mask = None if bool(real.all()) else real
+        return self._attend(query, key, value, mask), WindowState.of(key, value, real, self.window)
 
-    step = prefill  # one token is a sequence of length 1: the cost is the window's either way
+    def step(self, x: torch.Tensor, context: SequenceContext, state: WindowState) -> tuple[torch.Tensor, WindowState]:
+        """One more token x (batch, 1, channels): the cost is the window's. The ring in `state` is changed in place."""
+        query, key, value = self._heads(x, context)
+        now = state.slot
+        state = state.put(key, value, context.mask)
+        bias = None
+        if self.alibi_scale is not None:
+            distance = (now - torch.arange(self.window, device=x.device)) % self.window
+            bias = -self._slopes(x.device)[:, None] * distance
+        y = attend_to_window(query, state.keys, state.values, state.real, self.softcap, bias)
+        return self.o_proj(y.flatten(1)[:, None]), state
 
     def _heads(self, x: torch.Tensor, context: SequenceContext) -> tuple[torch.Tensor, ...]:
         query, key, value = (
@@ -64,18 +76,18 @@ class SlidingWindowAttention(nn.Module):
             query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
         return query, key, value
 
-    def _attend(self, x, query, key, value, context: SequenceContext) -> torch.Tensor:
-        slopes = None
-        if self.alibi_scale is not None:
-            slopes = alibi_slopes(self.heads, self.alibi_scale).to(x.device)
+    def _slopes(self, device: torch.device) -> torch.Tensor | None:
+        return None if self.alibi_scale is None else alibi_slopes(self.heads, self.alibi_scale, device)
+
+    def _attend(self, query, key, value, mask: torch.Tensor | None) -> torch.Tensor:
         y = sliding_window_attention(
             query,
             key,
             value,
             window=self.window,
             softcap=self.softcap,
-            slopes=slopes,
-            key_mask=None if context.mask is None else context.mask[:, -key.shape[2] :],
+            slopes=self._slopes(query.device),
+            key_mask=mask,
             dropout=self.dropout if self.training else 0.0,
             backend=self.backend,
         )

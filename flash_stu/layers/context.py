@@ -11,7 +11,7 @@ class SequenceContext(NamedTuple):
     Attributes:
         filters: spectral filters (filter_length, num_filters), float32; None in a model without STU layers.
         rotary: cosines and sines (batch, 1, length, head_dim / 2) of this call's positions; None without RoPE.
-        mask: (batch, past + length), False at padding; None when nothing is padding.
+        mask: (batch, length), False where a token of this call is padding; None when none is.
     """
 
     filters: torch.Tensor | None = None

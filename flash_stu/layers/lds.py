@@ -7,8 +7,16 @@ Constant time and memory per token. With shared branches the STU only has even l
     tensordot:  y[t, d] = sum_j readout[j, d] S[t][j, d]        u = M_inputs x
     full:       y[t] = sum_f M_f (sum_j readout[j, f] S[t][j])  u = x, f over the filters of all branches
 
-Source: Shah et al. 2025, SpectraLDS (arXiv 2505.17868), section 4.
+Decays and readout are constants of the fit, exact in float32. If config.lds_trainable, the layer learns changes of
+them: a factor on each rate -log|decay| and a term added to the readout. Zeros are the distilled layer itself, and no
+change makes it unstable. The terms of a fitted sum are a hundred times larger than the sum, and an optimizer's step on
+them would drown it; so a change is measured by what it does to the output: one of e in every entry moves that by
+about e.
+
+Source: Shah et al. 2025, SpectraLDS (arXiv 2505.17868), section 4; the trainable form is ours.
 """
+
+import math
 
 import torch
 from torch import nn
@@ -16,18 +24,20 @@ from torch import nn
 from flash_stu.config import FlashSTUConfig
 from flash_stu.layers.constants import KeepFloat32
 from flash_stu.layers.context import SequenceContext
+from flash_stu.layers.linear import ResidualLinear
 from flash_stu.layers.state import LDSState
 from flash_stu.ops.causal_conv import causal_conv
-from flash_stu.ops.lds import final_state, free_response, lds_advance, powers, zero_state
+from flash_stu.ops.lds import final_state, free_response, lds_advance, lds_chunked, moved_decay, powers, zero_state
 
-_CHUNK = 8192  # tokens convolved at a time: bounds the memory of a prefill whatever its length
+_CHUNK = 8192  # tokens convolved at a time: bounds the memory of a long input
 
 
 class LDS(KeepFloat32):
     """One LDS layer: (batch, length, hidden_size) to the same, causal, of any length.
 
     Args:
-        config: hidden_size, lds_state_dim, num_filters, stu_type, stu_branches and conv_backend are read.
+        config: hidden_size, lds_state_dim, lds_trainable, num_filters, num_hidden_layers, max_position_embeddings,
+            stu_type, stu_branches and conv_backend are read; decode_backend and lds_state_dtype at every prefill.
     """
 
     exact = ("decay", "readout")
@@ -35,80 +45,131 @@ class LDS(KeepFloat32):
     def __init__(self, config: FlashSTUConfig) -> None:
         super().__init__()
         size = config.hidden_size
+        self.config = config
         self.dilation = config.stu_dilation
         self.backend = config.conv_backend
         self.tensordot = config.stu_type == "tensordot"
         states = config.lds_state_dim // self.dilation
-        self.register_buffer("decay", torch.zeros(states, dtype=torch.float32))
         if self.tensordot:
-            self.in_proj = nn.Linear(size, size, bias=False)
-            self.readout = nn.Parameter(torch.empty(states, size, dtype=torch.float32))
+            columns = size
+            self.in_proj = ResidualLinear(size, size, bias=False)  # the output is linear in it
         else:
-            features = config.num_filters * (2 if config.stu_branches == "separate" else 1)
-            self.readout = nn.Parameter(torch.empty(states, features, dtype=torch.float32))
-            self.M_phi = nn.Parameter(torch.empty(features, size, size))
+            columns = config.num_filters * (2 if config.stu_branches == "separate" else 1)
+            self.M_phi = nn.Parameter(torch.empty(columns, size, size))
+        self.register_buffer("decay", torch.zeros(states, dtype=torch.float32))
+        self.register_buffer("readout", torch.zeros(states, columns, dtype=torch.float32))
+        self.trainable = config.lds_trainable
+        if self.trainable:
+            self.log_rate_change = nn.Parameter(torch.zeros(states, dtype=torch.float32))
+            self.readout_change = nn.Parameter(torch.zeros(states, columns, dtype=torch.float32))
+            self.exact = (*self.exact, "log_rate_change", "readout_change")
 
     def reset_parameters(self, init) -> None:
-        """An LDS layer is made by distillation; until its weights are loaded it puts out zeros."""
-        for tensor in (self.decay, *self._parameters.values()):
-            init.zeros_(tensor)
+        """Draw this module's own weights, for a layer that is trained from scratch; a distilled one has a fit's.
+
+        Decays get rates spread evenly in the log, from the filters' length to a token or less, and both signs where
+        odd lags count. The readout undoes the gain of each state, so that the output has the variance of u.
+
+        Args:
+            init: transformers.initialization, whose functions spare loaded weights.
+        """
+        states, size = len(self.decay), self.config.hidden_size
+        slowest = math.log(self.dilation / self.config.max_position_embeddings)
+        decay = (-torch.linspace(slowest, math.log(3.0), states, dtype=torch.float64).exp()).exp()
+        if self.dilation == 1:
+            decay[1::2] *= -1
+        init.copy_(self.decay, decay)
+        unit = ((1 - decay**2) / states).sqrt().float()[:, None].to(self.readout.device)
+        init.copy_(self.readout, torch.randn_like(self.readout) * unit)
+        if self.trainable:
+            init.zeros_(self.log_rate_change)
+            init.zeros_(self.readout_change)
+        if not self.tensordot:
+            features = len(self.M_phi)
+            residual = (2 * self.config.num_hidden_layers) ** -0.5
+            init.normal_(self.M_phi, std=(features * size) ** -0.5 * residual)
+
+    def system(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The system in force: decay (states,), float32, and readout (states, channels or features), float64.
+
+        The decay has the same rounding wherever it is used, since a^8192 amplifies it.
+        """
+        decay, readout = self.decay, self.readout.double()
+        if self.trainable:
+            gain = (1 - decay.double() ** 2).rsqrt()  # of a state, for white inputs
+            share = 1 / len(decay)  # all states may move the same way
+            loudness = readout.square().mean(dim=1).sqrt() * gain
+            decay = moved_decay(decay, self.log_rate_change.double() * (share / (1 + loudness))).float()
+            readout = readout + self.readout_change.double() * (share / gain)[:, None]
+        return decay, readout
 
     def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
-        """Run over a whole sequence (batch, length, channels) from the zero state."""
-        return self._run(x, context, None, keep_state=False)[0]
+        """Run over a whole sequence (batch, length, channels) from the zero state, by convolution."""
+        return self._convolve(self._inputs(x, context), *self.system(), None)[0].to(x.dtype)
 
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: LDSState | None = None
     ) -> tuple[torch.Tensor, LDSState]:
-        """Run over a sequence after `state`: outputs by convolution, the new state by one matrix product."""
-        return self._run(x, context, state, keep_state=True)
-
-    def _run(self, x, context, state, keep_state) -> tuple[torch.Tensor, LDSState]:
+        """Run over a sequence after `state`, as matrix products."""
         inputs = self._inputs(x, context)
-        fresh = state is None
-        slots = self._zero(inputs) if fresh else state.slots
-        outputs = []
+        state = self._start(inputs) if state is None else state
         with torch.autocast(x.device.type, enabled=False):
-            chunks = inputs.split(_CHUNK, dim=1)
-            for number, chunk in enumerate(chunks, start=1):
-                outputs.append(self._run_chunk(chunk, None if fresh else slots))
-                if keep_state or number < len(chunks):
-                    slots, fresh = final_state(chunk, self.decay, slots), False
-        return torch.cat(outputs, dim=1).to(x.dtype), LDSState(slots)
+            if self.tensordot:
+                y, slots = lds_chunked(inputs, state.decay, state.readout, state.slots)
+            else:
+                y, slots = self._convolve(inputs, state.decay, state.readout, state.slots)
+        return y.to(x.dtype), state._replace(slots=slots)
 
     def step(self, x: torch.Tensor, context: SequenceContext, state: LDSState) -> tuple[torch.Tensor, LDSState]:
         """One more token x (batch, 1, channels), in constant time."""
-        slots = lds_advance(self._inputs(x, context)[:, 0], self.decay, state.slots)
+        slots = lds_advance(self._inputs(x, context)[:, 0], state.decay, state.slots)
         with torch.autocast(x.device.type, enabled=False):
-            y = self._read(slots[-1])
-        return y[:, None].to(x.dtype), LDSState(slots)
+            if self.tensordot:
+                y = slots[-1].to(torch.float64, copy=True).mul_(state.readout).sum(dim=1)
+            else:
+                features = state.readout.t() @ slots[-1].double()
+                y = features.to(self.M_phi.dtype).flatten(1) @ self.M_phi.flatten(0, 1)
+        return y[:, None].to(x.dtype), state._replace(slots=slots)
 
     def _inputs(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         x = context.without_padding(x)
         return self.in_proj(x) if self.tensordot else x
 
-    def _zero(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return zero_state(inputs.shape[0], len(self.decay), inputs.shape[2], self.dilation, inputs.device)
+    def _start(self, inputs: torch.Tensor) -> LDSState:
+        """The state before the first token."""
+        self.config.resolve_decode_backend()  # refuses one that an LDS layer does not have
+        dtype = getattr(torch, self.config.lds_state_dtype)
+        decay, readout = self.system()
+        return LDSState(self._zero(inputs, dtype), decay.to(dtype), readout)
 
-    def _read(self, states: torch.Tensor) -> torch.Tensor:
-        """(batch, states, channels) -> (batch, channels)."""
-        if self.tensordot:
-            return (self.readout.double() * states).sum(dim=1)
-        features = torch.einsum("jf,bjd->bfd", self.readout.double(), states.double()).float()
-        return torch.einsum("bfd,fde->be", features, self.M_phi.float())
+    def _zero(self, inputs: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        return zero_state(inputs.shape[0], len(self.decay), inputs.shape[2], self.dilation, inputs.device, dtype)
 
-    def _run_chunk(self, inputs: torch.Tensor, slots: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+    def _convolve(
+        self, inputs: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, slots: tuple[torch.Tensor, ...] | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """Outputs for inputs after the states in `slots` (None: zero), and the states after them."""
+        outputs = []
+        with torch.autocast(inputs.device.type, enabled=False):
+            chunks = inputs.split(_CHUNK, dim=1)
+            for number, chunk in enumerate(chunks, start=1):
+                outputs.append(self._convolve_chunk(chunk, decay, readout, slots))
+                if slots is not None or number < len(chunks):
+                    slots = final_state(chunk, decay, slots or self._zero(inputs, torch.float32))
+        return torch.cat(outputs, dim=1), slots
+
+    def _convolve_chunk(self, inputs, decay, readout, slots) -> torch.Tensor:
         length = inputs.shape[1]
-        kernel = powers(self.decay, -(-length // self.dilation))
-        taps = (kernel @ self.readout.double()).float()
+        kernel = powers(decay, -(-length // self.dilation))
+        taps = (kernel @ readout).float()
         if self.tensordot:
             y = causal_conv(inputs.float(), taps, self.backend, self.dilation)
-            return y if slots is None else y + free_response(self.decay, self.readout, slots, length).float()
+            return y if slots is None else y + free_response(decay, readout, slots, length).float()
         y = 0
         for f in range(taps.shape[1]):
             feature = taps[:, f : f + 1].expand(-1, inputs.shape[-1])
             response = causal_conv(inputs.float(), feature, self.backend, self.dilation)
             if slots is not None:
-                response = response + free_response(self.decay, self.readout[:, f : f + 1], slots, length).float()
+                response = response + free_response(decay, readout[:, f : f + 1], slots, length).float()
             y = y + response @ self.M_phi[f].float()
         return y

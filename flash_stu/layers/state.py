@@ -1,52 +1,79 @@
-"""What each kind of layer remembers between tokens. All states can pick rows of the batch, for beam search."""
+"""What each kind of layer remembers between tokens. All states can pick rows of the batch, for beam search.
+
+An STU layer's state is the online convolution itself: ConvState in flash_stu.ops.futurefill.
+"""
 
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
 
 class LDSState(NamedTuple):
-    """The newest states of a linear dynamical system, oldest first; each (batch, states, channels), float32."""
+    """A linear dynamical system between two tokens.
+
+    Attributes:
+        slots: its newest states, oldest first; each (batch, states, channels), float32 or float64.
+        decay: (states,), in the slots' dtype, fixed for the sequence.
+        readout: (states, channels or features), float64, fixed for the sequence.
+    """
 
     slots: tuple[torch.Tensor, ...]
+    decay: torch.Tensor
+    readout: torch.Tensor
 
     def select(self, rows: torch.Tensor) -> "LDSState":
-        return LDSState(tuple(slot.index_select(0, rows) for slot in self.slots))
+        return self._replace(slots=tuple(slot.index_select(0, rows) for slot in self.slots))
 
 
 class WindowState(NamedTuple):
-    """Keys and values of the last window - 1 tokens, (batch, kv_heads, up to window - 1, head_dim)."""
+    """Keys and values of the last `window` tokens, in a ring: the next token takes the place of the oldest.
+
+    Attributes:
+        keys: (batch, kv_heads, window, head_dim).
+        values: like keys.
+        real: (batch, window), False in slots that are empty or hold padding.
+        slot: where the next token goes, (1,); a tensor, so that a captured step can move it.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
+    real: torch.Tensor
+    slot: torch.Tensor
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor, window: int) -> "WindowState":
+        """The ring after a sequence of keys and values (batch, kv_heads, length, head_dim); real is (batch, length)."""
+        kept = min(window, keys.shape[2])
+        first, empty = keys.shape[2] - kept, window - kept
+        return cls(
+            functional.pad(keys[:, :, first:], (0, 0, 0, empty)),
+            functional.pad(values[:, :, first:], (0, 0, 0, empty)),
+            functional.pad(real[:, first:], (0, empty)),
+            torch.full((1,), kept % window, device=keys.device),
+        )
+
+    def put(self, key: torch.Tensor, value: torch.Tensor, real: torch.Tensor | None) -> "WindowState":
+        """Write one token's key and value (batch, kv_heads, 1, head_dim); real is (batch, 1), None for all True.
+
+        The tensors are changed in place: a window is too much to copy for every token.
+        """
+        self.keys.index_copy_(2, self.slot, key)
+        self.values.index_copy_(2, self.slot, value)
+        if real is None:
+            self.real.index_fill_(1, self.slot, True)
+        else:
+            self.real.index_copy_(1, self.slot, real)
+        return self._replace(slot=(self.slot + 1) % self.real.shape[1])
+
+    def in_order(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values and real, oldest first, without the slots in front that are empty in every row."""
+        window = self.real.shape[1]
+        order = (self.slot + torch.arange(window, device=self.slot.device)) % window
+        real = self.real[:, order]
+        order = order[int(real.any(dim=0).int().argmax()) :]
+        return self.keys[:, :, order], self.values[:, :, order], self.real[:, order]
 
     def select(self, rows: torch.Tensor) -> "WindowState":
-        return WindowState(self.keys.index_select(0, rows), self.values.index_select(0, rows))
-
-
-class InputHistory(NamedTuple):
-    """All inputs an STU layer has convolved so far: it has no smaller exact state before it is distilled.
-
-    Attributes:
-        buffer: (batch, capacity, channels), filled from the front; grows by doubling.
-        length: tokens filled in.
-        taps: the layer's filters (filter_length, columns), largest lag first, computed once per sequence.
-    """
-
-    buffer: torch.Tensor
-    length: int
-    taps: torch.Tensor
-
-    def append(self, x: torch.Tensor) -> "InputHistory":
-        """Add inputs (batch, length, channels)."""
-        end = self.length + x.shape[1]
-        buffer = self.buffer
-        if end > buffer.shape[1]:
-            capacity = max(end, 2 * buffer.shape[1])
-            buffer = buffer.new_zeros(buffer.shape[0], capacity, buffer.shape[2])
-            buffer[:, : self.length] = self.buffer[:, : self.length]
-        buffer[:, self.length : end] = x
-        return InputHistory(buffer, end, self.taps)
-
-    def select(self, rows: torch.Tensor) -> "InputHistory":
-        return self._replace(buffer=self.buffer.index_select(0, rows))
+        keys, values, real = (tensor.index_select(0, rows) for tensor in self[:3])
+        return WindowState(keys, values, real, self.slot)

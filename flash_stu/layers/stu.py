@@ -18,20 +18,22 @@ from torch import nn
 from flash_stu.config import FlashSTUConfig
 from flash_stu.layers.context import SequenceContext
 from flash_stu.layers.linear import ResidualLinear
-from flash_stu.layers.state import InputHistory
 from flash_stu.ops.causal_conv import causal_conv
+from flash_stu.ops.futurefill import ConvState, Taps
 
 
 class STU(nn.Module):
     """One STU layer: (batch, length, hidden_size) to the same, causal.
 
     Args:
-        config: hidden_size, num_filters, num_hidden_layers, stu_type, stu_branches and conv_backend are read.
+        config: hidden_size, num_filters, num_hidden_layers, stu_type, stu_branches and conv_backend are read;
+            decode_backend at every prefill.
     """
 
     def __init__(self, config: FlashSTUConfig) -> None:
         super().__init__()
         size, filters = config.hidden_size, config.num_filters
+        self.config = config
         self.branches = config.stu_branches
         self.dilation = config.stu_dilation
         self.backend = config.conv_backend
@@ -83,29 +85,21 @@ class STU(nn.Module):
         return self._convolve(self._inputs(x, context), self.taps(context.filters))
 
     def prefill(
-        self, x: torch.Tensor, context: SequenceContext, state: InputHistory | None = None
-    ) -> tuple[torch.Tensor, InputHistory]:
-        """The same after the tokens in `state`, which comes back extended."""
+        self, x: torch.Tensor, context: SequenceContext, state: ConvState | None = None
+    ) -> tuple[torch.Tensor, ConvState]:
+        """The same after the tokens in `state`, which is taken over and comes back extended."""
         inputs = self._inputs(x, context)
         if state is None:
-            taps = self.taps(context.filters)
-            empty = inputs.new_zeros(inputs.shape[0], 0, inputs.shape[2])
-            state = InputHistory(empty, 0, taps.flip(0).contiguous())
-        state = state.append(inputs)
-        y = self._convolve(state.buffer[:, : state.length], state.taps.flip(0))
+            taps = Taps(self.taps(context.filters), None if self.tensordot else self.M_phi.flatten(0, 1))
+            state = ConvState.empty(inputs, taps, self.dilation, self.config.resolve_decode_backend())
+        state = state.extend(inputs)
+        y = self._convolve(state.seen(), state.taps.reversed.flip(0))
         return y[:, -x.shape[1] :], state
 
-    def step(self, x: torch.Tensor, context: SequenceContext, state: InputHistory) -> tuple[torch.Tensor, InputHistory]:
-        """One more token x (batch, 1, channels): a sum over the whole past, so the cost grows with the position."""
-        state = state.append(self._inputs(x, context))
-        past = state.buffer[:, (state.length - 1) % self.dilation : state.length : self.dilation]
-        taps = state.taps[-past.shape[1] :]
-        if self.tensordot:
-            y = torch.einsum("btd,td->bd", past.float(), taps).to(x.dtype)
-        else:
-            features = torch.einsum("btd,tf->bfd", past.float(), taps).to(x.dtype)
-            y = torch.einsum("bfd,fde->be", features, self.M_phi.flatten(0, 1))
-        return y[:, None], state
+    def step(self, x: torch.Tensor, context: SequenceContext, state: ConvState) -> tuple[torch.Tensor, ConvState]:
+        """One more token x (batch, 1, channels); `state` is taken over."""
+        y, state = state.step(self._inputs(x, context)[:, 0])
+        return y[:, None].to(x.dtype), state
 
     def _inputs(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         x = context.without_padding(x)

@@ -14,6 +14,7 @@ from flash_stu import backends
 from flash_stu.errors import UserError
 
 BACKENDS = ("auto", "banded", "sdpa", "flex_attention", "flash_attn")
+_WORTH_COMPILING = 512  # queries; flex_attention is compiled anew for every length, and prompts come in all lengths
 _MASKED = -1e30  # finite, so that a row whose keys are all padding gives numbers, not NaN
 
 
@@ -39,7 +40,8 @@ def sliding_window_attention(
         slopes: ALiBi slopes (heads,): slope * distance in tokens is subtracted from the capped score.
         key_mask: (batch, keys), False where a key is padding; None if there is none.
         dropout: probability of dropping an attention weight.
-        backend: one of BACKENDS; "auto" takes flash_attn, then flex_attention on a GPU, else banded.
+        backend: one of BACKENDS; "auto" takes flash_attn, then flex_attention on a GPU and for 512 queries or more,
+            else banded.
 
     Returns:
         (batch, heads, queries, head_dim) in the query's dtype; the softmax is in float32.
@@ -59,6 +61,39 @@ def sliding_window_attention(
     return _banded(query, key, value, window, softcap, slopes, key_mask, dropout)
 
 
+def attend_to_window(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    softcap: float | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend from one query to a window of keys in any order: what generation does for every token.
+
+    Args:
+        query: (batch, heads, 1, head_dim).
+        key: (batch, kv_heads, window, head_dim).
+        value: like key.
+        visible: (batch, window), False where a key is not to be seen.
+        softcap: as in sliding_window_attention.
+        bias: added to the capped scores, (heads, window), float32; None for none.
+
+    Returns:
+        (batch, heads, 1, head_dim) in the query's dtype; the softmax is in float32.
+    """
+    batch, heads, _, head_dim = query.shape
+    kv_heads = key.shape[1]
+    grouped = (query * head_dim**-0.5).view(batch, kv_heads, heads // kv_heads, head_dim)
+    scores = (grouped @ key.transpose(-1, -2)).float()
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.view(kv_heads, heads // kv_heads, -1)
+    weights = torch.where(visible[:, None, None], scores, _MASKED).softmax(dim=-1).to(value.dtype)
+    return (weights @ value).view(batch, heads, 1, head_dim)
+
+
 def _choose(backend, query, softcap, slopes, key_mask, dropout) -> str:
     if backend not in BACKENDS:
         raise UserError(f"attention back end is {backend!r}; allowed: {', '.join(BACKENDS)}")
@@ -71,8 +106,9 @@ def _choose(backend, query, softcap, slopes, key_mask, dropout) -> str:
     if backend == "auto":
         if not query.is_cuda:
             return "banded"
-        for name in ("flash_attn", "flex_attention"):
-            if lacks[name] is None and backends.why_not(name) is None and query.shape[2] > 1:
+        least = {"flash_attn": 1, "flex_attention": _WORTH_COMPILING}
+        for name, queries in least.items():
+            if lacks[name] is None and backends.why_not(name) is None and query.shape[2] >= queries:
                 return name
         return "banded"
     if backend in ("flash_attn", "flex_attention"):
@@ -183,12 +219,13 @@ def _flash(query, key, value, window, softcap, slopes, dropout):
     return y.transpose(1, 2)
 
 
-def alibi_slopes(heads: int, scale: float = 1.0) -> torch.Tensor:
+def alibi_slopes(heads: int, scale: float = 1.0, device: torch.device | str | None = None) -> torch.Tensor:
     """ALiBi's slopes for any number of heads: geometric, the extra ones from the next power of two.
 
     Args:
         heads: number of attention heads.
         scale: factor on all slopes; below 1 the bias reaches further (arXiv 2310.13017 uses 0.25).
+        device: where they are computed.
 
     Returns:
         (heads,), float32.
@@ -196,6 +233,6 @@ def alibi_slopes(heads: int, scale: float = 1.0) -> torch.Tensor:
     Source: Press et al. 2022 (arXiv 2108.12409), section 3.
     """
     power = 1 << int(math.log2(heads))
-    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    slopes += [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * (heads - power), 2)]
-    return torch.tensor(slopes, dtype=torch.float32) * scale
+    regular = torch.arange(1, power + 1, device=device) * (8 / power)
+    extra = (2 * torch.arange(heads - power, device=device) + 1) * (4 / power)
+    return torch.exp2(-torch.cat([regular, extra])) * scale

@@ -7,15 +7,23 @@ A system with dilation d runs d interleaved sequences,
 Its state is therefore the last d values of S, kept as a tuple, oldest first; a step replaces the oldest one, so that
 nothing is copied for the others.
 
-States are float32, but sums over them are taken in float64: a fitted readout has terms a hundred times larger than
-their sum, and the cancellation would cost the digits that the fit is good for.
+States are float32 unless asked otherwise, but sums over them are taken in float64: a fitted readout has terms a hundred
+times larger than their sum, and the cancellation would cost the digits that the fit is good for.
+
+Three forms agree: `lds_scan` (token by token, the reference), `lds_chunked` (matrix products over chunks, the fastest
+for a long input) and a convolution with `powers(decay) @ readout` (differentiable at the cost of an FFT), to which
+`free_response` adds the past and `final_state` the way on.
 
 Source: Shah et al. 2025, SpectraLDS (arXiv 2505.17868), section 4.
 """
 
 import torch
 
+from flash_stu.ops.causal_conv import causal_conv
+
 State = tuple[torch.Tensor, ...]
+_CHUNK = 64  # tokens of one phase in a chunk of lds_chunked
+_SEGMENT = 8  # chunks that share one product with the Toeplitz matrices
 
 
 def powers(decay: torch.Tensor, length: int) -> torch.Tensor:
@@ -24,10 +32,29 @@ def powers(decay: torch.Tensor, length: int) -> torch.Tensor:
     return decay.double() ** exponents[:, None]
 
 
-def zero_state(batch: int, states: int, channels: int, dilation: int, device) -> State:
-    """The state before the first token: `dilation` tensors (batch, states, channels), float32."""
-    shape = (batch, states, channels)
-    return tuple(torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(dilation))
+def moved_decay(decay: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """Decays whose rates -log|decay| were multiplied by exp(change): what a trainable system runs with.
+
+    Any change gives a stable system of the same signs, and none gives back exactly the decays it started from, however
+    close to 1 they are.
+
+    Args:
+        decay: eigenvalues in (-1, 1), (states,).
+        change: (states,).
+
+    Returns:
+        float64, at most the largest float32 below 1 in magnitude.
+    """
+    rate = -decay.double().abs().clamp(min=torch.finfo(torch.float32).tiny).log()
+    size = torch.exp(-rate * change.double().exp())
+    return decay.sign() * size.clamp(max=1 - 2.0**-24)
+
+
+def zero_state(
+    batch: int, states: int, channels: int, dilation: int, device, dtype: torch.dtype = torch.float32
+) -> State:
+    """The state before the first token: `dilation` tensors (batch, states, channels)."""
+    return tuple(torch.zeros((batch, states, channels), dtype=dtype, device=device) for _ in range(dilation))
 
 
 def lds_scan(x: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
@@ -45,13 +72,63 @@ def lds_scan(x: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, state:
     outputs = []
     for t in range(x.shape[1]):
         state = lds_advance(x[:, t], decay, state)
-        outputs.append((readout.double() * state[-1]).sum(dim=1))
+        outputs.append((readout.double() * state[-1].double()).sum(dim=1))
     return torch.stack(outputs, dim=1).to(x.dtype), state
 
 
 def lds_advance(x: torch.Tensor, decay: torch.Tensor, state: State) -> State:
     """Take in one token x (batch, channels): the oldest state becomes the newest."""
-    return (*state[1:], torch.addcmul(x[:, None].to(state[0].dtype), decay[:, None], state[0]))
+    dtype = state[0].dtype
+    return (*state[1:], torch.addcmul(x[:, None].to(dtype), decay[:, None].to(dtype), state[0]))
+
+
+def lds_chunked(
+    x: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, state: State
+) -> tuple[torch.Tensor, State]:
+    """The same as lds_scan by matrix products: inside a chunk with the Toeplitz matrices of the impulse response, from
+    chunk to chunk through the states.
+
+    Cost is O(length * (chunk + 2 states) * channels), and memory beyond the outputs does not grow with the length.
+    """
+    dilation, length = len(state), x.shape[1]
+    span = _CHUNK * dilation
+    whole = length - length % span
+    wide = torch.promote_types(x.dtype, torch.float32)
+    kernel = powers(decay, _CHUNK + 1)
+    taps = (kernel[:-1] @ readout.double()).to(wide)
+    y = torch.empty_like(x, dtype=wide)
+    if whole:
+        into, out_of, over = kernel[:-1].flip(0).t().contiguous(), kernel[1:], kernel[-1][:, None]
+        weights, toeplitz = readout.double(), _toeplitz(taps)
+        now = torch.stack([slot.double() for slot in state], dim=1)  # (batch, phases, states, channels)
+        chunks, outputs = (tensor[:, :whole].unflatten(1, (-1, _CHUNK, dilation)) for tensor in (x, y))
+        for first in range(0, chunks.shape[1], _SEGMENT):
+            segment = slice(first, first + _SEGMENT)
+            outputs[:, segment] = _inside_chunks(chunks[:, segment].to(wide), toeplitz)
+            for i in range(chunks.shape[1])[segment]:
+                outputs[:, i] += torch.matmul(out_of, weights * now).transpose(1, 2)
+                now = torch.matmul(into, chunks[:, i].transpose(1, 2).double()) + over * now
+        state = tuple(slot.to(state[0].dtype) for slot in now.unbind(1))
+    if whole < length:
+        rest = x[:, whole:]
+        inner = causal_conv(rest.to(wide), taps, "fft", dilation)
+        y[:, whole:] = inner + free_response(decay, readout, state, length - whole)
+        state = final_state(rest, decay, state)
+    return y.to(x.dtype), state
+
+
+def _toeplitz(taps: torch.Tensor) -> torch.Tensor:
+    """(lags, channels) -> (channels, lags, lags): entry [t, j] is what the j-th last input gives to output t."""
+    padded = torch.cat([torch.zeros_like(taps[1:]), taps]).t().contiguous()
+    return padded.unfold(1, taps.shape[0], 1).contiguous()
+
+
+def _inside_chunks(chunks: torch.Tensor, toeplitz: torch.Tensor) -> torch.Tensor:
+    """Convolve every chunk alone: (batch, chunks, time, phases, channels) to the same."""
+    batch, number, time, phases, channels = chunks.shape
+    columns = chunks.flip(2).permute(4, 2, 0, 1, 3).reshape(channels, time, -1)
+    y = torch.bmm(toeplitz, columns)
+    return y.view(channels, time, batch, number, phases).permute(2, 3, 1, 4, 0)
 
 
 def final_state(x: torch.Tensor, decay: torch.Tensor, state: State) -> State:

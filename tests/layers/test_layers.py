@@ -27,6 +27,7 @@ def random_layer(layer):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     if isinstance(layer, LDS):
+        torch.nn.init.normal_(layer.readout, std=0.3)
         layer.decay.copy_(torch.linspace(0.2, 0.999, len(layer.decay)))
     return layer
 

@@ -1,0 +1,289 @@
+"""Seconds against generated length, token by token: the exact STU, its distilled LDS, and attention.
+
+    python scripts/bench/generate.py [--config configs/quickstart.yaml] [--lengths 512 1024 2048 4096] [--output DIR]
+    python scripts/bench/generate.py --model runs/quickstart --model runs/quickstart/distilled
+    python scripts/bench/generate.py --long 1000000 --compile [--model DIR]
+
+The first form times random weights of the config's shape: one layer alone, a model of STU layers only, and the hybrid,
+each decoded naively, by epoched and by continuous FutureFill, and distilled to several state dimensions; beside them
+attention. Decoding is greedy after a prompt of one token. Tokens/s stand beside what the weights allow when they are
+read once per token at the bandwidth of a large copy, measured in the same run. The second form times finished models.
+The third generates one long text, and exits with 1 if its last thousand tokens take 15 % longer than its first. On a
+GPU use --config configs/flash_stu_340m.yaml --compile --lengths 4096 16384 131072.
+
+Source of the comparison: Shah et al. 2025, SpectraLDS (arXiv 2505.17868), figure 3.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+
+from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
+from flash_stu.errors import ArgumentParser, UserError, run_cli
+from flash_stu.filters import spectral_filters
+from flash_stu.generation import generate_tokens
+from flash_stu.layers import LDS, STU, SlidingWindowAttention
+from flash_stu.layers.context import SequenceContext
+from flash_stu.loading import choose_device, default_dtype, load_model
+from flash_stu.ops.rotary import rotary_angles
+from flash_stu.sampling import Sampling
+from spectralds import distill
+
+EXACT = {"naive": "naive", "epoched FutureFill": "futurefill_epoched", "FutureFill": "futurefill"}
+PANELS = {"layer": "one layer", "stu": "STU layers only", "hybrid": "hybrid"}
+SHARE = 0.15  # by how much the last tokens of a long text may take longer than the first
+_RECENT = 128  # tokens over which a rate is taken
+
+
+def main() -> int:
+    args = parse()
+    device = choose_device(args.device)
+    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
+    settings = f"{device}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {settings}")
+    if args.long:
+        return long_text(args, device, dtype)
+    rate = bandwidth(device)
+    print(f"a large copy reads and writes {rate / 1e9:.1f} GB/s")
+    if args.model:
+        panels = {"models": {path: lambda path=path: load_model(path, device, dtype) for path in args.model}}
+    else:
+        panels = {name: panel(name, args, device, dtype) for name in args.panels}
+    results = {}
+    for name, makers in panels.items():
+        print(f"\n{PANELS.get(name, name)}: seconds to generate, batch {args.batch}")
+        print("| |" + "".join(f" {n} |" for n in args.lengths) + " tokens/s at the end | weights allow | share |")
+        print("|:--|" + "--:|" * (len(args.lengths) + 3))
+        results[name] = measure({label: make() for label, make in makers.items()}, args, rate)
+        for label, figures in results[name].items():
+            print(row(label, figures, args.lengths), flush=True)
+    if args.output:
+        output = Path(args.output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "generate.json").write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+        plot(results, output / "generate.png")
+        print(f"\nwritten to {output / 'generate.json'} and generate.png")
+    return 0
+
+
+def parse():
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--config", default="configs/quickstart.yaml", help="run config whose model section gives the shape")
+    add("--model", action="append", metavar="DIR", help="time this model directory instead; may be repeated")
+    add("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], metavar="N", help="tokens to generate")
+    add("--state-dims", type=int, nargs="+", default=[40, 80, 160], metavar="H")
+    add("--panels", nargs="+", choices=PANELS, default=list(PANELS))
+    add("--batch", type=int, default=1)
+    add("--long", type=int, metavar="N", help="generate one text of N tokens from a distilled model")
+    add("--compile", action="store_true", help="compile the step of models without STU layers")
+    add("--device", metavar="D", help="cpu, cuda or cuda:N; default: a GPU if there is one")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on the CPU")
+    add("--output", metavar="DIR", help="write generate.json and generate.png there")
+    args = parser.parse_args()
+    for name, values, least in (("lengths", args.lengths, 2), ("batch", [args.batch], 1)):
+        if min(values) < least:
+            raise UserError(f"--{name} has {min(values)}; allowed: {least} or more")
+    if args.long is not None and args.long < 3000:
+        raise UserError(f"--long is {args.long}; allowed: 3000 or more")
+    args.lengths = sorted(set(args.lengths))
+    return args
+
+
+def panel(name: str, args, device, dtype) -> dict[str, Callable]:
+    """What is compared in one panel: per label, a function that builds the layer or model."""
+    if not Path(args.config).is_file():
+        raise UserError(f"--config {args.config}: no such file")
+    values = yaml.safe_load(Path(args.config).read_text())["model"]
+    values["max_position_embeddings"] = max(args.lengths[-1] + 1, values.get("max_position_embeddings", 0))
+    layers = values["num_hidden_layers"]
+    if name != "hybrid":
+        values["layer_types"] = ["linear_attention"] * layers
+    if name == "layer":
+        values |= {"num_hidden_layers": 1, "layer_types": ["linear_attention"], "vocab_size": 64}
+    attention = values | {"layer_types": ["sliding_attention"] * values["num_hidden_layers"]}
+
+    def build(changes: dict, state_dim: int | None = None):
+        torch.manual_seed(0)
+        model = FlashSTUForCausalLM(FlashSTUConfig.from_user(changes)).eval()
+        model = model if state_dim is None else distill(model, state_dim)
+        model = model.to(device, dtype)
+        return model.model.layers[0].mixer if name == "layer" else model
+
+    makers = {label: lambda b=backend: build(values | {"decode_backend": b}) for label, backend in EXACT.items()}
+    makers |= {f"LDS, {dim} states": lambda dim=dim: build(values, dim) for dim in args.state_dims}
+    makers["attention" if name == "layer" else "attention only"] = lambda: build(attention)
+    return makers
+
+
+def measure(subjects: dict, args, rate: float) -> dict:
+    """Time a generation by each layer or model, in turns of a few tokens, so that a drifting machine hits all alike.
+
+    Returns:
+        per label the seconds at some fifty lengths and at those asked for, the tokens/s just before those, and the
+        tokens/s that reading the weights allows.
+    """
+    last = args.lengths[-1]
+    before = {n: max(1, n - _RECENT) for n in args.lengths}
+    wanted = sorted({max(1, round(last * part / 48)) for part in range(1, 49)} | {*args.lengths} | {*before.values()})
+    runs = {label: steps(subject, args) for label, subject in subjects.items()}
+    seconds = {label: {0: 0.0} for label in runs}
+    done = 0
+    for count in wanted:
+        for label, run in runs.items():
+            device = next(subjects[label].parameters()).device
+            start = now(device)
+            for _ in range(count - done):
+                next(run)
+            seconds[label][count] = seconds[label][done] + now(device) - start
+        done = count
+    return {
+        label: {
+            "seconds": times,
+            "tokens_per_second": {n: args.batch * (n - m) / (times[n] - times[m]) for n, m in before.items()},
+            "limit": args.batch * rate / weights(subjects[label]),
+        }
+        for label, times in seconds.items()
+    }
+
+
+def steps(subject, args) -> Iterator:
+    """Something happens for every token that is taken from it; what has to be compiled is compiled before."""
+    if isinstance(subject, STU | LDS | SlidingWindowAttention):
+        return layer_steps(subject, args.batch)
+    deque(model_steps(subject, args.batch, 8, args.compile), maxlen=0)
+    return model_steps(subject, args.batch, args.lengths[-1], args.compile)
+
+
+def model_steps(model, batch: int, count: int, compile: bool) -> Iterator:
+    compile = compile and not model.config.uses_stu
+    prompt = torch.ones(batch, 1, dtype=torch.long, device=model.device)
+    return generate_tokens(model, prompt, count, Sampling(temperature=0), compile=compile)
+
+
+@torch.inference_mode()
+def layer_steps(layer, batch: int) -> Iterator:
+    """Step a layer alone, with the same random input over and over."""
+    example = next(p for p in layer.parameters() if p.dim() == 2)
+    size, config = example.shape[1], getattr(layer, "config", None)
+    x = torch.randn(batch, 1, size, device=example.device).to(layer_dtype(layer))
+    filters, rotary = None, None
+    if isinstance(layer, STU):
+        filters = spectral_filters(config.max_position_embeddings, config.num_filters, config.filter_basis)[1]
+        filters = filters.float().to(example.device)
+    if isinstance(layer, SlidingWindowAttention):
+        rotary = rotary_angles(torch.zeros(1, 1, dtype=torch.long, device=example.device), layer.head_dim, 1e4)
+    context = SequenceContext(filters, rotary)
+    _, state = layer.prefill(x, context)
+    yield
+    while True:
+        _, state = layer.step(x, context, state)
+        yield
+
+
+def layer_dtype(layer) -> torch.dtype:
+    return next(m.weight.dtype for m in layer.modules() if isinstance(m, torch.nn.Linear))
+
+
+def weights(subject) -> int:
+    """Bytes of parameters that a token has to read; of an embedding that is not also the head, only a row."""
+    tied = getattr(getattr(subject, "config", None), "tie_word_embeddings", True)
+    skipped = () if tied else ("model.embed_tokens.weight",)
+    return sum(p.nbytes for name, p in subject.named_parameters() if name not in skipped)
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy of a large tensor reads and writes, best of several."""
+    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 27) // 4, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(7):
+        start = now(device)
+        target.copy_(source)
+        best = max(best, 2 * source.nbytes / (now(device) - start))
+    return best
+
+
+def row(label: str, figures: dict, lengths: list[int]) -> str:
+    cells = [f"{figures['seconds'][n]:.2f}" for n in lengths]
+    rate, limit = figures["tokens_per_second"][lengths[-1]], figures["limit"]
+    return "| " + " | ".join([label, *cells, f"{rate:.0f}", f"{limit:.0f}", f"{100 * rate / limit:.0f} %"]) + " |"
+
+
+def long_text(args, device, dtype) -> int:
+    """Generate one long text and compare its beginning with its end; 1 if it slows down."""
+    if args.model:
+        model = load_model(args.model[0], device, dtype)
+    else:
+        model = panel("hybrid", args, device, dtype)[f"LDS, {args.state_dims[-1]} states"]()
+    if model.config.uses_stu:
+        raise UserError(f"--long needs a distilled model; {args.model[0]} has STU layers")
+    warm, window = 1000, 1000
+    first, latest, memory = [], deque(maxlen=window), None
+    started = previous = time.perf_counter()
+    for count, token in enumerate(model_steps(model, args.batch, args.long, args.compile), start=1):
+        int(token[0])  # the token is there, on a GPU too
+        moment = time.perf_counter()
+        (first if warm < count <= warm + window else latest).append(moment - previous)
+        previous = moment
+        if count == warm + window:
+            memory = resident(device)
+        if count % 100_000 == 0:
+            print(f"{count} tokens, {statistics.median(latest) * 1e6:.0f} us per token", flush=True)
+    total = time.perf_counter() - started
+    start, end = statistics.median(first), statistics.median(latest)
+    print(f"{args.long} tokens in {total:.0f} s, {args.long / total:.0f} tokens/s")
+    print(f"median of tokens {warm + 1} to {warm + window}: {start * 1e6:.0f} us")
+    print(f"median of the last {window}: {end * 1e6:.0f} us")
+    print(f"ratio {end / start:.3f}; allowed: at most {1 + SHARE}")
+    print(
+        f"memory after {warm + window} tokens: {memory / 2**20:.1f} MiB, at the end: {resident(device) / 2**20:.1f} MiB"
+    )
+    return int(end > (1 + SHARE) * start)
+
+
+def resident(device: torch.device) -> int:
+    """Bytes of memory in use: on a GPU by tensors, else by this process (read where Linux says it)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def plot(results: dict, path: Path) -> None:
+    """Draw seconds against generated length, a panel for each group."""
+    figure = Figure(figsize=(4.6 * len(results), 4.4), dpi=150, layout="constrained")
+    grid = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, (name, group) in zip(grid, results.items(), strict=True):
+        for place, (label, figures) in enumerate(group.items()):
+            x, y = figures["seconds"].keys(), figures["seconds"].values()
+            style = "-." if label in EXACT else "--" if "attention" in label else "-"
+            axes.plot(x, y, style, label=label, color=f"C{place}", linewidth=1.6)
+        axes.set_title(PANELS.get(name, name), loc="left", fontsize=11)
+        axes.set_xlabel("tokens generated")
+        axes.set_ylabel("seconds")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2, linewidth=0.6)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))

@@ -1,0 +1,61 @@
+"""The generation benchmark: its three forms run, and write what the quickstart reads."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flash_stu.errors import run_cli
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """Run the script with a command line: its exit status, output and errors."""
+    main = runpy.run_path(str(ROOT / "scripts" / "bench" / "generate.py"))["main"]
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", *map(str, words)])
+        return run_cli(main), *capsys.readouterr()
+
+    return run
+
+
+def test_shapes_of_a_config(bench, tiny_config, tmp_path):
+    shape = {key: getattr(tiny_config(), key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 4, "sliding_window": 7, "num_filters": 8}
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump({"model": shape | {"max_position_embeddings": 65}}))
+    status, shown, error = bench(
+        "--config", config, "--lengths", 9, 3, "--state-dims", 12, "--output", tmp_path / "out"
+    )
+    assert status == 0, error
+    results = json.loads((tmp_path / "out" / "generate.json").read_text())["results"]
+    assert list(results) == ["layer", "stu", "hybrid"]
+    for group in results.values():
+        assert [name.split()[0] for name in group] == ["naive", "epoched", "FutureFill", "LDS,", "attention"]
+        for figures in group.values():
+            assert 0 < figures["seconds"]["3"] < figures["seconds"]["9"]
+            assert set(figures["tokens_per_second"]) == {"3", "9"} and figures["limit"] > 0
+    assert "| 3 | 9 | tokens/s at the end | weights allow | share |" in shown
+    assert (tmp_path / "out" / "generate.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_models_and_one_long_text(bench, tiny_model, tmp_path):
+    for name, changes in {"stu": {}, "lds": {"lds_state_dim": 12}}.items():
+        tiny_model(num_hidden_layers=1, **changes).save_pretrained(tmp_path / name)
+    models = ["--model", tmp_path / "stu", "--model", tmp_path / "lds"]
+    status, _, error = bench(*models, "--lengths", 3, 9, "--output", tmp_path)
+    assert status == 0, error
+    assert list(json.loads((tmp_path / "generate.json").read_text())["results"]["models"]) == list(
+        map(str, models[1::2])
+    )
+    status, shown, _ = bench("--model", tmp_path / "lds", "--long", 3000)
+    assert status in (0, 1) and "3000 tokens in" in shown and "ratio" in shown
+    assert "needs a distilled model" in bench("--model", tmp_path / "stu", "--long", 3000)[2]
+    assert bench("--long", 7)[2] == "error: --long is 7; allowed: 3000 or more\n"
+    assert bench(*models, "--lengths", 64, 90)[2].startswith("error: prompt and new tokens are 91 together")
