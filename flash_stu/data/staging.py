@@ -92,7 +92,7 @@ class Staging:
                 return []
             states = self._states(job)
             states[index] = state  # which a process that our lock does not reach may have replaced by an older one
-            unfinished = [number for number, state in enumerate(states) if not state.finished]
+            unfinished = [number for number, each in enumerate(states) if not each.finished]
             if not unfinished:
                 self._finish(states)
             return unfinished
