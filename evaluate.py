@@ -1,7 +1,10 @@
-"""Evaluate models with lm-eval-harness; writes results.json and table.md.
+"""Evaluate models with lm-eval-harness and on texts; writes results.json, tables and pictures.
 
 python evaluate.py --model DIR [--model DIR ...] [--tasks LIST] [--limit N] [--data-dir DIR] [--output DIR]
+    [--text FILE ...]; or torchrun --nproc-per-node GPUS evaluate.py ...
 """
+
+import os
 
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.evaluation import evaluate
@@ -14,14 +17,22 @@ def main() -> None:
     add("--model", action="append", required=True, metavar="DIR", help="model or training run; repeatable")
     add("--tasks", metavar="LIST", help="tasks and groups of lm-eval, suites of configs/eval such as paper, "
         "comma-separated; default: embedded_bpb,embedded_cloze, which need no download")  # fmt: skip
-    add("--limit", type=int, metavar="N", help="score only the first N items of each task")
-    add("--data-dir", metavar="DIR", help="local mirror of data sets: <id>/<config or default>/<split>.jsonl")
-    add("--output", default="runs/evaluation", metavar="DIR", help="where results go (%(default)s)")
-    add("--batch-size", type=int, default=8, metavar="N", help="sequences per forward pass (%(default)s)")
+    add("--include-path", metavar="DIR", help="task definitions of your own, in lm-eval's YAML format")
+    add("--text", action="append", default=[], metavar="FILE", help="txt, jsonl or parquet file to measure bits per "
+        "byte and perplexity on, also by position; repeatable; without --tasks, nothing else is done")  # fmt: skip
+    add("--text-length", type=int, metavar="N", help="tokens in a window; default: twice a model's trained length, "
+        "or as many as it can take")  # fmt: skip
+    add("--text-column", default="text", metavar="NAME", help="where jsonl and parquet have the text (%(default)s)")
+    add("--limit", type=int, metavar="N", help="score only the first N items of each task, N windows of each text")
+    add("--data-dir", metavar="DIR", help="local mirror of data sets, see scripts/fetch_eval_data.py")
+    add("--output", default="runs/evaluation", metavar="DIR", help="where results go; what is there already is not "
+        "done again (%(default)s)")  # fmt: skip
+    add("--batch-size", type=int, metavar="N", help="sequences per forward pass; default: as many as fit")
     add("--device", metavar="D", help="cpu, cuda or cuda:N; default: a GPU if there is one")
-    args = parser.parse_args()
-    evaluate(args.model, args.tasks, args.limit, args.data_dir, args.output, args.batch_size, args.device)
-    print(f"\nresults: {args.output}/results.json, {args.output}/table.md")
+    options = vars(parser.parse_args())
+    evaluate(options.pop("model"), texts=options.pop("text"), **options)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"\nresults: {options['output']}/results.json, table.md, table.csv, pictures")
 
 
 if __name__ == "__main__":

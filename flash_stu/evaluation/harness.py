@@ -1,14 +1,13 @@
-"""lm-eval-harness: find tasks, load them before any model is, run them quietly."""
+"""lm-eval-harness: load tasks before any model is, run them quietly."""
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
-import io
 import json
 import logging
 import random
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import lm_eval.api.task
 import lm_eval.utils
 import numpy as np
 import torch
@@ -27,12 +24,14 @@ from lm_eval.tasks import TaskManager
 
 from flash_stu.data import embedded_corpus
 from flash_stu.errors import UserError
+from flash_stu.evaluation.definitions import Definitions, quiet, shots_of
 from flash_stu.evaluation.embedded import TASK_FOLDER, TASK_NAMES, write_embedded_data
 from flash_stu.evaluation.local_data import write_local_task
 from flash_stu.evaluation.scoring import Counters
-from flash_stu.evaluation.suite import TaskSpec, suite_names
+from flash_stu.evaluation.suite import TaskSpec
 
 _SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harness's own
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in what Python says of a function
 _BOOTSTRAP_SAMPLES = 1000  # for standard errors without a formula; accuracies have one
 
 
@@ -50,30 +49,11 @@ class LoadedTask:
         for name, member in sorted(self.harness["tasks"].items()):
             definition = {k: v for k, v in member.dump_config().items() if not k.startswith("dataset_")}
             definition["metadata"] = {"version": member.VERSION}  # without the path of its YAML
-            for part in (name, definition, *member.eval_docs):
-                digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+            examples = member.fewshot_docs() if member.get_config("num_fewshot") else []
+            for part in (name, definition, *member.eval_docs, "examples", *examples):
+                text = json.dumps(part, sort_keys=True, default=str)
+                digest.update(_ADDRESS.sub("", text).encode())
         return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def quiet(level: int = logging.WARNING):
-    """Keep the harness's prints, log lines below a level, and progress bars but ours off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    bars = lm_eval.api.task.tqdm, datasets.are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(level)
-    lm_eval.api.task.tqdm = functools.partial(bars[0], disable=True)
-    datasets.disable_progress_bars()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        for logger, before in zip(loggers, levels, strict=True):
-            logger.setLevel(before)
-        lm_eval.api.task.tqdm = bars[0]
-        if not bars[1]:
-            datasets.enable_progress_bars()
 
 
 @contextlib.contextmanager
@@ -87,28 +67,32 @@ def _compiled_templates():
         del env.from_string
 
 
-def load_tasks(specs: Sequence[TaskSpec], data_dir: Path | None = None) -> list[LoadedTask]:
+def load_tasks(
+    specs: Sequence[TaskSpec], data_dir: Path | None = None, include_path: Path | None = None
+) -> list[LoadedTask]:
     """Load the definitions and data of tasks.
 
     Args:
-        specs: what to load; names may be tasks, groups or tags of the harness, or our own embedded tasks.
+        specs: what to load; names may be tasks, groups or tags of the harness, the user's, or our embedded tasks.
         data_dir: a mirror of data sets to read instead of the hub (the embedded tasks never need one).
+        include_path: a folder with the user's own task definitions, which go before the harness's.
 
     Raises:
         UserError: for an unknown task or metric, a file that the mirror lacks, or data that cannot be had.
     """
+    definitions = Definitions(include_path)
     for spec in specs:
-        _require_known(spec.name)
+        definitions.require(spec.name)
     with tempfile.TemporaryDirectory() as scratch, quiet(logging.ERROR):
         # A folder each: a group and one of its members may be asked for with different shots.
-        managers = [_manager_for(spec, data_dir, Path(scratch, str(i))) for i, spec in enumerate(specs)]
+        managers = [_manager_for(spec, definitions, data_dir, Path(scratch, str(i))) for i, spec in enumerate(specs)]
         hint = "" if data_dir else "; a machine without internet needs --data-dir"
         return [_load(spec, manager, hint) for spec, manager in zip(specs, managers, strict=True)]
 
 
 def write_embedded_task(name: str, folder: Path) -> Path:
     """Write the YAML file with which any harness runs an embedded task (`lm_eval --include_path folder`)."""
-    definition = _manager(TASK_FOLDER).task_index[name].cfg
+    definition = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False).task_index[name].cfg
     return write_local_task(name, definition, TASK_FOLDER / f"{name}.yaml", _embedded_data(), 0, folder)
 
 
@@ -117,55 +101,15 @@ def _embedded_data() -> Path:
     return write_embedded_data(embedded_corpus()["validation"])
 
 
-@functools.cache
-def official_index() -> dict:
-    """Every task, group and tag of the harness by name; parsing its 14,000 files takes some ten seconds."""
-    with quiet(logging.ERROR):
-        return TaskManager().task_index
-
-
-def _manager(folder: Path, official: dict | None = None) -> TaskManager:
-    """A task manager that knows the definitions in a folder and, under them, the official ones."""
-    manager = TaskManager(include_path=folder, include_defaults=False)
-    for name, entry in (official or {}).items():
-        # A tag lists its members: the folder's copy knows only those that are in the folder.
-        if name not in manager.task_index or entry.kind.name == "TAG":
-            manager.task_index[name] = entry
-    return manager
-
-
-def _manager_for(spec: TaskSpec, data_dir: Path | None, folder: Path) -> TaskManager:
+def _manager_for(spec: TaskSpec, definitions: Definitions, data_dir: Path | None, folder: Path) -> TaskManager:
     folder.mkdir()
     if spec.name in TASK_NAMES:
         write_embedded_task(spec.name, folder)
-        return _manager(folder)
-    if data_dir is not None:
-        for name in sorted(_leaves(spec.name)):
-            entry = official_index()[name]
-            shots = entry.cfg.get("num_fewshot") or 0 if spec.shots is None else spec.shots
-            write_local_task(name, entry.cfg, entry.yaml_path, data_dir, shots, folder)
-    return _manager(folder, official_index())
-
-
-def _require_known(name: str) -> None:
-    if name not in TASK_NAMES and name not in official_index():
-        known = [*TASK_NAMES, *suite_names(), *official_index()]
-        close = difflib.get_close_matches(name, known, n=5, cutoff=0.6) or [*suite_names(), *TASK_NAMES]
-        raise UserError(f"unknown task {name!r}; close matches: {', '.join(close)}")
-
-
-def _leaves(name: str) -> set[str]:
-    """The single tasks that a task, group or tag consists of."""
-    entry = official_index().get(name)
-    if entry is None:
-        raise UserError(f"task {name!r} is defined inside a group, so --data-dir cannot serve it")
-    if entry.kind.name == "TAG":
-        members = entry.tags
-    elif entry.kind.name == "GROUP":
-        members = [m if isinstance(m, str) else m.get("task", m.get("group")) for m in entry.cfg["task"]]
-    else:
-        return {name}
-    return set().union(*(_leaves(member) for member in members))
+    elif data_dir is not None:
+        for name in sorted(definitions.leaves(spec.name)):
+            entry = definitions[name]
+            write_local_task(name, entry.cfg, entry.yaml_path, data_dir, shots_of(spec, entry.cfg), folder)
+    return definitions.manager(folder, spec.name)
 
 
 def _load(spec: TaskSpec, manager: TaskManager, hint: str) -> LoadedTask:
@@ -194,7 +138,8 @@ def run_task(lm: LM, task: LoadedTask, limit: int | None = None) -> dict[str, An
 
     Returns:
         what results.json says about a task: its main metric, all metrics, those of a group's members,
-        how many items, what the model had to do (if it counts), seconds.
+        how many items, what the model had to do (if it counts), seconds; and under "samples" every item: its task,
+        number and hash, its value of each metric, and what the model answered to each of its requests.
 
     Raises:
         UserError: if the task reports no number.
@@ -208,7 +153,7 @@ def run_task(lm: LM, task: LoadedTask, limit: int | None = None) -> dict[str, An
         member.set_fewshot_seed(seed=_SEEDS["fewshot"])
     lm.counters = Counters()
     with quiet(), _compiled_templates():
-        outcome = run_harness(lm, task.harness, limit=limit, bootstrap_iters=_BOOTSTRAP_SAMPLES, log_samples=False)
+        outcome = run_harness(lm, task.harness, limit=limit, bootstrap_iters=_BOOTSTRAP_SAMPLES)
 
     metrics = {name: _metrics(row) for name, row in outcome["results"].items()}
     own = _mean([metrics[name] for name in members]) | metrics.pop(task.spec.name, {})
@@ -230,7 +175,21 @@ def run_task(lm: LM, task: LoadedTask, limit: int | None = None) -> dict[str, An
         **dataclasses.asdict(lm.counters),
         "metrics": own,
         "members": {name: values for name, values in metrics.items() if values},
+        "samples": [sample for name in members for sample in _samples(name, outcome["samples"][name])],
     }
+
+
+def _samples(task: str, logged: Sequence[dict]) -> list[dict]:
+    """What is kept of the harness's log of a task; an item comes there once per filter."""
+    found: dict[int, dict] = {}
+    for entry in logged:
+        answers = [answer[0] for answer in entry["resps"]]
+        fresh = {"task": task, "doc": entry["doc_id"], "hash": entry["doc_hash"][:16], "answers": answers}
+        sample = found.setdefault(entry["doc_id"], fresh)
+        for metric in entry["metrics"]:
+            name = metric if entry["filter"] == "none" else f"{metric},{entry['filter']}"
+            sample[name] = entry[metric]
+    return list(found.values())
 
 
 def _metrics(row: dict) -> dict[str, dict[str, float | None]]:

@@ -1,34 +1,66 @@
-"""A model directory as the harness sees it."""
+"""A model directory, or a model in memory, as the harness sees it."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
 
+from flash_stu import backends
 from flash_stu.errors import UserError
-from flash_stu.evaluation.scoring import Counters, Window, score_windows, split_windows
+from flash_stu.evaluation.budget import Budget
+from flash_stu.evaluation.journal import Journal
+from flash_stu.evaluation.processes import ALONE, Processes
+from flash_stu.evaluation.progress import Progress
+from flash_stu.evaluation.scoring import Counters, Score, Window, score_windows, split_windows
+from flash_stu.layers import SlidingWindowAttention
 from flash_stu.loading import default_dtype, load_model, load_model_tokenizer
+from flash_stu.model import FlashSTUForCausalLM
+
+_UNLIMITED = 2**31  # what the harness is told where there is no longest input
+_GENERATED_AT_ONCE = 32  # sequences, where no batch size is set
 
 
-class DirectoryLM(HFLM):
-    """The harness's Hugging Face model with our scoring: bounded memory, shared inputs, rolling windows.
+class EvaluatedLM(HFLM):
+    """The harness's Hugging Face model with our scoring: bounded memory, shared beginnings, several processes.
 
     Attributes:
         counters: work done so far; the owner may replace it.
-        title: what the progress bar says.
+        progress: shown while it scores; the owner may replace it.
+        journal: where scores are noted as they come; None by default.
+        trained_length: in tokens, as the model's config says it.
+        longest: the longest input the model can take; None if its state takes any.
     """
 
-    def __init__(self, model, tokenizer, batch_size: int, progress: bool = True) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    def __init__(self, model, tokenizer, batch_size: int | None = None, processes: Processes = ALONE) -> None:
+        """Wrap a model.
+
+        Args:
+            model: a causal language model of transformers, in eval mode.
+            tokenizer: its tokenizer, of transformers.
+            batch_size: sequences in a forward pass at most; None for as many as a budget of tokens allows.
+            processes: who shares the work.
+        """
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size or _GENERATED_AT_ONCE
+        )
+        ours = isinstance(model, FlashSTUForCausalLM)
+        self.trained_length = super().max_length
+        self.longest = None if ours and not model.config.uses_stu else self.trained_length
+        if self.longest is None:
+            self._max_length = _UNLIMITED
+        self.budget = Budget.automatic(model.device, batch_size)
+        self.processes = processes
         self.counters = Counters()
-        self.title = ""
-        self._progress = progress and sys.stderr.isatty()
+        self.progress = Progress()
+        self.journal: Journal | None = None
+        if ours and model.device.type == "cuda":
+            _avoid_compilation(model)
 
     @classmethod
-    def load(cls, directory: Path, device: str, batch_size: int, progress: bool = True) -> "DirectoryLM":
+    def load(
+        cls, directory: Path, device: str | torch.device, batch_size: int | None = None, processes: Processes = ALONE
+    ) -> "EvaluatedLM":
         """Load a transformers model directory, float32 on the CPU and bfloat16 on a GPU.
 
         Raises:
@@ -43,10 +75,10 @@ class DirectoryLM(HFLM):
             )
         if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
             raise UserError(f"{directory}: the tokenizer has no end-of-text token to start a text with")
-        return cls(model, tokenizer, batch_size, progress)
+        return cls(model, tokenizer, batch_size, processes)
 
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)  # the progress bar is in _score
+        return super().loglikelihood(requests, disable_tqdm=True)  # ours is the only progress shown
 
     def _loglikelihood_tokens(
         self, requests, disable_tqdm: bool = True, override_bs: int | None = None
@@ -54,26 +86,60 @@ class DirectoryLM(HFLM):
         """Score (strings, context ids, continuation ids): what the harness's `loglikelihood` ends in."""
         windows = []
         for _, context, continuation in requests:
-            windows.append(split_windows(context, continuation, self.max_length))
-            self.counters.truncated += len(context) + len(continuation) - 1 > self.max_length
+            windows.append(split_windows(context, continuation, self.longest))
+            self._count_length(len(context) + len(continuation) - 1)
         return self._score(windows)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood in nats of whole texts, each after one end-of-text (or beginning-of-text) token."""
-        windows = [
-            split_windows([self.prefix_token_id], self.tok_encode(request.args[0]), self.max_length)
-            for request in requests
-        ]
+        texts = [self.tok_encode(request.args[0]) for request in requests]
+        for text in texts:  # what is too long comes in stretches here, nothing is cut
+            self.counters.beyond_trained_length += self.longest is None and len(text) > self.trained_length
+        windows = [split_windows([self.prefix_token_id], text, self.longest) for text in texts]
         return [log_likelihood for log_likelihood, _ in self._score(windows)]
+
+    def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
+        """Generate as the harness does, each process a part."""
+        self.counters.requests += len(requests)
+        for request in requests:
+            options = request.args[1]
+            new = options.get("max_gen_toks", options.get("max_new_tokens", self.max_gen_toks))
+            self._count_length(len(self.tok_encode(request.args[0])) + new)
+        mine = requests[self.processes.rank :: self.processes.size]
+        parts = self.processes.gather(super().generate_until(mine, disable_tqdm=True) if mine else [])
+        texts = [""] * len(requests)
+        for rank, part in enumerate(parts):
+            texts[rank :: self.processes.size] = part
+        return texts
+
+    def score(self, windows: Sequence[Window]) -> list[Score]:
+        """Score windows, whoever made them."""
+        settings = self.budget, self.counters, self.progress, self.processes, self.journal
+        return score_windows(self.model, windows, *settings)
+
+    def _count_length(self, length: int) -> None:
+        """Note an input that is longer than what the model was trained on."""
+        if self.longest is None:
+            self.counters.beyond_trained_length += length > self.trained_length
+        elif length > self.longest:
+            self.counters.truncated += 1
+            self.counters.truncated_tokens += length - self.longest
 
     def _score(self, requests: Sequence[Sequence[Window]]) -> list[tuple[float, bool]]:
         """Score the windows of every request and put them together again."""
         self.counters.requests += len(requests)
-        flat = [window for windows in requests for window in windows]
-        with tqdm(total=len(flat), desc=self.title, leave=False, disable=not self._progress) as bar:
-            scores = iter(score_windows(self.model, flat, self.batch_size, self.counters, bar.update))
+        scores = iter(self.score([window for windows in requests for window in windows]))
         results = []
         for windows in requests:
             parts = [next(scores) for _ in windows]
-            results.append((sum(value for value, _ in parts), all(greedy for _, greedy in parts)))
+            results.append((sum(part.log_likelihood for part in parts), all(part.greedy for part in parts)))
         return results
+
+
+def _avoid_compilation(model: FlashSTUForCausalLM) -> None:
+    """Keep attention from flex_attention, which is compiled anew for every length of a batch."""
+    if backends.why_not("flash_attn") is None and model.dtype != torch.float32:
+        return
+    for module in model.modules():
+        if isinstance(module, SlidingWindowAttention) and module.backend in ("auto", "flex_attention"):
+            module.backend = "banded"

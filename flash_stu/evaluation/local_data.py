@@ -11,6 +11,8 @@ import yaml
 
 from flash_stu.errors import UserError
 
+Dataset = tuple[str, str | None]  # id on the hub, configuration
+
 _SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
@@ -30,18 +32,8 @@ def write_local_task(
     Raises:
         UserError: naming the file that the mirror lacks, or the task if it does not read a hub data set.
     """
-    dataset = definition.get("dataset_path")
-    if not dataset or "class" in definition or "custom_dataset" in definition:
-        raise UserError(f"task {name!r} does not read a hub data set, so --data-dir cannot serve it")
-    source = data_dir / dataset / (definition.get("dataset_name") or "default")
-
-    splits = {key: definition.get(key) for key in _SPLIT_KEYS}
-    scored = splits["test_split"] or splits["validation_split"]
-    examples = splits["fewshot_split"] or splits["training_split"] or splits["validation_split"] or scored
-    needed = [scored, examples] if shots else [scored]
-    if scored is None:
-        raise UserError(f"task {name!r} has neither a test nor a validation split")
-    files = {split: source / f"{split}.jsonl" for split in splits.values() if split is not None}
+    dataset, splits, needed = data_of(name, definition, shots)
+    files = {split: file_of(data_dir, dataset, split) for split in splits.values() if split is not None}
     for split in needed:
         if not files[split].is_file():
             raise UserError(f"task {name!r} needs {files[split]}, which does not exist")
@@ -59,3 +51,36 @@ def write_local_task(
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(override, sort_keys=False), encoding="utf-8")
     return path
+
+
+def data_of(name: str, definition: dict, shots: int) -> tuple[Dataset, dict[str, str | None], list[str]]:
+    """What data a task reads.
+
+    Args:
+        name: the task's name.
+        definition: its resolved definition.
+        shots: examples in the prompt.
+
+    Returns:
+        the data set; the split that each of the definition's entries names; and the splits that are needed: what is
+        scored, and if there are shots what they are drawn from.
+
+    Raises:
+        UserError: if the task does not read a hub data set, or has nothing to score.
+    """
+    dataset = definition.get("dataset_path")
+    if not dataset or "class" in definition or "custom_dataset" in definition:
+        raise UserError(f"task {name!r} does not read a hub data set, so a mirror cannot serve it")
+    splits = {key: definition.get(key) for key in _SPLIT_KEYS}
+    scored = splits["test_split"] or splits["validation_split"]
+    if scored is None:
+        raise UserError(f"task {name!r} has neither a test nor a validation split")
+    examples = splits["fewshot_split"] or splits["training_split"] or splits["validation_split"] or scored
+    needed = [scored] if not shots or examples == scored else [scored, examples]
+    return (dataset, definition.get("dataset_name")), splits, needed
+
+
+def file_of(data_dir: Path, dataset: Dataset, split: str) -> Path:
+    """Where a mirror keeps a split."""
+    name, configuration = dataset
+    return data_dir / name / (configuration or "default") / f"{split}.jsonl"

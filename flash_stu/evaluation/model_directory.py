@@ -45,6 +45,17 @@ def config_hash(directory: Path) -> str:
     return hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()[:16]
 
 
+def content_hash(directory: Path) -> str:
+    """A short hash of all that a model is: config, weights and tokenizer."""
+    digest = hashlib.sha256()
+    names = ["config.json", "tokenizer.json", "tokenizer_config.json", *_weight_files(directory)]
+    for path in (directory / name for name in names):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def _read_json(path: Path, key: str) -> dict:
     try:
         return {key: json.loads(path.read_text(encoding="utf-8"))[key]}

@@ -1,19 +1,30 @@
-"""Log-likelihoods of continuations under a causal language model.
+"""Log-likelihoods of continuations under a causal language model: what is run, and what is scored in it.
 
-Three things make this cheaper than one forward pass with full logits per request. Only positions whose next
-token is scored meet the vocabulary, a bounded number at a time: the logits of one sequence of 8192 tokens and
-200,064 words would be 6.6 GB. Requests whose model input is the same, such as the one-letter answers to a
-question, share one forward pass. Sequences run longest first in batches of similar length.
+Four things make this cheaper than one forward pass with full logits per request. Requests whose model input is the
+same, such as the one-letter answers to a question, share one forward pass. A beginning that several inputs have in
+common is run once and carried on from its state (flash_stu.evaluation.sharing). Only positions whose next token is
+scored meet the vocabulary, a bounded number at a time: the logits of one sequence of 8192 tokens and 200,064 words
+would be 6.6 GB. Batches hold sequences of similar length, as many as a budget of tokens allows.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from flash_stu.cache import FlashSTUCache
+from flash_stu.evaluation.budget import Budget
+from flash_stu.evaluation.journal import Journal
+from flash_stu.evaluation.processes import ALONE, Processes
+from flash_stu.evaluation.progress import Progress
+from flash_stu.evaluation.sharing import Family, deal, plan_families
 from flash_stu.model import FlashSTUForCausalLM
 
 _LOGITS_AT_ONCE = 2**25  # float32 values held while projecting onto the vocabulary: 128 MiB
+_PAST_SHARE = 4  # tokens of state in a batch weigh this many times less than tokens to run
 
 
 @dataclass(frozen=True)
@@ -24,16 +35,37 @@ class Window:
     targets: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Score:
+    """What the model thinks of a window's targets.
+
+    Attributes:
+        log_probs: of every target in nats, float32; or only their sum, in float64.
+        greedy: whether greedy decoding would have produced them.
+    """
+
+    log_probs: np.ndarray
+    greedy: bool
+
+    @property
+    def log_likelihood(self) -> float:
+        """The sum, in float64."""
+        return float(self.log_probs.sum(dtype=np.float64))
+
+
 @dataclass
 class Counters:
     """What scoring cost and what it had to leave out."""
 
     requests: int = 0
-    forward_tokens: int = 0  # padding not counted
+    forward_tokens: int = 0  # run through the model, padding not counted
+    forward_tokens_unshared: int = 0  # what one forward pass per request would have run
     truncated: int = 0  # requests whose context was cut from the left
+    truncated_tokens: int = 0  # how much was cut off
+    beyond_trained_length: int = 0  # longer requests that the model's state could take
 
 
-def split_windows(context: Sequence[int], continuation: Sequence[int], max_length: int) -> list[Window]:
+def split_windows(context: Sequence[int], continuation: Sequence[int], max_length: int | None) -> list[Window]:
     """Cut a request into windows that fit the model, each token of the continuation scored exactly once.
 
     A continuation that fits is one window with as much of the context before it as fits. A longer one is cut
@@ -43,77 +75,204 @@ def split_windows(context: Sequence[int], continuation: Sequence[int], max_lengt
     Args:
         context: at least one token id.
         continuation: token ids to score.
-        max_length: the longest input, in tokens.
+        max_length: the longest input, in tokens; None for no limit.
     """
     stream = (*context, *continuation)
+    longest = max_length or max(1, len(stream))
     windows = []
-    for start in range(0, len(continuation), max_length):
-        stop = min(start + max_length, len(continuation))
+    for start in range(0, len(continuation), longest):
+        stop = min(start + longest, len(continuation))
         last = len(context) + stop - 1
-        windows.append(Window(stream[max(0, last - max_length) : last], tuple(continuation[start:stop])))
+        windows.append(Window(stream[max(0, last - longest) : last], tuple(continuation[start:stop])))
     return windows
 
 
-@torch.inference_mode()
 def score_windows(
     model: torch.nn.Module,
     windows: Sequence[Window],
-    batch_size: int,
+    budget: Budget,
     counters: Counters,
-    on_progress: Callable[[int], object] = lambda windows_done: None,
-) -> list[tuple[float, bool]]:
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
+    journal: Journal | None = None,
+) -> list[Score]:
     """Score every window.
 
     Args:
         model: a causal language model of transformers.
         windows: what to score.
-        batch_size: sequences per forward pass; no effect on the result beyond rounding.
-        counters: forward_tokens is added to.
-        on_progress: called after each batch with the number of windows it finished.
+        budget: how much to run at a time; no effect on the result beyond rounding.
+        counters: the tokens run are added.
+        progress: told how many tokens there are for this process, and how many are done.
+        processes: who shares the work; each has all the windows, and gets all the scores.
+        journal: what it knows is not run again, and what is run is noted there; of known scores only the sum is left.
 
     Returns:
-        per window: the log-likelihood of its targets in nats (summed in float64), and whether greedy decoding
-        would have produced them.
+        a score per window.
+
+    Raises:
+        UserError: if the GPU's memory does not hold a single sequence.
     """
+    progress = progress or Progress()
     sharing: dict[tuple[int, ...], list[int]] = {}  # inputs -> indices of the windows that have them
     for index, window in enumerate(windows):
         sharing.setdefault(window.inputs, []).append(index)
-    rows = sorted(sharing, key=len, reverse=True)
+    inputs, members = list(sharing), list(sharing.values())
+    lengths = [len(ids) for ids in inputs]
+    families = _plan(model, inputs, members, windows)
 
-    scores: list[tuple[float, bool]] = [(0.0, True)] * len(windows)
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        members = [(row, index) for row, inputs in enumerate(batch) for index in sharing[inputs]]
-        batch_scores = _score_batch(model, batch, [(row, windows[index].targets) for row, index in members])
-        for (_, index), score in zip(members, batch_scores, strict=True):
-            scores[index] = score
-        counters.forward_tokens += sum(len(inputs) for inputs in batch)
-        on_progress(len(members))
+    counters.forward_tokens += sum(family.tokens(lengths) for family in families)
+    counters.forward_tokens_unshared += sum(len(window.inputs) for window in windows)
+    known = {} if journal is None else {row: _from_journal(some) for row, some in journal.known().items()}
+    left = [Family(f.prefix, tuple(row for row in f.members if row not in known)) for f in families]
+    mine = deal([family for family in left if family.members], lengths, processes.size)[processes.rank]
+    progress.start(sum(family.tokens(lengths) for family in mine))
+    run = _Run(model, inputs, [[windows[i].targets for i in group] for group in members], budget, progress, journal)
+    with torch.inference_mode(), _cheapest_state(model):
+        found = run.score(mine)
+    progress.close()
+
+    scores: list[Score | None] = [None] * len(windows)
+    for part in [known, *processes.gather(found)]:
+        for row, row_scores in part.items():
+            for index, score in zip(members[row], row_scores, strict=True):
+                scores[index] = score
     return scores
 
 
-def _score_batch(model, batch, members) -> list[tuple[float, bool]]:
-    """Score the members (row of the batch, targets) of one batch of input sequences (longest first)."""
-    device = model.device
-    width = len(batch[0])
-    ids = torch.zeros(len(batch), width, dtype=torch.long)  # a causal model does not see padding on the right
-    for row, inputs in enumerate(batch):
-        ids[row, : len(inputs)] = torch.tensor(inputs)
+def _from_journal(entries: Sequence[tuple[float, bool]]) -> list[Score]:
+    return [Score(np.array([log_likelihood]), greedy) for log_likelihood, greedy in entries]
 
-    # One entry per scored token, and the distinct positions that have one.
-    lengths = [len(targets) for _, targets in members]
-    ends = [row * width + len(batch[row]) for row, _ in members]
-    scored = [torch.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-    targets = torch.tensor([token for _, targets in members for token in targets], device=device)
-    positions, entry_position = torch.unique(torch.cat(scored), return_inverse=True)
 
-    states, head = _states_and_head(model, ids.to(device))
-    states = states.flatten(0, 1)[positions.to(device)]
-    log_probs, greedy = _project(states, head, model.config.vocab_size, entry_position.to(device), targets)
+def _plan(model, inputs, members, windows) -> list[Family]:
+    """Which inputs to run together; only our own models can carry on from a state whatever their layers are."""
+    if not isinstance(model, FlashSTUForCausalLM):
+        return [Family(0, (row,)) for row in range(len(inputs))]
+    scored = [max(len(windows[index].targets) for index in group) for group in members]
+    return plan_families(inputs, [len(ids) - count for ids, count in zip(inputs, scored, strict=True)])
 
-    sums = [part.sum().item() for part in log_probs.double().cpu().split(lengths)]
-    matches = [part.all().item() for part in greedy.cpu().split(lengths)]
-    return list(zip(sums, matches, strict=True))
+
+@contextmanager
+def _cheapest_state(model) -> Iterator[None]:
+    """Let STU layers keep their inputs and nothing else: what FutureFill prepares is for single steps."""
+    if not (isinstance(model, FlashSTUForCausalLM) and model.config.uses_stu):
+        yield
+        return
+    before, model.config.decode_backend = model.config.decode_backend, "naive"
+    try:
+        yield
+    finally:
+        model.config.decode_backend = before
+
+
+class _Run:
+    """One process's forward passes.
+
+    Args:
+        model: the model.
+        inputs: distinct token sequences ("rows").
+        targets: per row, the continuations to score after it.
+        budget: how much to run at a time.
+        progress: told about tokens done.
+        journal: told about scores, or None.
+    """
+
+    def __init__(self, model, inputs, targets, budget: Budget, progress: Progress, journal: Journal | None) -> None:
+        self.model, self.inputs, self.targets = model, inputs, targets
+        self.budget, self.progress, self.journal = budget, progress, journal
+        self.scores: dict[int, list[Score]] = {}
+
+    def score(self, families: Sequence[Family]) -> dict[int, list[Score]]:
+        """Scores of the families' rows, by row."""
+        alone = [row for family in families if not family.prefix for row in family.members]
+        self._score_rows(alone)
+        by_prefix: dict[int, list[Family]] = {}
+        for family in families:
+            if family.prefix:
+                by_prefix.setdefault(family.prefix, []).append(family)
+        # Prefixes in a batch are equally long: no padding in front of anything, so no masks.
+        for prefix in sorted(by_prefix, reverse=True):
+            self.budget.run(by_prefix[prefix], lambda family: family.prefix, self._score_families)
+        return self.scores
+
+    def _score_families(self, families: Sequence[Family]) -> None:
+        prefix = families[0].prefix
+        ids = torch.tensor([self.inputs[family.members[0]][:prefix] for family in families])
+        cache = FlashSTUCache(self.model.config.num_hidden_layers)
+        self._hidden(ids, cache)
+        self.progress.advance(ids.numel())
+        self._score_rows(
+            [row for family in families for row in family.members],
+            prefix,
+            cache,
+            {row: place for place, family in enumerate(families) for row in family.members},
+        )
+
+    def _score_rows(self, rows, prefix: int = 0, cache: FlashSTUCache | None = None, places=None) -> None:
+        """Score rows, after the states in a cache that hold the first `prefix` tokens of each at its place."""
+
+        def run(batch: Sequence[int]) -> None:
+            past = None
+            if cache is not None:
+                past = copy.copy(cache)  # selecting makes new states, and leaves the cache to the next batch
+                past.batch_select_indices(torch.tensor([places[row] for row in batch], device=self.model.device))
+            self._score_batch(batch, prefix, past)
+            self.progress.advance(sum(len(self.inputs[row]) - prefix for row in batch))
+
+        ordered = sorted(rows, key=lambda row: len(self.inputs[row]), reverse=True)
+        self.budget.run(ordered, lambda row: len(self.inputs[row]) - prefix + prefix // _PAST_SHARE, run)
+
+    def _score_batch(self, batch: Sequence[int], prefix: int, past: FlashSTUCache | None) -> None:
+        device = self.model.device
+        rests = [self.inputs[row][prefix:] for row in batch]
+        width = len(rests[0])
+        ids = torch.zeros(len(batch), width, dtype=torch.long)  # a causal model does not see padding on the right
+        for place, rest in enumerate(rests):
+            ids[place, : len(rest)] = torch.tensor(rest)
+
+        # One entry per scored token, and the distinct positions that have one.
+        continuations = [(place, targets) for place, row in enumerate(batch) for targets in self.targets[row]]
+        lengths = [len(targets) for _, targets in continuations]
+        ends = [place * width + len(rests[place]) for place, _ in continuations]
+        scored = [torch.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        tokens = torch.tensor([token for _, targets in continuations for token in targets], device=device)
+        positions, entry_position = torch.unique(torch.cat(scored), return_inverse=True)
+
+        states, head = self._hidden(ids, past)
+        states = states.flatten(0, 1)[positions.to(device)]
+        log_probs, greedy = _project(states, head, self.model.config.vocab_size, entry_position.to(device), tokens)
+
+        parts = zip(continuations, log_probs.cpu().split(lengths), greedy.cpu().split(lengths), strict=True)
+        found: dict[int, list[Score]] = {row: [] for row in batch}
+        for (place, _), some, matches in parts:
+            found[batch[place]].append(Score(some.numpy(), bool(matches.all())))
+        self.scores |= found
+        if self.journal is not None:
+            self.journal.add({row: [(s.log_likelihood, s.greedy) for s in some] for row, some in found.items()})
+
+    def _hidden(self, ids: torch.Tensor, cache: FlashSTUCache | None) -> tuple[torch.Tensor, Callable]:
+        """Run the model up to the vocabulary projection, where that projection is known to be all that follows.
+
+        Other architectures may scale or cap their logits after the projection; they compute them themselves.
+
+        Args:
+            ids: (rows, width).
+            cache: states to carry on from, extended.
+
+        Returns:
+            states (rows, width, channels), and the function from states to logits.
+        """
+        ids = ids.to(self.model.device)
+        if not isinstance(self.model, FlashSTUForCausalLM):
+            return self.model(input_ids=ids, use_cache=False).logits, lambda logits: logits
+        run, head = self.model.model, self.model.get_output_embeddings()
+        piece = ids.shape[1]
+        if not self.model.config.uses_stu:  # an input of any length, in pieces that fit
+            piece = max(1, self.budget.tokens // len(ids))
+            if cache is None and piece < ids.shape[1]:
+                cache = FlashSTUCache(self.model.config.num_hidden_layers)
+        parts = [run(input_ids=part, past_key_values=cache).last_hidden_state for part in ids.split(piece, dim=1)]
+        return torch.cat(parts, dim=1), head
 
 
 def _project(states, head, vocab_size, entry_position, targets) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,13 +287,3 @@ def _project(states, head, vocab_size, entry_position, targets) -> tuple[torch.T
         log_probs[here] = logits[local, targets[here]] - logits.logsumexp(-1)[local]
         greedy[here] = logits.argmax(-1)[local] == targets[here]
     return log_probs, greedy
-
-
-def _states_and_head(model, ids: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Run the model up to the vocabulary projection, where that projection is known to be all that follows.
-
-    Other architectures may scale or cap their logits after the projection; they compute them themselves.
-    """
-    if isinstance(model, FlashSTUForCausalLM):
-        return model.model(input_ids=ids, use_cache=False).last_hidden_state, model.get_output_embeddings()
-    return model(input_ids=ids, use_cache=False).logits, lambda logits: logits

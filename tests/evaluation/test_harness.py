@@ -1,12 +1,14 @@
 """The harness's own tasks on local data, scored by language models whose results are known beforehand."""
 
 import json
+from types import FunctionType
 
 import pytest
 from lm_eval.api.model import LM
 
 from flash_stu.errors import UserError
-from flash_stu.evaluation.harness import _leaves, load_tasks, run_task
+from flash_stu.evaluation.definitions import Definitions
+from flash_stu.evaluation.harness import load_tasks, run_task
 from flash_stu.evaluation.suite import TaskSpec, resolve_tasks
 
 
@@ -58,7 +60,7 @@ ITEMS_AND_FIRST_OPTION_SCORES = {
 
 def test_official_tasks_on_the_full_local_data(extra_data):
     """All of the paper's tasks but mmlu, which takes longest to load; one of its subjects is tested below."""
-    specs = [spec for spec in resolve_tasks("paper") if spec.name != "mmlu"]
+    specs = [spec for spec in resolve_tasks("paper")[0] if spec.name != "mmlu"]
     tasks = load_tasks(specs, extra_data / "eval_data")
     assert [task.spec.name for task in tasks] == list(ITEMS_AND_FIRST_OPTION_SCORES)
     for task in tasks:
@@ -70,20 +72,6 @@ def test_official_tasks_on_the_full_local_data(extra_data):
         # standard error of a mean of zeros and ones
         assert result["stderr"] == pytest.approx((score * (1 - score) / (items - 1)) ** 0.5, rel=1e-3)
         assert run_task(oracle(task), task)["value"] == 1.0
-
-
-@pytest.fixture
-def mirror(tmp_path):
-    """A mirror of one mmlu subject with 3 questions and 5 worked examples, made up."""
-    folder = tmp_path / "mirror/cais/mmlu/anatomy"
-    folder.mkdir(parents=True)
-    for split, count in (("test", 3), ("dev", 5)):
-        rows = [
-            {"question": f"{split} {i}?", "subject": "anatomy", "choices": list("wxyz"), "answer": i % 4}
-            for i in range(count)
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path / "mirror"
 
 
 def test_shots_come_from_the_split_the_task_names(mirror):
@@ -124,6 +112,19 @@ def test_config_hash_follows_prompts_and_data_but_not_the_place(mirror, tmp_path
     assert config_hash(moved) != before
 
 
+def test_config_hash_does_not_depend_on_where_functions_are_in_memory(tmp_path):
+    folder = tmp_path / "allenai/winogrande/winogrande_xl"
+    folder.mkdir(parents=True)
+    row = {"sentence": "The cat saw the dog and _ ran.", "option1": "cat", "option2": "dog", "answer": "1"}
+    (folder / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    one, other = (load_tasks([TaskSpec(name="winogrande")], tmp_path)[0] for _ in range(2))
+    config = other.harness["tasks"]["winogrande"].config
+    before = config.doc_to_text
+    config.doc_to_text = FunctionType(before.__code__, before.__globals__, before.__name__)  # elsewhere in memory
+    assert str(config.doc_to_text) != str(before)
+    assert one.config_hash == other.config_hash
+
+
 def test_a_missing_file_of_the_mirror_is_named(mirror):
     (mirror / "cais/mmlu/anatomy/dev.jsonl").unlink()
     load_tasks([TaskSpec(name="mmlu_anatomy", shots=0)], mirror)  # examples are not needed
@@ -143,7 +144,29 @@ def test_a_damaged_file_of_the_mirror_is_one_line(mirror):
 
 
 def test_mmlu_is_57_subjects():
-    assert len(_leaves("mmlu")) == 57
+    assert len(Definitions().leaves("mmlu")) == 57
+
+
+def test_items_come_with_what_was_answered(mirror):
+    (task,) = load_tasks([TaskSpec(name="mmlu_anatomy", shots=0)], mirror)
+    samples = run_task(first_option(), task)["samples"]
+    assert [(sample["task"], sample["doc"], sample["acc"]) for sample in samples] == [
+        ("mmlu_anatomy", 0, 1.0),
+        ("mmlu_anatomy", 1, 0.0),
+        ("mmlu_anatomy", 2, 0.0),
+    ]
+    assert len({sample["hash"] for sample in samples}) == 3
+    assert [answer[0] for answer in samples[1]["answers"]] == [0.0, -1.0, -1.0, -1.0]
+
+
+def test_definitions_of_the_users_own_go_before_the_harness_own(own_tasks):
+    (task,) = load_tasks([TaskSpec(name="colours")], include_path=own_tasks)
+    result = run_task(oracle(task), task)
+    assert (result["items"], result["value"]) == (9, 1.0)
+    (group,) = load_tasks([TaskSpec(name="paints")], include_path=own_tasks)
+    assert run_task(first_option(), group)["items"] == 9
+    with pytest.raises(UserError, match="unknown task 'colour'; close matches: colours"):
+        load_tasks([TaskSpec(name="colour")], include_path=own_tasks)
 
 
 @pytest.mark.parametrize(("name", "match"), [("arc_eazy", "arc_easy"), ("embeded_bpb", "embedded_bpb")])

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from flash_stu.data import load_tokenizer
 from flash_stu.errors import UserError
-from flash_stu.evaluation.language_model import DirectoryLM
+from flash_stu.evaluation.language_model import EvaluatedLM
 from flash_stu.loading import load_model
 
 
@@ -29,25 +29,32 @@ PAIRS = requests(
 )
 
 
-@pytest.mark.parametrize("name", ["stu_dir", "llama_dir"])
+@pytest.mark.parametrize("name", ["stu_dir", "lds_dir", "llama_dir"])
 def test_log_likelihoods_do_not_depend_on_the_batch_size_and_equal_the_harness_own(name, request):
     directory = request.getfixturevalue(name)
-    one, five = (DirectoryLM.load(directory, "cpu", batch_size) for batch_size in (1, 5))
-    plain = HFLM(pretrained=str(directory), device="cpu", dtype="float32", trust_remote_code=True)
+    one, five = (EvaluatedLM.load(directory, "cpu", batch_size) for batch_size in (1, 5))
+    plain = HFLM(
+        pretrained=str(directory), device="cpu", dtype="float32", trust_remote_code=True, max_length=one.longest or 200
+    )
     results = [lm.loglikelihood(PAIRS, disable_tqdm=True) for lm in (one, five, plain)]
     for first, second, theirs in zip(*results, strict=True):
         assert first[0] == pytest.approx(second[0], abs=1e-4)
         assert first[0] == pytest.approx(theirs[0], abs=1e-4)
         assert first[1] == second[1] == theirs[1]
     assert one.counters.requests == len(PAIRS)
-    assert one.counters.truncated == 1
-    assert one.max_length == 65
+    assert one.trained_length == 65
+    longest = len("x" * 90 + " context longer than the model") - 1
+    if name == "lds_dir":  # its state takes any length
+        assert (one.longest, one.counters.truncated, one.counters.beyond_trained_length) == (None, 0, 1)
+    else:
+        assert (one.longest, one.counters.truncated, one.counters.beyond_trained_length) == (65, 1, 0)
+        assert one.counters.truncated_tokens == longest - 65
 
 
 @pytest.mark.parametrize("name", ["stu_dir", "llama_dir"])
 def test_rolling_log_likelihood_is_the_sum_of_the_models_own_loss(name, request, documents):
     directory = request.getfixturevalue(name)
-    lm = DirectoryLM.load(directory, "cpu", batch_size=3)
+    lm = EvaluatedLM.load(directory, "cpu", batch_size=3)
     model = load_model(directory)
     texts = [documents[0], documents[1][:64], documents[2][:65], documents[3][:66], "a"]
     scores = lm.loglikelihood_rolling(requests(*[(text,) for text in texts]))
@@ -78,11 +85,21 @@ def test_missing_weights_are_an_error_not_random_numbers(stu_dir):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"stu.*missing keys.*up_proj"):
-        DirectoryLM.load(stu_dir, "cpu", 1)
+        EvaluatedLM.load(stu_dir, "cpu", 1)
 
 
 def test_tokenizer_larger_than_the_vocabulary_is_refused(tiny_model, tmp_path):
     tiny_model(vocab_size=61).save_pretrained(tmp_path)
     load_tokenizer("bytes").to_transformers().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="tokenizer has 257 tokens.*vocabulary 61"):
-        DirectoryLM.load(tmp_path, "cpu", 1)
+        EvaluatedLM.load(tmp_path, "cpu", 1)
+
+
+def test_generation_tasks_count_prompts_that_do_not_fit(stu_dir):
+    lm = EvaluatedLM.load(stu_dir, "cpu")
+    options = {"until": ["\n"], "max_gen_toks": 5, "do_sample": False}
+    short, long = (SimpleNamespace(args=("a b" * times, options)) for times in (4, 40))
+    alone = EvaluatedLM.load(stu_dir, "cpu").generate_until([short])
+    texts = lm.generate_until([short, long])
+    assert texts[0] == alone[0]
+    assert (lm.counters.truncated, lm.counters.truncated_tokens) == (1, 125 - 65)

@@ -1,10 +1,18 @@
 """Scoring against log-softmax of the full logits, and windows against the harness's."""
 
+import json
+import random
+
 import pytest
 import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from flash_stu.errors import UserError
 from flash_stu.evaluation import scoring
+from flash_stu.evaluation.budget import Budget
+from flash_stu.evaluation.journal import Journal
+from flash_stu.evaluation.processes import ALONE
+from flash_stu.evaluation.progress import Progress
 from flash_stu.evaluation.scoring import Counters, Window, score_windows, split_windows
 from flash_stu.loading import load_model
 
@@ -35,36 +43,155 @@ def test_a_long_continuation_is_scored_once_per_token_within_the_context():
     assert windows[0].inputs == (3, 10, 11, 12, 13, 14, 15)
 
 
-@pytest.mark.parametrize("name", ["stu_dir", "llama_dir"])
-@pytest.mark.parametrize("batch_size", [1, 5])
-def test_scores_are_those_of_the_full_logits(name, batch_size, request, monkeypatch):
+def random_windows(longest: int, count: int = 13) -> list[Window]:
+    """Windows of random tokens, some of which begin alike, at depths that nest."""
+    rng = random.Random(0)
+    beginnings = [()]
+    for _ in range(3):
+        beginnings.append((*rng.choice(beginnings), *rng.choices(range(257), k=rng.randrange(17, 22))))
+    windows = []
+    for _ in range(count):
+        beginning = rng.choice(beginnings)
+        rest = rng.choices(range(257), k=rng.randrange(1, longest - len(beginning) + 1))
+        inputs = (*beginning, *rest)
+        windows.append(Window(inputs, tuple(rng.choices(range(257), k=rng.randrange(1, len(rest) + 1)))))
+    return windows
+
+
+def expected(model, window):
+    """From the full logits, alone."""
+    with torch.no_grad():
+        logits = model(torch.tensor([window.inputs])).logits[0, -len(window.targets) :].double()
+    targets = torch.tensor(window.targets)
+    log_probs = logits.log_softmax(-1)[range(len(targets)), targets]
+    return log_probs.sum().item(), torch.equal(logits.argmax(-1), targets)
+
+
+@pytest.mark.parametrize("name", ["stu_dir", "lds_dir", "llama_dir"])
+@pytest.mark.parametrize(("tokens", "rows"), [(1, None), (300, 5), (4096, None)])
+def test_scores_are_those_of_the_full_logits(name, tokens, rows, request, monkeypatch):
     model = load_model(request.getfixturevalue(name), dtype=torch.float64)
     monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 3 * 257)  # three positions at a time
-    rng = torch.Generator().manual_seed(0)
-    windows = []
-    for _ in range(13):
-        length = int(torch.randint(1, 66, (1,), generator=rng))
-        scored = int(torch.randint(1, length + 1, (1,), generator=rng))
-        inputs = tuple(torch.randint(0, 257, (length,), generator=rng).tolist())
-        windows.append(Window(inputs, tuple(torch.randint(0, 257, (scored,), generator=rng).tolist())))
+    windows = random_windows(65, 20)
     first = windows[0].inputs
     with torch.no_grad():
         likeliest = model(torch.tensor([first])).logits[0].argmax(-1).tolist()
     # same inputs, other targets: one of them what greedy decoding gives
-    windows += [Window(first, (5,)), Window(first, tuple(likeliest)), Window(first, tuple(likeliest[-1:]))]
+    windows += [Window(first, (5,)), Window(first, tuple(likeliest[-1:]))]
 
     counters = Counters()
-    progress = []
-    scores = score_windows(model, windows, batch_size, counters, progress.append)
+    scores = score_windows(model, windows, Budget(tokens, rows), counters)
 
-    assert sum(progress) == len(windows)
-    assert counters.forward_tokens == sum(len(inputs) for inputs in {w.inputs for w in windows})
-    for window, (log_likelihood, greedy) in zip(windows, scores, strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([window.inputs])).logits[0, -len(window.targets) :].double()
-        targets = torch.tensor(window.targets)
-        expected = logits.log_softmax(-1)[range(len(targets)), targets].sum().item()
+    assert counters.forward_tokens_unshared == sum(len(window.inputs) for window in windows)
+    alone = sum(len(inputs) for inputs in {w.inputs for w in windows})
+    assert counters.forward_tokens == alone if name == "llama_dir" else counters.forward_tokens < 0.9 * alone
+    for window, score in zip(windows, scores, strict=True):
+        log_likelihood, greedy = expected(model, window)
         # logits are compared in float32, whatever the model computes in
-        assert log_likelihood == pytest.approx(expected, abs=2e-4)
-        assert greedy == torch.equal(logits.argmax(-1), targets)
-    assert [greedy for _, greedy in scores][-2:] == [True, True]
+        assert score.log_likelihood == pytest.approx(log_likelihood, abs=2e-4)
+        assert len(score.log_probs) == len(window.targets)
+        assert score.greedy == greedy
+    assert scores[-1].greedy
+
+
+@pytest.mark.parametrize("name", ["stu_dir", "lds_dir"])
+def test_scores_in_float32_do_not_depend_on_the_batches(name, request):
+    model = load_model(request.getfixturevalue(name))
+    windows = random_windows(65, 20)
+    before = model.config.decode_backend
+    runs = [score_windows(model, windows, Budget(tokens), Counters()) for tokens in (1, 100, 4096)]
+    for one, *others in zip(*runs, strict=True):
+        for other in others:
+            assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-4)
+    assert model.config.decode_backend == before
+
+
+def test_memory_that_runs_out_makes_batches_smaller(stu_dir, monkeypatch):
+    model = load_model(stu_dir)
+    windows = random_windows(65, 20)
+    wanted = score_windows(model, windows, Budget(4096), Counters())
+    forward, largest = model.model.forward, 0
+
+    def scarce(input_ids, **kwargs):
+        nonlocal largest
+        if input_ids.numel() > 130:
+            raise torch.OutOfMemoryError("too much")
+        largest = max(largest, input_ids.numel())
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", scarce)
+    budget, counters = Budget(4096), Counters()
+    found = score_windows(model, windows, budget, counters)
+    assert budget.tokens < 4096 and 65 < largest <= 130
+    for one, other in zip(wanted, found, strict=True):
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-4)
+
+    def hopeless(**kwargs):
+        raise torch.OutOfMemoryError("none")
+
+    monkeypatch.setattr(model.model, "forward", hopeless)
+    with pytest.raises(UserError, match="does not hold one sequence of"):
+        score_windows(model, windows, Budget(4096), Counters())
+
+
+def test_inputs_beyond_the_trained_length_go_through_the_state_in_pieces(lds_dir):
+    model = load_model(lds_dir, dtype=torch.float64)
+    ids = random.Random(1).choices(range(257), k=301)
+    window = Window(tuple(ids[:-1]), tuple(ids[1:]))
+    (score,) = score_windows(model, [window], Budget(64), Counters())
+    assert score.log_likelihood == pytest.approx(expected(model, window)[0], rel=1e-6)
+
+
+def test_scores_that_a_journal_knows_are_not_run_again(stu_dir, tmp_path, monkeypatch):
+    model, windows = load_model(stu_dir), random_windows(65, 20)
+    wanted = score_windows(model, windows, Budget(100), Counters())
+    run, batches = model.model.forward, 0
+
+    def stop(**kwargs):
+        nonlocal batches
+        batches += 1
+        if batches > 7:
+            raise KeyboardInterrupt
+        return run(**kwargs)
+
+    monkeypatch.setattr(model.model, "forward", stop)
+    with pytest.raises(KeyboardInterrupt):
+        score_windows(model, windows, Budget(100), Counters(), journal=Journal(tmp_path / "part", {"a": 1}, ALONE))
+    (path,) = tmp_path.glob("part*")
+    path.write_text(path.read_text()[:-9])  # died while it wrote its last line
+    noted = {int(row) for line in path.read_text().splitlines()[1:-1] for row in json.loads(line)["rows"]}
+    assert len(noted) > 2
+
+    tokens = 0
+
+    def count(input_ids, **kwargs):
+        nonlocal tokens
+        tokens += input_ids.numel()
+        return run(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", count)
+    journal, counters = Journal(tmp_path / "part", {"a": 1}, ALONE), Counters()
+    found = score_windows(model, windows, Budget(1), counters, journal=journal)
+    assert tokens < counters.forward_tokens - 20
+    for one, other in zip(wanted, found, strict=True):
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-4)
+        assert one.greedy == other.greedy
+    again = Journal(tmp_path / "part", {"a": 1}, ALONE)
+    assert len(again.known()) == len({window.inputs for window in windows})
+    assert again.known() == {}  # the second list of requests of the same task
+    assert Journal(tmp_path / "part", {"a": 2}, ALONE).known() == {}
+    journal.close()
+    assert list(tmp_path.glob("part*")) == []
+
+
+def test_progress_counts_every_token_once(stu_dir):
+    class Log(Progress):
+        def start(self, tokens):
+            self.total, self.done = tokens, 0
+
+        def advance(self, tokens):
+            self.done += tokens
+
+    progress, counters = Log(), Counters()
+    score_windows(load_model(stu_dir), random_windows(65), Budget(100), counters, progress)
+    assert progress.done == progress.total == counters.forward_tokens

@@ -12,8 +12,11 @@ PAPER = [
 
 
 def test_the_paper_suite_is_its_table_in_order():
-    specs = resolve_tasks("paper")
+    specs, published = resolve_tasks("paper")
     assert [spec.name for spec in specs] == PAPER
+    assert list(published) == ["Flash STU 340M", "SpectraLDS 340M", "Transformer 340M"]
+    averages = [sum(row[name] for name in PAPER) / len(PAPER) for row in published.values()]
+    assert [round(average, 2) for average in averages] == [39.20, 39.03, 38.96]  # as the paper prints them
     assert [spec.shots for spec in specs] == [5] + [0] * 8
     assert {spec.metric for spec in specs} == {"acc"}
 
@@ -21,11 +24,10 @@ def test_the_paper_suite_is_its_table_in_order():
 def test_names_suites_and_files_mix(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("tasks:\n  - {name: lambada_openai, shots: 2}\n")
-    assert resolve_tasks(f"wikitext, {path},") == [
-        TaskSpec(name="wikitext"),
-        TaskSpec(name="lambada_openai", shots=2),
-    ]
-    assert [spec.name for spec in resolve_tasks(None)] == ["embedded_bpb", "embedded_cloze"]
+    specs, published = resolve_tasks(f"wikitext, {path},")
+    assert specs == [TaskSpec(name="wikitext"), TaskSpec(name="lambada_openai", shots=2)]
+    assert published == {}
+    assert [spec.name for spec in resolve_tasks(None)[0]] == ["embedded_bpb", "embedded_cloze"]
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,7 @@ def test_names_suites_and_files_mix(tmp_path):
         ("tasks: [{name: a, shots: -1}]", "tasks.0.shots: .*greater than or equal to 0"),
         ("tasks: [{name: a, shots: five}]", "tasks.0.shots: .*integer"),
         ("tasks: []", "tasks: List should have at least 1"),
+        ("{tasks: [{name: a}], published: {theirs: [1.0, 2.0]}}", "'theirs' has 2 values for 1 tasks"),
         ("- a", "the file: "),
         ("tasks: [", "not a YAML file"),
     ],

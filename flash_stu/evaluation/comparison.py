@@ -1,0 +1,90 @@
+"""Two models on the same items: the difference, and whether it can be chance.
+
+Scores on the same items go up and down together, so their standard errors say little about the difference. McNemar's
+test looks only at the items that one model gets right and the other does not: if the models are equally good, each
+side of that count is a coin's.
+
+Source: McNemar 1947, Psychometrika 12, 153; the exact binomial form.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided probability of a split at least this uneven, if both sides are equally likely.
+
+    Args:
+        only_first: items only the first model gets right.
+        only_second: items only the second does.
+    """
+    total, few = only_first + only_second, min(only_first, only_second)
+    term = ways = 1
+    for drawn in range(few):  # whole numbers: exact however many items there are
+        term = term * (total - drawn) // (drawn + 1)
+        ways += term
+    return min(1.0, 2 * ways / 2**total)
+
+
+def compare(first: Sequence[dict], second: Sequence[dict], metric: str) -> dict[str, Any]:
+    """Compare two models on one task.
+
+    Args:
+        first: items of the first model, as flash_stu.evaluation.harness.run_task gives them.
+        second: the same items of the second.
+        metric: which of the items' values to compare.
+
+    Returns:
+        how many items; "difference": mean of second minus first, with its standard error over pairs; how many items
+        both answer alike (the same choice, else the same value) and the largest difference of a log-likelihood; and
+        where values are right or wrong, the four counts and the p-value of McNemar's test.
+
+    Raises:
+        ValueError: if the items are not the same.
+    """
+    pairs = _pairs(first, second)
+    values = [(float(a[metric]), float(b[metric])) for a, b in pairs]
+    differences = [b - a for a, b in values]
+    count = len(pairs)
+    mean = sum(differences) / count
+    variance = sum((d - mean) ** 2 for d in differences) / max(1, count - 1)
+    gaps = [abs(x - y) for a, b in pairs for x, y in zip(_numbers(a), _numbers(b), strict=True)]
+    found = {
+        "items": count,
+        "difference": mean,
+        "stderr": math.sqrt(variance / count),
+        "alike": sum(_choice(a, metric) == _choice(b, metric) for a, b in pairs),
+        "largest_log_likelihood_difference": max(gaps, default=None),
+    }
+    if all(value in (0.0, 1.0) for pair in values for value in pair):
+        counts = {
+            "both_right": values.count((1.0, 1.0)),
+            "only_first": values.count((1.0, 0.0)),
+            "only_second": values.count((0.0, 1.0)),
+            "both_wrong": values.count((0.0, 0.0)),
+        }
+        found |= counts | {"p_value": mcnemar(counts["only_first"], counts["only_second"])}
+    return found
+
+
+def _pairs(first: Sequence[dict], second: Sequence[dict]) -> list[tuple[dict, dict]]:
+    named = {(item["task"], item["doc"]): item for item in second}
+    if len(named) != len(first) or any((item["task"], item["doc"]) not in named for item in first):
+        raise ValueError("the two models were asked different items")
+    pairs = [(item, named[item["task"], item["doc"]]) for item in first]
+    if any(a["hash"] != b["hash"] for a, b in pairs):
+        raise ValueError("the two models were asked different items")
+    return pairs
+
+
+def _numbers(item: dict) -> list[float]:
+    """The log-likelihoods among a model's answers: of choices with whether they are greedy, or of whole texts."""
+    firsts = [answer[0] if isinstance(answer, list | tuple) else answer for answer in item["answers"]]
+    return [value for value in firsts if isinstance(value, float)]
+
+
+def _choice(item: dict, metric: str) -> object:
+    """The choice a model prefers, if it was offered several; else the item's value."""
+    numbers = _numbers(item)
+    return max(range(len(numbers)), key=numbers.__getitem__) if len(numbers) > 1 else item[metric]

@@ -1,0 +1,84 @@
+"""Several processes evaluating together: each runs a part of the requests, and all know all results.
+
+Every process runs the same program on the same tasks; only the forward passes are divided. What they exchange are
+plain numbers, so the group is gloo's wherever the model is.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flash_stu.errors import UserError
+from flash_stu.loading import choose_device
+
+_TIMEOUT = timedelta(days=1)  # a process waits for the slowest; torchrun ends all when one fails
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of an evaluation, seen from one of them."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list:
+        """What every process passes here, by rank, on every process."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the main process do something before the others: what it downloads or converts, they find."""
+        if not self.is_main:
+            self.gather(None)
+        yield
+        if self.is_main:
+            self.gather(None)
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def join_processes(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
+    """Join the processes that torchrun started, or be alone.
+
+    Args:
+        device: what the user asked for; None for a GPU if there is one. Of several processes each takes the GPU of its
+            local rank.
+
+    Raises:
+        UserError: for a device that is not here, or more processes than GPUs.
+    """
+    chosen = choose_device(device)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE, chosen
+        return
+    if chosen.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if chosen.index is not None:
+            raise UserError(f"--device is {device!r} for {size} processes; allowed: cpu, cuda")
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} of this machine has no GPU; only {torch.cuda.device_count()} are visible")
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("gloo", timeout=_TIMEOUT)
+    try:
+        yield Processes(dist.get_rank(), size), chosen
+    finally:
+        dist.destroy_process_group()
