@@ -18,7 +18,7 @@ _CHOICES = {
     "filter_basis": ("hankel", "hankel_l"),
     "stu_type": ("tensordot", "full"),
     "stu_branches": ("shared", "separate", "positive"),
-    "conv_backend": ("auto", "direct", "fft", "flashfftconv"),
+    "conv_backend": ("auto", "direct", "fft", "flashfftconv", "chunked", "triton"),
     "attention_backend": ("auto", "banded", "sdpa", "flex_attention", "flash_attn"),
     "loss_backend": ("auto", "chunked", "liger"),
     "lds_state_dtype": ("float32", "float64"),
@@ -60,7 +60,7 @@ class FlashSTUConfig(PreTrainedConfig):
         decode_backend: what carries the past from token to token: "lds" for a distilled model; "futurefill",
             "futurefill_epoched" or "naive" for STU layers, see flash_stu.ops.futurefill; "auto" is the first that fits.
             Read at every prefill, so it can be changed on a model in use.
-        conv_backend: see flash_stu.ops.causal_conv.
+        conv_backend: see flash_stu.ops.spectral_conv.
         attention_backend: see flash_stu.ops.attention.
         loss_backend: see flash_stu.ops.cross_entropy.
         use_cache: generate with a cache.

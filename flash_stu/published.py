@@ -63,6 +63,7 @@ def read_config(path: str | Path, positions: str = "published") -> FlashSTUConfi
             "sliding_window": window + 1,
             "max_position_embeddings": raw["seq_len"],
             "layer_types": _layer_types(layers, raw.get("use_attn", True), raw.get("all_attn", False)),
+            "conv_backend": "fft",  # its filters are rounded, and so no longer exactly sums of exponentials
             "position_embedding": "rope" if positions == "rope" else ("alibi" if alibi else "none"),
             "rope_theta": raw.get("theta", 10000.0),
             "alibi_scale": _ALIBI_SCALE,

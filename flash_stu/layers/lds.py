@@ -28,6 +28,7 @@ from flash_stu.layers.linear import ResidualLinear
 from flash_stu.layers.state import LDSState
 from flash_stu.ops.causal_conv import causal_conv
 from flash_stu.ops.lds import final_state, free_response, lds_advance, lds_chunked, moved_decay, powers, zero_state
+from flash_stu.ops.spectral_conv import for_any_filter
 
 _CHUNK = 8192  # tokens convolved at a time: bounds the memory of a long input
 
@@ -47,7 +48,7 @@ class LDS(KeepFloat32):
         size = config.hidden_size
         self.config = config
         self.dilation = config.stu_dilation
-        self.backend = config.conv_backend
+        self.backend = for_any_filter(config.conv_backend)
         self.tensordot = config.stu_type == "tensordot"
         states = config.lds_state_dim // self.dilation
         if self.tensordot:

@@ -20,6 +20,7 @@ from flash_stu.layers.context import SequenceContext
 from flash_stu.layers.linear import ResidualLinear
 from flash_stu.ops.causal_conv import causal_conv
 from flash_stu.ops.futurefill import ConvState, Taps
+from flash_stu.ops.spectral_conv import for_any_filter, spectral_conv
 
 
 class STU(nn.Module):
@@ -36,6 +37,7 @@ class STU(nn.Module):
         self.config = config
         self.branches = config.stu_branches
         self.dilation = config.stu_dilation
+        self.oscillating = self.dilation == 1 and (self.branches == "separate" or config.filter_basis == "hankel_l")
         self.backend = config.conv_backend
         self.tensordot = config.stu_type == "tensordot"
         self.residual_scale = (2 * config.num_hidden_layers) ** -0.5
@@ -59,22 +61,26 @@ class STU(nn.Module):
             _, filters, size, _ = self.M_phi.shape
             init.normal_(self.M_phi, std=(filters * size) ** -0.5 * self.residual_scale)
 
-    def taps(self, filters: torch.Tensor) -> torch.Tensor:
-        """The filters this layer convolves with, at the lags it uses.
+    def features(self, filters: torch.Tensor) -> torch.Tensor:
+        """The constant filters that this layer combines, at the lags it uses.
 
         Args:
             filters: spectral filters (filter_length, num_filters).
 
         Returns:
-            (lags, channels) for tensordot, (lags, features) for full; every second lag if the branches are shared.
+            (lags, features), float32; every second lag if the branches are shared.
         """
         filters = filters[:: self.dilation].float()
         if self.branches == "separate":
             signs = torch.ones(len(filters), 1, device=filters.device)
             signs[1::2] = -1
-            features = torch.cat([filters, signs * filters], dim=1)
-        else:  # with shared coefficients U+ and U- add up: twice phi on even lags, nothing on odd ones
-            features = 2 * filters if self.branches == "shared" else filters
+            return torch.cat([filters, signs * filters], dim=1)
+        # with shared coefficients U+ and U- add up: twice phi on even lags, nothing on odd ones
+        return 2 * filters if self.branches == "shared" else filters
+
+    def taps(self, filters: torch.Tensor) -> torch.Tensor:
+        """The filters this layer convolves with: (lags, channels) for tensordot, the features themselves for full."""
+        features = self.features(filters)
         if not self.tensordot:
             return features
         with torch.autocast(features.device.type, enabled=False):
@@ -82,7 +88,18 @@ class STU(nn.Module):
 
     def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Convolve a whole sequence (batch, length, channels), length at most the filters'."""
-        return self._convolve(self._inputs(x, context), self.taps(context.filters))
+        inputs, features = self._inputs(x, context), self.features(context.filters)
+
+        def convolve(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return spectral_conv(inputs, features, weights, self.backend, self.dilation, self.oscillating)
+
+        if self.tensordot:
+            return convolve(features, self.M_filters.flatten(0, 1))
+        outputs, same = 0, features.new_ones(1, inputs.shape[-1])
+        # one feature at a time: all of them at once is `features` times the memory
+        for k, matrix in enumerate(self.M_phi.flatten(0, 1)):
+            outputs = outputs + convolve(features[:, k : k + 1], same) @ matrix
+        return outputs
 
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: ConvState | None = None
@@ -106,11 +123,11 @@ class STU(nn.Module):
         return self.in_proj(x) if self.tensordot else x
 
     def _convolve(self, inputs: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+        backend = for_any_filter(self.backend)
         if self.tensordot:
-            return causal_conv(inputs, taps, self.backend, self.dilation)
+            return causal_conv(inputs, taps, backend, self.dilation)
         outputs = 0
-        # one feature at a time: all of them at once is `features` times the memory
         for k, matrix in enumerate(self.M_phi.flatten(0, 1)):
             feature = taps[:, k : k + 1].expand(-1, inputs.shape[-1])
-            outputs = outputs + causal_conv(inputs, feature, self.backend, self.dilation) @ matrix
+            outputs = outputs + causal_conv(inputs, feature, backend, self.dilation) @ matrix
         return outputs

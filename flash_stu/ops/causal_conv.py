@@ -14,6 +14,7 @@ from flash_stu import backends
 from flash_stu.errors import UserError
 
 BACKENDS = ("auto", "direct", "fft", "flashfftconv")
+_BLOCK = 64  # channels transformed at once on a CPU
 
 
 def causal_conv(x: torch.Tensor, filters: torch.Tensor, backend: str = "auto", dilation: int = 1) -> torch.Tensor:
@@ -38,7 +39,7 @@ def causal_conv(x: torch.Tensor, filters: torch.Tensor, backend: str = "auto", d
             f"causal_conv takes x (batch, length, channels) and filters (taps, channels); "
             f"got {tuple(x.shape)} and {tuple(filters.shape)}"
         )
-    run = _BACKENDS[_choose(backend, x)]
+    run = _BACKENDS[choose(backend, x)]
     batch, length, channels = x.shape
     if length == 0:
         return x
@@ -47,7 +48,8 @@ def causal_conv(x: torch.Tensor, filters: torch.Tensor, backend: str = "auto", d
     return y.reshape(batch, -1, channels)[:, :length]
 
 
-def _choose(backend: str, x: torch.Tensor) -> str:
+def choose(backend: str, x: torch.Tensor) -> str:
+    """The back end in use for inputs like x."""
     if backend not in BACKENDS:
         raise UserError(f"convolution back end is {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend == "auto":
@@ -89,23 +91,41 @@ def _fft_size(length: int, taps: int) -> int:
     return max(best, 1)
 
 
-def _spectrum(signal: torch.Tensor, size: int) -> torch.Tensor:
-    """Real FFT along the length of (..., length, phases, channels) -> (..., phases, channels, frequencies).
+def _time_last(x: torch.Tensor) -> torch.Tensor:
+    """(batch, length, phases, channels) to (batch, phases, channels, length).
 
-    The length is moved last and made contiguous first: strided transforms are several times slower.
+    Strided transforms are several times slower, and so is a permutation where a plain transposition would do.
     """
-    return torch.fft.rfft(signal.movedim(-3, -1).contiguous(), n=size)
+    batch, length, phases, channels = x.shape
+    result = x.new_empty(batch, phases * channels, length)
+    for to, of in zip(result, x.flatten(2), strict=True):
+        to.copy_(of.t())
+    return result.view(batch, phases, channels, length)
 
 
-def _signal(spectrum: torch.Tensor, size: int, length: int) -> torch.Tensor:
-    return torch.fft.irfft(spectrum, n=size)[..., :length].movedim(-1, -3).contiguous()
+def _time_first(x: torch.Tensor) -> torch.Tensor:
+    """Undo _time_last."""
+    batch, phases, channels, length = x.shape
+    result = x.new_empty(batch, length, phases * channels)
+    for to, of in zip(result, x.flatten(1, 2), strict=True):
+        to.copy_(of.t())
+    return result.view(batch, length, phases, channels)
+
+
+def _blocks(x: torch.Tensor) -> list[slice]:
+    """Channels whose spectra are held at once: on a CPU so few that they stay in the caches."""
+    size = x.shape[-1] if x.is_cuda else _BLOCK
+    return [slice(start, start + size) for start in range(0, x.shape[-1], size)]
 
 
 @torch.library.custom_op("flash_stu::fft_conv", mutates_args=())
 def _fft_conv(x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
-    size = _fft_size(x.shape[1], filters.shape[0])
-    product = _spectrum(x, size).mul_(_spectrum(filters[:, None], size))
-    return _signal(product, size, x.shape[1])
+    size, signal, taps = _fft_size(x.shape[1], filters.shape[0]), _time_last(x), filters.t().contiguous()
+    for block in _blocks(x):
+        part = signal[:, :, block]
+        spectrum = torch.fft.rfft(part, n=size).mul_(torch.fft.rfft(taps[block], n=size))
+        part.copy_(torch.fft.irfft(spectrum, n=size)[..., : x.shape[1]])
+    return _time_first(signal)
 
 
 @_fft_conv.register_fake
@@ -116,12 +136,16 @@ def _(x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("flash_stu::fft_conv_backward", mutates_args=())
 def _fft_conv_backward(grad: torch.Tensor, x: torch.Tensor, filters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # The spectra are computed again rather than kept: a layer then holds its inputs, not four times their size.
-    size = _fft_size(x.shape[1], filters.shape[0])
-    outer = _spectrum(grad, size)
-    inner = _spectrum(x, size).conj_physical_().mul_(outer).sum(dim=(0, 1))
-    outer.mul_(_spectrum(filters[:, None], size).conj_physical_())
-    grad_filters = _signal(inner[None], size, filters.shape[0])[:, 0]
-    return _signal(outer, size, x.shape[1]), grad_filters
+    size, signal, taps = _fft_size(x.shape[1], filters.shape[0]), _time_last(x), filters.t().contiguous()
+    grad_signal, grad_taps = _time_last(grad), torch.empty_like(taps)
+    for block in _blocks(x):
+        part = grad_signal[:, :, block]
+        outer = torch.fft.rfft(part, n=size)
+        inner = torch.fft.rfft(signal[:, :, block], n=size).conj_physical_().mul_(outer).sum(dim=(0, 1))
+        grad_taps[block] = torch.fft.irfft(inner, n=size)[..., : taps.shape[1]]
+        outer.mul_(torch.fft.rfft(taps[block], n=size).conj_physical_())
+        part.copy_(torch.fft.irfft(outer, n=size)[..., : x.shape[1]])
+    return _time_first(grad_signal), grad_taps.t().contiguous()
 
 
 @_fft_conv_backward.register_fake

@@ -42,7 +42,7 @@ class Assassin:
     def wait(self, moment: str, child: Child) -> None:
         """Until the process is in the midst of something, and a little longer."""
         if moment == "starting":
-            time.sleep(self.random.uniform(0.1, 1.5))
+            time.sleep(self.random.uniform(0.1, 0.7))
         elif moment == "training":
             lines = self.lines() + self.random.randint(2, 5)
             self.until(lambda: self.lines() >= lines, child)

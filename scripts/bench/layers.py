@@ -1,0 +1,105 @@
+"""Time the layers of a block beside each other: STU, LDS, sliding-window attention and MLP, forward and backward.
+
+    python scripts/bench/layers.py [--lengths 1024 4096 16384] [--dtype bfloat16] [--output results/cpu]
+
+Layers are those of the 340M model at another width (--width): eight heads, a window of 1,024, 24 filters of the
+longest length, an LDS of 160 states. Weights are float32; with --dtype bfloat16 a layer runs under autocast, as it
+does in training.
+Figures are medians with their spread, layers taken in turn. Runs on a GPU if there is one.
+"""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from measuring import describe, environment, forward_and_backward, spread, table, take_turns, write
+
+from flash_stu import FlashSTUConfig
+from flash_stu.errors import ArgumentParser, run_cli
+from flash_stu.layers.context import SequenceContext
+from flash_stu.loading import default_device
+from flash_stu.model import FlashSTUModel
+
+LAYERS = ("STU", "LDS", "sliding-window attention", "MLP")
+
+
+def build(args, device: torch.device) -> tuple[dict[str, torch.nn.Module], Callable[[torch.Tensor], SequenceContext]]:
+    """One layer of each kind with fresh weights, and what makes their context."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": args.width,
+        "intermediate_size": 11 * args.width // 4,
+        "max_position_embeddings": max(args.lengths),
+    }
+    kinds = ["linear_attention", "sliding_attention"]
+    stu = FlashSTUModel(FlashSTUConfig(num_hidden_layers=2, layer_types=kinds, **shape)).to(device)
+    lds = FlashSTUModel(FlashSTUConfig(num_hidden_layers=1, lds_state_dim=160, layer_types=kinds[:1], **shape))
+    layers = (stu.layers[0].mixer, lds.to(device).layers[0].mixer, stu.layers[1].mixer, stu.layers[0].mlp)
+    return dict(zip(LAYERS, layers, strict=True)), lambda x: stu._context(x, 0, None, None)
+
+
+def compare(length: int, args, device: torch.device, dtype: torch.dtype, layers: dict, context: Callable) -> list[dict]:
+    """One row of raw figures for each layer at one length."""
+    x = torch.randn(args.batch, length, args.width, device=device).to(dtype).requires_grad_()
+    shared = context(x)
+
+    def call(name: str) -> tuple[float, float]:
+        layer = layers[name]
+
+        def run(x: torch.Tensor, *_) -> torch.Tensor:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                return layer(x) if name == "MLP" else layer(x, shared)
+
+        return forward_and_backward(run, (x, *layer.parameters()))
+
+    taken = take_turns({name: lambda name=name: call(name) for name in layers}, args.repeats, args.seconds)
+    return [
+        {"layer": name, "length": length, "forward": [f for f, _ in samples], "total": [t for _, t in samples]}
+        for name, samples in taken.items()
+    ]
+
+
+def render(results: dict) -> str:
+    """One table of results as `main` writes them."""
+    rows = [
+        [
+            f"{row['layer']}, {row['length']:,} tokens",
+            spread(row["forward"]),
+            spread(row["total"]),
+            f"{results['batch'] * row['length'] / statistics.median(row['total']):,.0f}",
+        ]
+        for row in results["rows"]
+    ]
+    header = [f"batch {results['batch']}, width {results['width']}, {results['dtype']}", "forward, ms"]
+    return table([*header, "forward + backward, ms", "tokens/s"], rows)
+
+
+def main() -> None:
+    device = default_device()
+    cuda = device.type == "cuda"
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192, 32768] if cuda else [1024, 4096, 16384])
+    parser.add_argument("--width", type=int, default=1024 if cuda else 256, help="divisible by 16")
+    parser.add_argument("--batch", type=int, default=8 if cuda else 1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=20, help="a layer that took so long is not repeated")
+    parser.add_argument("--output", metavar="DIR", help="write layers-DTYPE.json there")
+    args = parser.parse_args()
+
+    dtype = getattr(torch, args.dtype)
+    results = {"environment": environment(device), "dtype": args.dtype, "batch": args.batch, "width": args.width}
+    results["rows"] = []
+    print(describe(results["environment"]))
+    layers, context = build(args, device)
+    for length in args.lengths:
+        rows = compare(length, args, device, dtype, layers, context)
+        results["rows"] += rows
+        print("\n" + render(results | {"rows": rows}), flush=True)
+    if args.output:
+        print(f"written to {write(args.output, f'layers-{args.dtype}', results)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))
