@@ -24,6 +24,10 @@ bench: $(INSTALLED)
 	$(BIN)/python scripts/bench/conv.py
 	$(BIN)/python scripts/bench/fits.py
 	$(BIN)/python scripts/bench/branches.py
+	$(BIN)/python scripts/bench/lds.py
+	$(BIN)/python scripts/bench/generate.py --output runs/bench
+	$(BIN)/python scripts/bench/loss.py
+	$(BIN)/python scripts/bench/optimizers.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
