@@ -68,8 +68,8 @@ def test_a_process_that_gets_on_is_left_alone(monkeypatch):
     store = dist.HashStore()
     monkeypatch.setattr(watchdog, "_open_store", lambda: store)
     ends = []
-    with Watchdog(World(0, 2, torch.device("cpu")), timeout=0.4, on_stall=lambda: ends.append(0)) as dog:
-        for step in range(10):
+    with Watchdog(World(0, 2, torch.device("cpu")), timeout=1.5, on_stall=lambda: ends.append(0)) as dog:
+        for step in range(25):
             dog.mark(f"step {step}")
             time.sleep(0.1)
     assert ends == []
