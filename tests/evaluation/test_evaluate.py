@@ -8,6 +8,7 @@ import datasets
 import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
+from processes import run_processes
 
 import evaluate as door
 from flash_stu.errors import UserError, run_cli
@@ -17,7 +18,6 @@ from flash_stu.evaluation.harness import write_embedded_task
 from flash_stu.evaluation.local_data import write_local_task
 from flash_stu.evaluation.report import format_csv, format_report, format_table
 from flash_stu.loading import load_model
-from tests.processes import run_processes
 
 
 def test_results_of_two_models_equal_those_of_the_harness_alone(

@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 import torch
+from processes import run_processes
 
 from flash_stu.data import load_tokenizer
 from flash_stu.errors import UserError
@@ -16,7 +17,6 @@ from flash_stu.training import Trainer, join_world
 from flash_stu.training.config import EvaluationConfig, RunConfig
 from flash_stu.training.evaluation_hook import TaskEvaluation, whole_copy
 from flash_stu.training.parallel import World
-from tests.processes import run_processes
 
 
 @pytest.fixture
