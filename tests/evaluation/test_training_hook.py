@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 from processes import run_processes
+from tiny_run import run_settings
 
 from flash_stu.data import load_tokenizer
 from flash_stu.errors import UserError
@@ -23,35 +24,11 @@ from flash_stu.training.parallel import World
 def settings(own_tasks, documents, tmp_path):
     """A tiny run of 4 steps that runs a task after every second."""
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    return {
-        "output_dir": str(tmp_path / "run"),
-        "model": {
-            "vocab_size": 264,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "sliding_window": 7,
-            "max_position_embeddings": 24,
-            "num_filters": 4,
-        },
-        "data": {
-            "dataset": str(tmp_path / "text.jsonl"),
-            "tokenizer": "bytes",
-            "cache_dir": str(tmp_path / "cache"),
-            "validation_fraction": 0.3,
-        },
-        "train": {
-            "sequence_length": 24,
-            "global_batch_size": 96,
-            "micro_batch_size": 2,
-            "steps": 4,
-            "dtype": "float32",
-            "validation_tokens": 96,
-        },
-        "evaluation": {"tasks": "colours", "every": 2, "include_path": str(own_tasks)},
-        "wandb": {"mode": "disabled"},
-    }
+    settings = run_settings(tmp_path / "run", tmp_path / "text.jsonl", tmp_path / "cache")
+    settings["data"]["validation_fraction"] = 0.3
+    settings["train"] |= {"steps": 4, "validation_tokens": 96}
+    settings["evaluation"] = {"tasks": "colours", "every": 2, "include_path": str(own_tasks)}
+    return settings
 
 
 def test_scores_are_logged_and_those_of_the_export(settings, own_tasks, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_run import run_settings
 
 from flash_stu.training import RunConfig, Trainer, join_world, load_config
 
@@ -30,40 +31,11 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def settings(corpus, tmp_path) -> dict:
-    """The settings of a tiny hybrid run: 6 steps of 4 sequences of 24 tokens."""
-    return {
-        "output_dir": str(tmp_path / "run"),
-        "seed": 1,
-        "model": {
-            "vocab_size": 264,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "sliding_window": 7,
-            "max_position_embeddings": 24,
-            "num_filters": 4,
-        },
-        "data": {
-            "dataset": str(corpus / "text.jsonl"),
-            "tokenizer": "bytes",
-            "cache_dir": str(corpus / "cache"),
-            "validation_fraction": 0.2,
-        },
-        "train": {
-            "sequence_length": 24,
-            "global_batch_size": 96,
-            "micro_batch_size": 2,
-            "steps": 6,
-            "dtype": "float32",
-            "validation_every": 3,
-            "validation_tokens": 240,
-            "checkpoint_every": 2,
-            "log_every": 1,
-        },
-        "optimizer": {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_steps": 2},
-        "wandb": {"mode": "disabled"},
-    }
+    """The settings of a tiny hybrid run with validations and checkpoints."""
+    settings = run_settings(tmp_path / "run", corpus / "text.jsonl", corpus / "cache") | {"seed": 1}
+    settings["train"] |= {"validation_every": 3, "validation_tokens": 240, "checkpoint_every": 2, "log_every": 1}
+    settings["optimizer"] = {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_steps": 2}
+    return settings
 
 
 @pytest.fixture
