@@ -20,7 +20,7 @@ from flash_stu.ops.chunked_conv import chunked_conv
 from flash_stu.ops.exponentials import exponential_tail
 
 BACKENDS = (*GENERIC_BACKENDS, "chunked", "triton")
-CHUNK = 32  # tokens of one phase; twice as many lags are taps
+CHUNK = {"chunked": 32, "triton": 16}  # tokens of one phase; twice as many lags are near
 
 # The fastest back end from so many tokens on, forward and backward, as scripts/bench/conv.py found it: torch 2.13 on
 # one thread of a Xeon with AVX-512 (batch 1, 256 channels, dilation 2). A GPU has no row until it was measured.
@@ -73,17 +73,18 @@ def spectral_conv(
         raise UserError(
             f"convolution back end {name!r} ends at the filters' {filters.shape[0]} lags; the sequence has {steps}"
         )
-    near, tail = filters[: 2 * CHUNK], filters.new_zeros((1, filters.shape[1]))
-    near = pad(near, (0, 0, 0, 2 * CHUNK - near.shape[0]))
+    chunk, weights = CHUNK[name], weights.to(wide)
+    near, tail = filters[: 2 * chunk], filters.new_zeros((1, filters.shape[1]))
+    near = pad(near, (0, 0, 0, 2 * chunk - near.shape[0]))
     decay = tail[:, 0].double()
-    if filters.shape[0] > 2 * CHUNK:
-        decay, tail = exponential_tail(filters, CHUNK + 1, both_signs)
-    taps, readout = _mix(near, weights, wide), _mix(tail, weights, wide)
+    if filters.shape[0] > 2 * chunk:
+        decay, tail = exponential_tail(filters, chunk + 1, both_signs)
+    readout = _mix(tail, weights, wide)
     if name == "chunked":
-        return chunked_conv(x, taps, decay, readout, None, dilation)[0]
+        return chunked_conv(x, _mix(near, weights, wide), decay, readout, None, dilation)[0]
     from flash_stu.ops.triton_conv import triton_conv
 
-    return triton_conv(x, taps, decay, readout, dilation)
+    return triton_conv(x, near, weights, decay, readout, dilation)
 
 
 def _mix(filters: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,11 +1,14 @@
 """The chunked convolution of flash_stu.ops.chunked_conv as Triton kernels: one forward, one for all gradients.
 
 One program takes one phase of one sequence and a block of channels, and goes through the chunks in order (backward: in
-reverse) with the far states in registers: inputs are read, outputs written, and no state goes through memory. Near lags
-are multiply-adds over shifted loads of the two chunks in the first-level cache; far ones are products of a chunk with
-the exponentials, which all channels share, on the tensor cores. In bf16 and fp16 the factors of those products are
-rounded to that dtype; it costs no more than their rounding if the weights are those of flash_stu.ops.exponentials,
-whose terms do not cancel. Sums are float32.
+reverse) with the far states in registers: inputs are read, outputs written, and no state goes through memory. All
+products are on the tensor cores. Far lags are products of a chunk with the exponentials, which all channels share.
+Near lags have a Toeplitz matrix of their own for every channel; but all of those are combinations of the features'
+matrices, so that a chunk is multiplied by each of these and the channels' weights are applied to the results. That is
+the STU's definition read literally, and keeps 64 shifted loads and multiply-adds per output off the slow path.
+
+In bf16 and fp16 the factors of the products are rounded to that dtype; it costs no more than their rounding if the
+readout is that of flash_stu.ops.exponentials, whose terms do not cancel. Sums are float32.
 
 Import this module only where flash_stu.backends has no objection to "triton". With TRITON_INTERPRET=1 it runs on a CPU.
 """
@@ -13,25 +16,34 @@ Import this module only where flash_stu.backends has no objection to "triton". W
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import pad
 
 from flash_stu.errors import UserError
-from flash_stu.ops.chunked_conv import check_arguments, exponentials
+from flash_stu.ops.chunked_conv import exponentials
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_CHANNELS = 32  # in a block
+# Fewest instructions for an H100 among those tried that spill no registers, at 24 features in bf16; not yet timed.
+_CHANNELS = 64  # in a block
 _WARPS = 4
+_UNROLL = tl.constexpr(4)  # features
 
 
 def triton_conv(
-    x: torch.Tensor, taps: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, dilation: int = 1
+    x: torch.Tensor,
+    near: torch.Tensor,
+    weights: torch.Tensor,
+    decay: torch.Tensor,
+    readout: torch.Tensor,
+    dilation: int = 1,
 ) -> torch.Tensor:
-    """Convolve each channel with its own filter; arguments and result as chunked_conv's, without a state.
+    """What chunked_conv computes with the taps near @ weights, without a state.
 
     Args:
         x: inputs, (batch, length, channels), float32, bf16 or fp16.
-        taps: (2 * chunk, channels), the chunk a power of two from 16 on.
-        decay: constants in (-1, 1), (states,); they get no gradient.
-        readout: (states, channels).
+        near: constant features at lags 0 .. 2 chunk - 1, (2 * chunk, features), the chunk a power of two from 16 on.
+        weights: (features, channels).
+        decay: constants in (-1, 1), (states,); they get no gradient, nor does `near`.
+        readout: weights of the exponentials from lag chunk + 1 on, (states, channels).
         dilation: distance between lags, in tokens.
 
     Returns:
@@ -40,16 +52,28 @@ def triton_conv(
     Raises:
         UserError: for shapes that do not fit together, a dtype or a chunk length that the kernels do not take.
     """
-    check_arguments(x, taps, decay, readout)
-    chunk = taps.shape[0] // 2
+    _check(x, near, weights, decay, readout)
+    if x.numel() == 0:
+        return x
+    return torch.ops.flash_stu.triton_conv(x, near.float(), weights.float(), decay.double(), readout.float(), dilation)
+
+
+def _check(x, near, weights, decay, readout) -> None:
+    channels, features = x.shape[-1], near.shape[-1]
+    if x.ndim != 3 or weights.shape != (features, channels) or readout.shape != (len(decay), channels):
+        raise UserError(
+            f"triton_conv takes x (batch, length, channels), near (2 chunk, features), weights (features, channels), "
+            f"decay (states,) and readout (states, channels); got {tuple(x.shape)}, {tuple(near.shape)}, "
+            f"{tuple(weights.shape)}, {tuple(decay.shape)} and {tuple(readout.shape)}"
+        )
+    if decay.requires_grad or near.requires_grad:
+        raise UserError("triton_conv gives its decays and features no gradient")
     if x.dtype not in _DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise UserError(f"convolution back end 'triton' got {x.dtype}; allowed: {allowed}")
-    if chunk < 16 or chunk & (chunk - 1):
-        raise UserError(f"convolution back end 'triton' got chunks of {chunk}; allowed: powers of two from 16 on")
-    if x.numel() == 0:
-        return x
-    return torch.ops.flash_stu.triton_conv(x, taps.float(), decay.double(), readout.float(), dilation)
+    chunk = near.shape[0] / 2
+    if chunk < 16 or int(chunk) & (int(chunk) - 1) or chunk % 1:
+        raise UserError(f"convolution back end 'triton' got chunks of {chunk:g}; allowed: powers of two from 16 on")
 
 
 @triton.jit
@@ -61,120 +85,145 @@ def _tile(pointer, steps, first, stop, channels, columns, step_stride):
 
 @triton.jit
 def _forward_kernel(
-    x, y, taps, into, out_of, over, readout, length, channels, dilation,
+    x, y, bands, weights, into, out_of, over, readout, length, channels, dilation,
     CHUNK: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):  # fmt: skip
     row, phase = tl.program_id(0) // dilation, tl.program_id(0) % dilation
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < channels
-    times, states = tl.arange(0, CHUNK), tl.arange(0, STATES)
+    times, span, states = tl.arange(0, CHUNK), tl.arange(0, 2 * CHUNK), tl.arange(0, STATES)
     start = (row.to(tl.int64) * length + phase) * channels
     x, y = x + start, y + start
     stride = dilation * channels
     stop = (length - phase + dilation - 1) // dilation  # steps of this phase
 
+    entry = times[:, None] * 2 * CHUNK + span[None, :]  # of a feature's band
     enter = tl.load(into + times[None, :] * STATES + states[:, None]).to(FACTOR)  # (states, chunk)
     leave = tl.load(out_of + states[None, :] * CHUNK + times[:, None]).to(FACTOR)  # (chunk, states)
     carry = tl.load(over + states)[:, None]
-    weights = tl.load(readout + states[:, None] * channels + columns[None, :], mask=inside[None, :], other=0.0)
+    ahead = tl.load(readout + states[:, None] * channels + columns[None, :], mask=inside[None, :], other=0.0)
     z = tl.zeros((STATES, BLOCK), dtype=tl.float32)
     for begin in range(0, stop, CHUNK):
+        window = _tile(x, begin - CHUNK + span, 0, stop, channels, columns, stride).to(FACTOR)
+        total = tl.dot(leave, (ahead * z).to(FACTOR), input_precision=PRECISION)
+        for feature in tl.range(0, FEATURES, loop_unroll_factor=_UNROLL):
+            band = tl.load(bands + feature * 2 * CHUNK * CHUNK + entry)
+            weight = tl.load(weights + feature * channels + columns, mask=inside, other=0.0)
+            total += tl.dot(band, window, input_precision=PRECISION) * weight[None, :]
         steps = begin + times
-        before = tl.maximum(begin - CHUNK, 0)
-        total = tl.dot(leave, (weights * z).to(FACTOR), input_precision=PRECISION)
-        for lag in range(0, 2 * CHUNK):
-            tap = tl.load(taps + lag * channels + columns, mask=inside, other=0.0)
-            total += _tile(x, steps - lag, before, stop, channels, columns, stride).to(tl.float32) * tap[None, :]
         mask = (steps < stop)[:, None] & inside[None, :]
         rows = y + steps[:, None].to(tl.int64) * stride
         tl.store(rows + columns[None, :], total.to(y.dtype.element_ty), mask=mask)
-        earlier = _tile(x, steps - CHUNK, before, stop, channels, columns, stride)
-        z = z * carry + tl.dot(enter, earlier.to(FACTOR), input_precision=PRECISION)
+        earlier = _tile(x, steps - CHUNK, 0, stop, channels, columns, stride).to(FACTOR)
+        z = z * carry + tl.dot(enter, earlier, input_precision=PRECISION)
 
 
 @triton.jit
 def _backward_kernel(
-    grad, x, grad_x, grad_taps, grad_readout, taps, into, out_of, over, readout, length, channels, dilation,
+    grad, x, grad_x, grad_weights, grad_readout, bands, weights, into, out_of, over, readout,
+    length, channels, dilation,
     CHUNK: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr,
+    FEATURES: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row, phase = program // dilation, program % dilation
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < channels
-    times, states, lags = tl.arange(0, CHUNK), tl.arange(0, STATES), tl.arange(0, 2 * CHUNK)
+    times, span, states = tl.arange(0, CHUNK), tl.arange(0, 2 * CHUNK), tl.arange(0, STATES)
+    kinds = tl.arange(0, KINDS)
     start = (row.to(tl.int64) * length + phase) * channels
     x, grad, grad_x = x + start, grad + start, grad_x + start
     stride = dilation * channels
     stop = (length - phase + dilation - 1) // dilation
 
+    entry = times[:, None] * 2 * CHUNK + span[None, :]
     enter = tl.load(into + times[:, None] * STATES + states[None, :]).to(FACTOR)  # (chunk, states)
     leave = tl.load(out_of + states[:, None] * CHUNK + times[None, :]).to(FACTOR)  # (states, chunk)
     carry = tl.load(over + states)[:, None]
-    weights = tl.load(readout + states[:, None] * channels + columns[None, :], mask=inside[None, :], other=0.0)
-    # what the outputs from two chunks later on ask of the states, before the weights
+    ahead = tl.load(readout + states[:, None] * channels + columns[None, :], mask=inside[None, :], other=0.0)
+    # what the outputs from two chunks later on ask of the states, before the readout
     q = tl.zeros((STATES, BLOCK), dtype=tl.float32)
-    to_weights = tl.zeros((STATES, BLOCK), dtype=tl.float32)
-    to_taps = tl.zeros((2 * CHUNK, BLOCK), dtype=tl.float32)
+    to_readout = tl.zeros((STATES, BLOCK), dtype=tl.float32)
+    to_weights = tl.zeros((KINDS, BLOCK), dtype=tl.float32)
     chunks = (stop + CHUNK - 1) // CHUNK
     for index in range(0, chunks):
         begin = (chunks - 1 - index) * CHUNK
         steps = begin + times
-        end = tl.minimum(begin + 2 * CHUNK, stop)
-        total = tl.dot(enter, (weights * q).to(FACTOR), input_precision=PRECISION)
-        for lag in range(0, 2 * CHUNK):
-            tap = tl.load(taps + lag * channels + columns, mask=inside, other=0.0)
-            total += _tile(grad, steps + lag, begin, end, channels, columns, stride).to(tl.float32) * tap[None, :]
+        own = _tile(x, steps, 0, stop, channels, columns, stride)
+        window = _tile(grad, begin + span, 0, stop, channels, columns, stride).to(FACTOR)
+        total = tl.dot(enter, (ahead * q).to(FACTOR), input_precision=PRECISION)
+        for feature in tl.range(0, FEATURES, loop_unroll_factor=_UNROLL):
+            band = tl.load(bands + feature * 2 * CHUNK * CHUNK + entry)
+            weight = tl.load(weights + feature * channels + columns, mask=inside, other=0.0)
+            asked = tl.dot(band, window, input_precision=PRECISION)  # of the inputs, by the outputs of this feature
+            total += asked * weight[None, :]
+            share = tl.sum(asked * own.to(tl.float32), axis=0)
+            to_weights += tl.where(kinds[:, None] == feature, share[None, :], 0.0)
         mask = (steps < stop)[:, None] & inside[None, :]
         rows = grad_x + steps[:, None].to(tl.int64) * stride
         tl.store(rows + columns[None, :], total.to(grad_x.dtype.element_ty), mask=mask)
 
-        before = tl.maximum(begin - CHUNK, 0)
-        for time in range(0, CHUNK):
-            step = begin + time + tl.zeros((1,), dtype=tl.int32)
-            g = _tile(grad, step, begin, stop, channels, columns, stride).to(tl.float32)
-            to_taps += _tile(x, step - lags, before, stop, channels, columns, stride).to(tl.float32) * g
-
-        own = _tile(x, steps, begin, stop, channels, columns, stride)
-        to_weights += q * tl.dot(tl.trans(enter), own.to(FACTOR), input_precision=PRECISION)
-        later = _tile(grad, steps + CHUNK, begin, stop, channels, columns, stride)
-        q = q * carry + tl.dot(leave, later.to(FACTOR), input_precision=PRECISION)
+        to_readout += q * tl.dot(tl.trans(enter), own.to(FACTOR), input_precision=PRECISION)
+        later = _tile(grad, steps + CHUNK, 0, stop, channels, columns, stride).to(FACTOR)
+        q = q * carry + tl.dot(leave, later, input_precision=PRECISION)
 
     # every program writes a share of its own, so that the sum does not depend on who came first
-    share = grad_taps + program.to(tl.int64) * 2 * CHUNK * channels
-    tl.store(share + lags[:, None] * channels + columns[None, :], to_taps, mask=inside[None, :])
+    share = grad_weights + program.to(tl.int64) * FEATURES * channels
+    mask = (kinds < FEATURES)[:, None] & inside[None, :]
+    tl.store(share + kinds[:, None] * channels + columns[None, :], to_weights, mask=mask)
     share = grad_readout + program.to(tl.int64) * STATES * channels
-    tl.store(share + states[:, None] * channels + columns[None, :], to_weights, mask=inside[None, :])
+    tl.store(share + states[:, None] * channels + columns[None, :], to_readout, mask=inside[None, :])
 
 
-def _prepare(x: torch.Tensor, taps: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, dilation: int):
-    """The constants with as many states as a power of two has, the grid, and what the kernels are compiled for."""
-    chunk, channels = taps.shape[0] // 2, x.shape[-1]
+def _bands(near: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every feature's matrix (features, chunk, 2 chunk): from the chunk before and the own one to outputs, and what
+    leads back from the outputs of the own chunk and the next to inputs."""
+    chunk = near.shape[0] // 2
+    taps = pad(near.t(), (2 * chunk, 2 * chunk)).to(dtype)  # [2 chunk + lag]
+    times, span = torch.arange(chunk, device=near.device)[:, None], torch.arange(2 * chunk, device=near.device)
+    return taps[:, 2 * chunk + times + chunk - span].contiguous(), taps[:, 2 * chunk + span - times].contiguous()
+
+
+def _prepare(x: torch.Tensor, near: torch.Tensor, weights, decay, readout, dilation: int):
+    """The bands of both directions, other constants with as many states as a power of two has, the grid, and what the
+    kernels are compiled for."""
+    chunk, channels = near.shape[0] // 2, x.shape[-1]
     states = max(triton.next_power_of_2(len(decay)), 16)
     missing = states - len(decay)
-    decay = torch.nn.functional.pad(decay, (0, missing))
-    readout = torch.nn.functional.pad(readout, (0, 0, 0, missing)).contiguous()
-    constants = (taps.contiguous(), *exponentials(decay, chunk, torch.float32), readout)
+    kernel = exponentials(pad(decay, (0, missing)), chunk, torch.float32)
+    constants = (weights.contiguous(), *kernel, pad(readout, (0, 0, 0, missing)).contiguous())
     grid = (x.shape[0] * dilation, triton.cdiv(channels, _CHANNELS))
     # the interpreter would multiply bf16 numbers as the integers that they are stored in
     factor = torch.float32 if x.dtype == torch.bfloat16 and not x.is_cuda else x.dtype
-    options = {"CHUNK": chunk, "STATES": states, "BLOCK": _CHANNELS, "num_warps": _WARPS}
-    options |= {"FACTOR": _DTYPES[factor], "PRECISION": "tf32x3"}  # the precision is read for float32 only
-    return constants, grid, options
+    options = {"CHUNK": chunk, "STATES": states, "BLOCK": _CHANNELS, "FEATURES": near.shape[1]}
+    options |= {
+        "num_warps": _WARPS,
+        "num_stages": 2,
+        "FACTOR": _DTYPES[factor],
+        "PRECISION": "tf32x3",
+    }  # the precision is read for float32 only
+    return _bands(near, factor), constants, grid, options
 
 
 @torch.library.custom_op("flash_stu::triton_conv", mutates_args=())
 def _conv(
-    x: torch.Tensor, taps: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, dilation: int
+    x: torch.Tensor,
+    near: torch.Tensor,
+    weights: torch.Tensor,
+    decay: torch.Tensor,
+    readout: torch.Tensor,
+    dilation: int,
 ) -> torch.Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    constants, grid, options = _prepare(x, taps, decay, readout, dilation)
-    _forward_kernel[grid](x, y, *constants, x.shape[1], x.shape[2], dilation, **options)
+    (bands, _), constants, grid, options = _prepare(x, near, weights, decay, readout, dilation)
+    _forward_kernel[grid](x, y, bands, *constants, *x.shape[1:], dilation, **options)
     return y
 
 
 @_conv.register_fake
-def _(x, taps, decay, readout, dilation):
+def _(x, near, weights, decay, readout, dilation):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -182,25 +231,26 @@ def _(x, taps, decay, readout, dilation):
 def _conv_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
-    taps: torch.Tensor,
+    near: torch.Tensor,
+    weights: torch.Tensor,
     decay: torch.Tensor,
     readout: torch.Tensor,
     dilation: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad, x = grad.contiguous(), x.contiguous()
     grad_x = torch.empty_like(x)
-    constants, grid, options = _prepare(x, taps, decay, readout, dilation)
-    to_taps = taps.new_empty((grid[0], *taps.shape))
-    to_readout = taps.new_empty((grid[0], options["STATES"], x.shape[2]))
-    _backward_kernel[grid](
-        grad, x, grad_x, to_taps, to_readout, *constants, x.shape[1], x.shape[2], dilation, **options
-    )
-    return grad_x, to_taps.sum(dim=0), to_readout.sum(dim=0)[: len(decay)].clone()
+    (_, bands), constants, grid, options = _prepare(x, near, weights, decay, readout, dilation)
+    to_weights = weights.new_empty((grid[0], *weights.shape))
+    to_readout = weights.new_empty((grid[0], options["STATES"], x.shape[2]))
+    results = (grad_x, to_weights, to_readout)
+    options["KINDS"] = triton.next_power_of_2(near.shape[1])
+    _backward_kernel[grid](grad, x, *results, bands, *constants, *x.shape[1:], dilation, **options)
+    return grad_x, to_weights.sum(dim=0), to_readout.sum(dim=0)[: len(decay)].clone()
 
 
 @_conv_backward.register_fake
-def _(grad, x, taps, decay, readout, dilation):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, taps, readout))
+def _(grad, x, near, weights, decay, readout, dilation):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weights, readout))
 
 
 def _save_inputs(ctx, inputs, output) -> None:
@@ -209,8 +259,8 @@ def _save_inputs(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad: torch.Tensor):
-    to_x, to_taps, to_readout = torch.ops.flash_stu.triton_conv_backward(grad, *ctx.saved_tensors, ctx.dilation)
-    return to_x, to_taps, None, to_readout, None
+    to_x, to_weights, to_readout = torch.ops.flash_stu.triton_conv_backward(grad, *ctx.saved_tensors, ctx.dilation)
+    return to_x, None, to_weights, None, to_readout, None
 
 
 _conv.register_autograd(_differentiate, setup_context=_save_inputs)

@@ -21,13 +21,14 @@ needs_kernels = pytest.mark.skipif(
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 SHAPES = [
-    # batch, length, channels, chunk, states, dilation
-    (2, 37, 3, 16, 3, 1),
-    (1, 67, 34, 16, 18, 2),
-    (1, 1, 2, 16, 1, 3),
+    # batch, length, channels, chunk, features, states, dilation
+    (2, 37, 3, 16, 5, 3, 1),
+    (1, 133, 66, 16, 24, 18, 2),
+    (1, 70, 3, 32, 1, 17, 1),
+    (1, 1, 2, 16, 2, 1, 3),
 ]
 if DEVICE == "cuda":
-    SHAPES += [(2, 1001, 65, 32, 32, 2), (3, 4097, 130, 32, 40, 1), (1, 300, 32, 64, 64, 1)]
+    SHAPES += [(2, 1001, 65, 32, 24, 32, 2), (3, 4097, 130, 16, 48, 80, 1), (1, 300, 32, 64, 7, 64, 1)]
 
 
 @needs_triton
@@ -41,41 +42,83 @@ def test_interpreted_in_a_process_of_its_own():
 
 
 def draw(shape, dtype):
-    batch, length, channels, chunk, states, dilation = shape
+    batch, length, channels, chunk, features, states, dilation = shape
     torch.manual_seed(0)
     x = torch.randn(batch, length, channels).to(DEVICE, dtype).requires_grad_()
-    taps = torch.randn(2 * chunk, channels, device=DEVICE, requires_grad=True)
+    near = torch.randn(2 * chunk, features, device=DEVICE)
+    weights = torch.randn(features, channels, device=DEVICE, requires_grad=True)
     decay = torch.rand(states, dtype=torch.float64, device=DEVICE) * 1.8 - 0.9
     readout = (torch.randn(states, channels, device=DEVICE) / 3).requires_grad_()
-    return x, taps, decay, readout, dilation
+    return x, near, weights, decay, readout, dilation
 
 
 @needs_kernels
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [(shape, torch.float32) for shape in SHAPES] + [(SHAPES[0], torch.float16), (SHAPES[-2], torch.bfloat16)],
+    [(shape, torch.float32) for shape in SHAPES] + [(SHAPES[0], torch.float16), (SHAPES[1], torch.bfloat16)],
 )
 def test_against_the_pytorch_form(shape, dtype):
     from flash_stu.ops.triton_conv import triton_conv
 
-    x, taps, decay, readout, dilation = draw(shape, dtype)
-    y = triton_conv(x, taps, decay, readout, dilation)
+    x, near, weights, decay, readout, dilation = draw(shape, dtype)
+    y = triton_conv(x, near, weights, decay, readout, dilation)
     assert y.dtype == dtype
-    weight = torch.randn_like(y)
-    got = (y, *torch.autograd.grad((y * weight).sum(), (x, taps, readout)))
-    x64, taps64, readout64 = (t.detach().double().requires_grad_() for t in (x, taps, readout))
-    exact, _ = chunked_conv(x64, taps64, decay, readout64, None, dilation)
-    expected = (exact, *torch.autograd.grad((exact * weight.double()).sum(), (x64, taps64, readout64)))
+    up = torch.randn_like(y)
+    got = (y, *torch.autograd.grad((y * up).sum(), (x, weights, readout)))
+    exact_inputs = tuple(t.detach().double().requires_grad_() for t in (x, weights, readout))
+    x64, weights64, readout64 = exact_inputs
+    exact, _ = chunked_conv(x64, near.double() @ weights64, decay, readout64, None, dilation)
+    expected = (exact, *torch.autograd.grad((exact * up.double()).sum(), exact_inputs))
     for result, reference in zip(got, expected, strict=True):
         assert (result.double() - reference).norm() <= TOLERANCES[dtype] * reference.norm()
+
+
+@needs_kernels
+@pytest.mark.parametrize("separate", [False, True])
+def test_is_the_stus_convolution(separate):
+    from flash_stu import spectral_filters
+    from flash_stu.ops.spectral_conv import spectral_conv
+
+    length = 150
+    phi = spectral_filters(256, 6)[1].to(DEVICE)
+    signs = (-1.0) ** torch.arange(256, device=DEVICE)[:, None]
+    filters, dilation = (torch.cat([phi, phi * signs], dim=1), 1) if separate else (2 * phi[::2], 2)
+    torch.manual_seed(0)
+    x = torch.randn(1, length, 3, device=DEVICE)
+    weights = torch.randn(filters.shape[1], 3, device=DEVICE)
+    got = spectral_conv(x, filters.float(), weights, "triton", dilation, separate)
+    exact = spectral_conv(x.double(), filters, weights.double(), "direct", dilation, separate)
+    assert (got - exact).norm() <= 1e-5 * exact.norm()
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", ["_forward_kernel", "_backward_kernel"])
+def test_compiles_for_an_h100(name, dtype):
+    """The compiler needs no GPU; what it refuses, the interpreter does not see."""
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from flash_stu.ops import triton_conv
+
+    kernel = getattr(triton_conv, name)
+    constants = {"CHUNK": 16, "STATES": 32, "BLOCK": 64, "FEATURES": 24, "KINDS": 32, "PRECISION": "tf32x3"}
+    constants["FACTOR"] = tl.bfloat16 if dtype == "bf16" else tl.float32
+    kinds = dict.fromkeys(("length", "channels", "dilation"), "i32") | dict.fromkeys(constants, "constexpr")
+    kinds |= dict.fromkeys(("x", "y", "grad", "grad_x", "bands"), f"*{dtype}")
+    signature = {name: kinds.get(name, "*fp32") for name in kernel.arg_names}
+    constants = {(place,): constants[name] for place, name in enumerate(kernel.arg_names) if name in constants}
+    source = ASTSource(kernel, signature, constants)
+    assert compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 2}).asm["cubin"]
 
 
 @needs_kernels
 def test_operator_is_registered_soundly():
     from flash_stu.ops import triton_conv  # noqa: F401
 
-    x, taps, decay, readout, dilation = draw((1, 5, 2, 16, 1, 2), torch.float32)
-    inputs = (x, taps, decay, readout, dilation)
+    inputs = draw((1, 5, 2, 16, 3, 1, 2), torch.float32)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.flash_stu.triton_conv.default, inputs, test_utils=checks)
 
@@ -84,25 +127,29 @@ def test_operator_is_registered_soundly():
 def test_compiles_to_one_graph():
     from flash_stu.ops.triton_conv import triton_conv
 
-    x, taps, decay, readout, dilation = draw((1, 7, 2, 16, 1, 2), torch.float32)
+    x, near, weights, *system = draw((1, 7, 2, 16, 3, 1, 2), torch.float32)
 
-    def function(x, taps):
-        return triton_conv(x.sin(), taps, decay, readout, dilation).cos()
+    def function(x, weights):
+        return triton_conv(x.sin(), near, weights, *system).cos()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(x, taps).sum(), (x, taps))
-    torch.testing.assert_close(got, torch.autograd.grad(function(x, taps).sum(), (x, taps)))
+    got = torch.autograd.grad(compiled(x, weights).sum(), (x, weights))
+    torch.testing.assert_close(got, torch.autograd.grad(function(x, weights).sum(), (x, weights)))
 
 
 @needs_kernels
 def test_bad_arguments():
     from flash_stu.ops.triton_conv import triton_conv
 
-    x, taps, decay, readout, dilation = draw((1, 7, 2, 16, 1, 2), torch.float32)
+    x, near, weights, *system = draw((1, 7, 2, 16, 3, 1, 2), torch.float32)
     with pytest.raises(UserError, match="got torch.float64; allowed: float32, bfloat16, float16"):
-        triton_conv(x.double(), taps, decay, readout, dilation)
+        triton_conv(x.double(), near, weights, *system)
     with pytest.raises(UserError, match="got chunks of 12; allowed: powers of two from 16 on"):
-        triton_conv(x, taps[:24], decay, readout, dilation)
+        triton_conv(x, near[:24], weights, *system)
+    with pytest.raises(UserError, match="triton_conv takes x"):
+        triton_conv(x, near, weights[:, :1], *system)
+    with pytest.raises(UserError, match="no gradient"):
+        triton_conv(x, near.requires_grad_(), weights, *system)
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="says what is missing on a machine without a GPU")
