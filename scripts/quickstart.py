@@ -7,6 +7,7 @@ whose results are there already are not run again.
 """
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -38,7 +39,8 @@ def main() -> None:
     stage("3/4 evaluate", "evaluate.py", "--model", run, "--model", lds, "--output", results)
     stage(
         "4/4 generate",
-        *("scripts/bench/generate.py", "--model", run, "--model", lds, "--lengths", *lengths, "--output", bench),
+        *("scripts/bench/generate.py", "--model", run, "--model", lds, "--lengths", *lengths, "--repeats", 1),
+        *("--output", bench),
     )
     call("scripts/generate.py", "--model", lds, "--prompt", PROMPT, "--max-new-tokens", 300)
 
@@ -73,7 +75,8 @@ def summary(run: Path, lds: Path, results: Path, bench: Path, lengths: tuple[int
     """The closing table, from the files that the stages wrote."""
     before = json.loads((ROOT / lds / "distillation.json").read_text())["comparison"]
     scores = json.loads((ROOT / results / "results.json").read_text())["models"]
-    generation = json.loads((ROOT / bench / "generate.json").read_text())["results"]["models"]
+    generation = json.loads((ROOT / bench / "generate.json").read_text())["rows"]
+    rates = {row["label"]: dict(row["rates"]) for row in generation}
     rows = [["", "STU", f"distilled, {_state_dim(lds)} states"]]
     losses = [before["validation_loss_before"], before["validation_loss_after"]]
     rows.append(["validation loss, nats per byte", *(f"{loss:.6f}" for loss in losses)])
@@ -82,8 +85,8 @@ def summary(run: Path, lds: Path, results: Path, bench: Path, lengths: tuple[int
         cells = [f"{t['value']:.4f}" + (f" ± {t['stderr']:.4f}" if t["stderr"] else "") for t in tasks]
         rows.append([f"{name} ({tasks[0]['metric']})", *cells])
     for length in lengths:
-        rates = (generation[str(model)]["tokens_per_second"][str(length)] for model in (run, lds))
-        rows.append([f"tokens/s after {length} tokens", *(f"{rate:.0f}" for rate in rates)])
+        medians = (statistics.median(rates[str(model)][length]) for model in (run, lds))
+        rows.append([f"tokens/s after {length} tokens", *(f"{median:.0f}" for median in medians)])
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(f"{r[0]:{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}" for r in rows)
 

@@ -1,6 +1,7 @@
 """The generation benchmark: its three forms run, and write what the quickstart reads."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def bench(monkeypatch, capsys):
     """Run the script with a command line: its exit status, output and errors."""
-    main = runpy.run_path(str(ROOT / "scripts" / "bench" / "generate.py"))["main"]
+    folder = ROOT / "scripts" / "bench"
+    monkeypatch.syspath_prepend(folder)  # where a script finds what it shares with others
+    main = runpy.run_path(str(folder / "generate.py"))["main"]
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", *map(str, words)])
@@ -31,17 +34,20 @@ def test_shapes_of_a_config(bench, tiny_config, tmp_path):
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump({"model": shape | {"max_position_embeddings": 65}}))
     status, shown, error = bench(
-        "--config", config, "--lengths", 9, 3, "--state-dims", 12, "--output", tmp_path / "out"
+        *("--config", config, "--lengths", 9, 3, "--state-dims", 12, "--repeats", 2, "--output", tmp_path / "out")
     )
     assert status == 0, error
-    results = json.loads((tmp_path / "out" / "generate.json").read_text())["results"]
-    assert list(results) == ["layer", "stu", "hybrid"]
-    for group in results.values():
-        assert [name.split()[0] for name in group] == ["naive", "epoched", "FutureFill", "LDS,", "attention"]
-        for figures in group.values():
-            assert 0 < figures["seconds"]["3"] < figures["seconds"]["9"]
-            assert set(figures["tokens_per_second"]) == {"3", "9"} and figures["limit"] > 0
-    assert "| 3 | 9 | tokens/s at the end | weights allow | share |" in shown
+    rows = json.loads((tmp_path / "out" / "generate.json").read_text())["rows"]
+    for panel in ("layer", "stu", "hybrid"):
+        labels = [row["label"].split()[0] for row in rows if row["panel"] == panel]
+        assert labels == ["naive", "epoched", "FutureFill", "LDS,", "attention"]
+    for row in rows:
+        (short, some), (long, more) = row["seconds"]
+        assert (short, long) == (3, 9) and len(some) == len(more) == 2
+        assert all(0 < a < b for a, b in zip(some, more, strict=True))
+        assert [n for n, _ in row["rates"]] == [3, 9] and row["limit"] > 0
+        assert row["curve"][0] == [0, 0] and row["curve"][-1][0] == 9
+    assert re.search(r"\| seconds to generate +\| +3 \| +9 \| +tokens/s at the end \| weights allow \| share \|", shown)
     assert (tmp_path / "out" / "generate.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -51,9 +57,8 @@ def test_finished_models_and_one_long_text(bench, tiny_model, tmp_path):
     models = ["--model", tmp_path / "stu", "--model", tmp_path / "lds"]
     status, _, error = bench(*models, "--lengths", 3, 9, "--output", tmp_path)
     assert status == 0, error
-    assert list(json.loads((tmp_path / "generate.json").read_text())["results"]["models"]) == list(
-        map(str, models[1::2])
-    )
+    rows = json.loads((tmp_path / "generate.json").read_text())["rows"]
+    assert [row["label"] for row in rows] == list(map(str, models[1::2]))
     status, shown, _ = bench("--model", tmp_path / "lds", "--long", 3000)
     assert status in (0, 1) and "3000 tokens in" in shown and "ratio" in shown
     assert "needs a distilled model" in bench("--model", tmp_path / "stu", "--long", 3000)[2]

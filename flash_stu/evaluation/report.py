@@ -72,7 +72,8 @@ def format_comparisons(results: dict[str, Any]) -> str:
     tables = []
     for pair in results.get("comparisons", []):
         first, second = pair["first"], pair["second"]
-        header = ["task", "items", "difference", f"only {first} right", f"only {second} right", "p", "same answer"]
+        header = ["task", "items", "difference", f"only {first} right", f"only {second} right", "p"]
+        header += ["same answer", "log-likelihoods within"]
         rows = []
         for name, task in pair["tasks"].items():
             percent = "p_value" in task
@@ -80,7 +81,9 @@ def format_comparisons(results: dict[str, Any]) -> str:
             row = [name, f"{task['items']:,}"]
             row.append(f"{scale * task['difference']:+.{digits}f} ± {scale * task['stderr']:.{digits}f}")
             counts = [f"{task['only_first']:,}", f"{task['only_second']:,}", f"{task['p_value']:.3g}"]
-            rows.append([*row, *(counts if percent else [""] * 3), f"{task['alike'] / task['items']:.2%}"])
+            gap = task["largest_log_likelihood_difference"]
+            alike = [f"{task['alike'] / task['items']:.2%}", "" if gap is None else f"{gap:.1e}"]
+            rows.append([*row, *(counts if percent else [""] * 3), *alike])
         tables.append(f"{second} minus {first}, item by item (p: McNemar's exact test, two-sided):\n")
         tables[-1] += "\n" + "\n".join(markdown(header, rows))
     return "\n\n".join(tables)

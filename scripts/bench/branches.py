@@ -1,61 +1,71 @@
 """Shared against separate STU branches at equal steps, in the hybrid and in an STU-only model.
 
-    python scripts/bench/branches.py [--steps 400] [--output runs/branches]
+    python scripts/bench/branches.py [--steps 400] [--runs runs/branches] [--output results/cpu]
 
 A shared-branch STU sees even lags only (flash_stu/layers/stu.py): this trains the four models of that question on the
-embedded corpus, with the quickstart's settings and data order, and prints their losses.
+embedded corpus, with the quickstart's settings and data order, and compares their losses. Runs that are finished are
+not trained again.
 """
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
+from measuring import environment, finish, page, table
+from plots import panels
+from trained import CONFIG, STRETCH, train
 
-from flash_stu.errors import ArgumentParser, UserError, run_cli
+from flash_stu.errors import ArgumentParser, run_cli
+from flash_stu.loading import default_device
 
-CONFIG = "configs/quickstart.yaml"
+KINDS = {"hybrid": ["linear_attention", "sliding_attention"], "STU only": ["linear_attention"]}
+
+
+def compare(steps: int, runs: Path) -> list[dict]:
+    """The losses of the four models."""
+    layers = yaml.safe_load(Path(CONFIG).read_text())["model"]["num_hidden_layers"]
+    rows = []
+    for kind, pattern in KINDS.items():
+        for branches in ("shared", "separate"):
+            run = runs / f"{kind.replace(' ', '-').lower()}-{branches}-{steps}"
+            types = [pattern[i % len(pattern)] for i in range(layers)]
+            losses = train(run, steps, {"model.stu_branches": branches, "model.layer_types": types})
+            rows.append({"model": kind, "branches": branches, **losses})
+    return rows
+
+
+def render(results: dict) -> str:
+    """One table of the four models."""
+    what = f"{results['steps']} steps of {CONFIG} on the embedded corpus; losses in nats per byte."
+    header = ["model, branches", "validation loss", f"training loss, last {STRETCH} steps"]
+    rows = [
+        [f"{row['model']}, {row['branches']}", f"{row['validation']:.4f}", f"{row['curve'][-1][1]:.4f}"]
+        for row in results["rows"]
+    ]
+    return page(results, what, table(header, rows))
+
+
+def plot(results: dict, path: Path) -> None:
+    figure, (axes,) = panels()
+    for row in results["rows"]:
+        color, style = f"C{list(KINDS).index(row['model'])}", "--" if row["branches"] == "shared" else "-"
+        label = f"{row['model']}, {row['branches']}"
+        axes.plot(*zip(*row["curve"], strict=True), style, color=color, linewidth=1.6, label=label)
+        axes.plot(results["steps"], row["validation"], "o", color=color, markerfacecolor="white", clip_on=False)
+    axes.set(xlabel="step", ylabel="training loss, nats per byte")
+    axes.set_title("circles: validation loss at the end", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--output", default="runs/branches")
+    parser.add_argument("--runs", default="runs/branches", metavar="DIR", help="where the run directories are")
+    parser.add_argument("--output", metavar="DIR", help="write branches.json and .png there")
     args = parser.parse_args()
-    layers = yaml.safe_load(Path(CONFIG).read_text())["model"]["num_hidden_layers"]
-    kinds = {"hybrid": ["linear_attention", "sliding_attention"], "STU only": ["linear_attention"]}
-
-    rows = []
-    for kind, pattern in kinds.items():
-        for branches in ("shared", "separate"):
-            run = Path(args.output) / f"{kind.replace(' ', '-').lower()}-{branches}"
-            layer_types = [pattern[i % len(pattern)] for i in range(layers)]
-            train(run, args.steps, branches, layer_types)
-            records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            validation = [r["validation_loss"] for r in records if "validation_loss" in r][-1]
-            training = [r["loss"] for r in records if "loss" in r]
-            rows.append((kind, branches, validation, sum(training[-20:]) / len(training[-20:])))
-
-    print(f"\nafter {args.steps} steps on the embedded corpus, nats per byte")
-    print("| model    | branches | validation loss | training loss, last 20 steps |")
-    print("|----------|----------|----------------:|-----------------------------:|")
-    for kind, branches, validation, training in rows:
-        print(f"| {kind:8} | {branches:8} | {validation:15.4f} | {training:28.4f} |")
-
-
-def train(run: Path, steps: int, branches: str, layer_types: list[str]) -> None:
-    """Train one variant with train.py; a finished one is not trained again."""
-    overrides = {
-        "output_dir": str(run),
-        "train.steps": steps,
-        "model.stu_branches": branches,
-        "model.layer_types": json.dumps(layer_types),
-    }
-    print(f"\n{run}", flush=True)
-    command = [sys.executable, "train.py", "--config", CONFIG, *(f"{k}={v}" for k, v in overrides.items())]
-    if subprocess.run(command).returncode:
-        raise UserError(f"training {run} failed; see above")
+    results = {"environment": environment(default_device()), "steps": args.steps}
+    results["rows"] = compare(args.steps, Path(args.runs))
+    finish("branches", results, render, plot, args.output)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ import math
 import statistics
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
-from measuring import describe, device_rates, environment, forward_and_backward, spread, table, take_turns, write
+from measuring import device_rates, environment, finish, forward_and_backward, page, spread, table, take_turns
+from plots import against_length
 
 from flash_stu import spectral_filters
 from flash_stu.backends import why_not
@@ -28,6 +29,7 @@ from flash_stu.ops.spectral_conv import CHUNK, spectral_conv
 TWO_BRANCH = "two-branch FFT (published form)"
 NAMES = {"polyphase FFT": "fft", "chunked": "chunked", "Triton": "triton", "polyphase flashfftconv": "flashfftconv"}
 STATES = 32  # of the chunked form, about; for its count of operations
+FEATURES = 24
 
 
 def two_branch_fft(x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
@@ -85,8 +87,9 @@ def operations(name: str, batch: int, length: int, channels: int) -> float:
     steps = -(-length // 2)
     if name == "direct sum":
         return 3 * 2 * batch * 2 * channels * steps * (steps + 1) / 2
-    if name in ("chunked", "Triton"):
-        return batch * length * channels * (3 * 4 * CHUNK + 10 * STATES)
+    if name in ("chunked", "Triton"):  # a band for every channel, in three products; or for every feature, in two
+        bands = 3 if name == "chunked" else 2 * FEATURES
+        return batch * length * channels * (bands * 4 * CHUNK[name.lower()] + 10 * STATES)
     if name.startswith("two-branch"):
         size, signals = 2 << (length - 1).bit_length(), 2 * batch
     elif name.startswith("one"):
@@ -101,14 +104,14 @@ def operations(name: str, batch: int, length: int, channels: int) -> float:
 
 @cache
 def filters_of(length: int) -> torch.Tensor:
-    return spectral_filters(length, 24)[1].float()
+    return spectral_filters(length, FEATURES)[1].float()
 
 
 def compare(length: int, args, device: torch.device, dtype: torch.dtype) -> list[dict]:
     """One row of raw figures for each variant at one length."""
     torch.manual_seed(0)
     x = torch.randn(args.batch, length, args.channels, device=device).to(dtype).requires_grad_()
-    weights = torch.randn(24, args.channels, device=device).div(5).requires_grad_()
+    weights = torch.randn(FEATURES, args.channels, device=device).div(5).requires_grad_()
     compared = variants(filters_of(length).to(device), device, dtype, length <= args.direct_up_to)
     calls = {name: lambda f=f: forward_and_backward(f, (x, weights)) for name, f in compared.items()}
     moved = 5 * x.numel() * x.element_size()
@@ -126,35 +129,44 @@ def compare(length: int, args, device: torch.device, dtype: torch.dtype) -> list
 
 
 def render(results: dict) -> str:
-    """Tables of results as `main` writes them, one for each length, and how the time grows."""
-    parts, rates = [], results["rates"]
-    header = ["", "forward, ms", "forward + backward, ms", "speed-up", "GFLOP", "of the product rate", "over moving"]
-    for length in sorted({row["length"] for row in results["rows"]}):
-        rows = [row for row in results["rows"] if row["length"] == length]
-        reference = next(statistics.median(row["total"]) for row in rows if row["variant"] == TWO_BRANCH)
-        lines = []
-        for row in rows:
-            taken = statistics.median(row["total"])
-            share, over = row["flops"] / taken / rates["flops"], taken / (row["bytes"] / rates["bytes"])
-            lines.append([row["variant"], spread(row["forward"]), spread(row["total"]), f"{reference / taken:.1f}x",
-                          f"{row['flops'] / 1e9:,.2f}", f"{share:.0%}", f"{over:.1f}x"])  # fmt: skip
-        shape = f"batch {results['batch']}, length {length:,}, {results['channels']} channels, {results['dtype']}"
-        parts += [shape, table(header, lines)]
-    parts.append(growth(results["rows"]))
-    return "\n\n".join(part for part in parts if part)
+    """One table of all lengths and variants, and how the time grows."""
+    rates, rows = results["rates"], []
+    for row in results["rows"]:
+        of_length = [other for other in results["rows"] if other["length"] == row["length"]]
+        reference = next(statistics.median(other["total"]) for other in of_length if other["variant"] == TWO_BRANCH)
+        taken = statistics.median(row["total"])
+        share, over = row["flops"] / taken / rates["flops"], taken / (row["bytes"] / rates["bytes"])
+        label = f"{row['length']:,}: {row['variant']}"
+        rows.append([label, spread(row["forward"]), spread(row["total"]), f"{reference / taken:.1f}x", f"{share:.0%}",
+                     f"{over:,.1f}x"])  # fmt: skip
+    header = [
+        "length: variant",
+        "forward, ms",
+        "forward + backward, ms",
+        "speed-up",
+        "of the product rate",
+        "over moving",
+    ]
+    shape = (
+        f"Batch {results['batch']}, {results['channels']} channels, {results['dtype']}; a matrix product runs at "
+        f"{rates['flops'] / 1e9:,.0f} GFLOP/s, a copy at {rates['bytes'] / 1e9:,.1f} GB/s."
+    )
+    return page(results, shape, table(header, rows), growth(results["rows"]), fastest(results["rows"]))
 
 
 def growth(rows: list[dict]) -> str:
-    """How forward and backward together grow from length to length, as an exponent."""
-    lines = []
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        points = [(row["length"], statistics.median(row["total"])) for row in rows if row["variant"] == name]
-        points = [point for point in points if point[0] >= 2048]  # below, calls cost more than work
-        if len(points) > 1:
-            (short, before), (long, after) = points[0], points[-1]
-            exponent = math.log(after / before) / math.log(long / short)
-            lines.append(f"{name}: as length^{exponent:.2f} from {short:,} to {long:,}")
-    return "\n".join(lines)
+    """How forward and backward together grow, as exponents; below 2,048 tokens calls cost more than work."""
+    lengths = sorted({row["length"] for row in rows if row["length"] >= 2048})
+    if len(lengths) < 2:
+        return ""
+    short, long = lengths[0], lengths[-1]
+    taken = {(row["variant"], row["length"]): statistics.median(row["total"]) for row in rows}
+    found = [
+        f"{name} length^{math.log(taken[name, long] / taken[name, short]) / math.log(long / short):.2f}"
+        for name in dict.fromkeys(row["variant"] for row in rows)
+        if (name, long) in taken
+    ]
+    return f"From {short:,} to {long:,} tokens the time grows as: {', '.join(found)}."
 
 
 def fastest(rows: list[dict]) -> str:
@@ -163,29 +175,14 @@ def fastest(rows: list[dict]) -> str:
     for length in sorted({row["length"] for row in rows}):
         mine = [row for row in rows if row["length"] == length and row["variant"] in NAMES]
         best = min(mine, key=lambda row: statistics.median(row["total"]))
-        winners.append(f"{length}: {NAMES[best['variant']]}")
-    return "fastest back end by length: " + ", ".join(winners)
+        winners.append(f"`{NAMES[best['variant']]}` at {length:,}")
+    return f"Fastest back end: {', '.join(winners)}."
 
 
-def plot(results: dict, path) -> None:
-    figure = Figure(figsize=(6.4, 4.6), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    rows = results["rows"]
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        points = [(row["length"], [1000 * s for s in row["total"]]) for row in rows if row["variant"] == name]
-        lengths, medians = [p[0] for p in points], [statistics.median(p[1]) for p in points]
-        errors = [[m - min(p[1]) for m, p in zip(medians, points, strict=True)],
-                  [max(p[1]) - m for m, p in zip(medians, points, strict=True)]]  # fmt: skip
-        axes.errorbar(lengths, medians, errors, marker="o", markersize=3, capsize=2, label=name)
-    moved = sorted({(row["length"], 1000 * row["bytes"] / results["rates"]["bytes"]) for row in rows})
-    axes.plot(*zip(*moved, strict=True), "--", color="gray", label="moving the activations once")
-    axes.set(xscale="log", yscale="log", xlabel="length, tokens", ylabel="forward + backward, ms")
-    axes.set_xticks([m[0] for m in moved], [f"{m[0]:,}" for m in moved])
-    axes.minorticks_off()
-    axes.set_title(f"batch {results['batch']}, {results['channels']} channels, {results['dtype']}", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.savefig(path)
+def plot(results: dict, path: Path) -> None:
+    title = f"batch {results['batch']}, {results['channels']} channels, {results['dtype']}"
+    moved = {row["length"]: row["bytes"] / results["rates"]["bytes"] for row in results["rows"]}
+    against_length(results["rows"], "variant", path, title, {"moving the activations once": moved})
 
 
 def main() -> None:
@@ -195,8 +192,8 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=1024 if device.type == "cuda" else 256)
     parser.add_argument("--batch", type=int, default=8 if device.type == "cuda" else 1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=20, help="a variant that took so long is not repeated")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=10, help="a variant that took so long is not repeated")
     parser.add_argument("--direct-up-to", type=int, default=512, help="longest sequence that is summed directly")
     parser.add_argument("--output", metavar="DIR", help="write conv-DTYPE.json and conv-DTYPE.png there")
     args = parser.parse_args()
@@ -210,19 +207,10 @@ def main() -> None:
         "dtype": args.dtype,
         "rows": [],
     }
-    rates = results["rates"]
-    print(describe(results["environment"]))
-    print(f"a matrix product runs at {rates['flops'] / 1e9:,.0f} GFLOP/s, a copy at {rates['bytes'] / 1e9:,.1f} GB/s")
     for length in args.lengths:
-        rows = compare(length, args, device, dtype)
-        results["rows"] += rows
-        print("\n" + render(results | {"rows": rows}), flush=True)
-    print("\n" + growth(results["rows"]))
-    print(fastest(results["rows"]))
-    if args.output:
-        path = write(args.output, f"conv-{args.dtype}", results)
-        plot(results, path.with_suffix(".png"))
-        print(f"written to {path} and {path.with_suffix('.png').name}")
+        print(f"{length:,} tokens", flush=True)
+        results["rows"] += compare(length, args, device, dtype)
+    finish(f"conv-{args.dtype}", results, render, plot, args.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time the preparation of data against the bare tokenizer, and the loader.
 
-    python scripts/bench/data.py [--text PATH] [--tokenizer tiktoken:o200k_base] [--megabytes N] [--repeats 5]
+    python scripts/bench/data.py [--text PATH] [--tokenizer tiktoken:o200k_base] [--megabytes N] [--output results/cpu]
 
 The bare tokenizer encodes documents that are in memory already, `tiktoken.encode_ordinary_batch` on all cores. The
 preparation is everything that stands between a parquet file of the same documents and a corpus ready for training:
@@ -10,20 +10,22 @@ the page cache holds.
 """
 
 import os
-import platform
-import statistics
+import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
+import torch
+from measuring import environment, finish, page, seconds, spread, table, take_turns
+from plots import bars
 
 from flash_stu.data import BatchLoader, DataConfig, Prefetcher, TokenDataset, iter_documents, load_tokenizer, prepare
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 
+CPU = torch.device("cpu")
+LIMIT = 60  # seconds after which something is not repeated
 _LENGTH, _BATCH, _STEPS = 8192, 8, 150
 
 
@@ -33,44 +35,83 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="tiktoken:o200k_base", help="an encoding of tiktoken")
     parser.add_argument("--megabytes", type=float, default=100, help="of text")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", metavar="DIR", help="write data.json and .png there")
     args = parser.parse_args()
     if not args.tokenizer.startswith("tiktoken:"):
         raise UserError(f"--tokenizer is {args.tokenizer!r}; allowed: tiktoken:<name>")
     load_tokenizer(args.tokenizer)  # raises if there is none such
+    documents = gather(args.text, args.megabytes * 1e6)
+    results = {
+        "environment": environment(CPU),
+        "tiktoken": tiktoken.__version__,
+        "tokenizer": args.tokenizer,
+        "text": Path(args.text).name,
+        "documents": len(documents),
+        "megabytes": sum(len(text.encode()) for text in documents) / 1e6,
+        **measure(documents, args),
+    }
+    finish("data", results, render, plot, args.output)
+
+
+def measure(documents: list[str], args) -> dict:
+    """Seconds of the bare tokenizer, the preparation and the loaders, and how many tokens were prepared and read."""
     encoding = tiktoken.get_encoding(args.tokenizer.removeprefix("tiktoken:"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    documents = gather(args.text, args.megabytes * 1e6)
-    megabytes = sum(len(text.encode()) for text in documents) / 1e6
-    print(f"tiktoken {tiktoken.__version__}, Python {platform.python_version()}, {cores} core(s), {args.tokenizer}")
-    print(f"{len(documents)} documents of {args.text}, {megabytes:.1f} MB")
-    print(f"median (min-max) of {args.repeats}\n")
-
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "documents.parquet"
+        file, cache = Path(folder) / "documents.parquet", Path(folder) / "tokens"
         pq.write_table(pa.table({"text": documents}), file, compression="zstd", row_group_size=1000)
-        raw, whole, ratios = [], [], []
-        for number in range(args.repeats):
-            config = DataConfig(dataset=str(file), tokenizer=args.tokenizer, cache_dir=f"{folder}/{number}")
-            raw.append(seconds(lambda: encoding.encode_ordinary_batch(documents, num_threads=cores)))
-            whole.append(seconds(lambda config=config: prepare(config, progress=False)))
-            ratios.append(raw[-1] / whole[-1])
-        data = prepare(config, progress=False)
-        tokens = len(data.train) + len(data.validation) - len(documents)  # without the ends of text
-        print(f"| {'preparation':34} | {'MB/s':>18} | {'M tokens/s':>18} | {'of the bare rate':>18} |")
-        print(f"|{'-' * 36}|{'-' * 19}:|{'-' * 19}:|{'-' * 19}:|")
-        for name, times, share in [
-            ("bare encode_ordinary_batch", raw, "100 %"),
-            ("whole preparation", whole, spread([100 * ratio for ratio in ratios], "%")),
-        ]:
-            rates = [spread([amount / time for time in times]) for amount in (megabytes, tokens / 1e6)]
-            print(f"| {name:34} | {rates[0]:>18} | {rates[1]:>18} | {share:>18} |")
+        config = DataConfig(dataset=str(file), tokenizer=args.tokenizer, cache_dir=str(cache))
 
-        print(f"\n| {'loader':34} | {'M tokens/s':>18} |")
-        print(f"|{'-' * 36}|{'-' * 19}:|")
-        for name, read in {"read by the caller": read_directly, "read ahead by a thread": read_ahead}.items():
-            times = [seconds(lambda read=read: read(data.train)) for _ in range(args.repeats)]
-            rates = [_STEPS * _BATCH * _LENGTH / 1e6 / time for time in times]
-            print(f"| {name:34} | {spread(rates):>18} |")
+        def whole() -> float:
+            shutil.rmtree(cache, ignore_errors=True)
+            return seconds(lambda: prepare(config, progress=False), CPU)
+
+        print(f"preparing {len(documents):,} documents on {cores} cores", flush=True)
+        bare = {"bare": lambda: seconds(lambda: encoding.encode_ordinary_batch(documents, num_threads=cores), CPU)}
+        prepared = take_turns(bare | {"whole": whole}, args.repeats, LIMIT)
+        data = prepare(config, progress=False)
+        readers = {"read by the caller": read_directly, "read ahead by a thread": read_ahead}
+        calls = {name: lambda read=read: seconds(lambda: read(data.train), CPU) for name, read in readers.items()}
+        read = take_turns(calls, args.repeats, LIMIT)
+        tokens = len(data.train) + len(data.validation) - len(documents)  # without the ends of text
+    return {
+        "cores": cores,
+        "tokens": tokens,
+        **prepared,
+        "tokens_read": _STEPS * _BATCH * _LENGTH,
+        "loaders": [{"loader": name, "seconds": taken} for name, taken in read.items()],
+    }
+
+
+def render(results: dict) -> str:
+    """A table of the preparation and one of the loaders."""
+    what = (
+        f"tiktoken {results['tiktoken']}, {results['cores']} cores, {results['tokenizer']}; {results['documents']:,} "
+        f"documents of `{results['text']}`, {results['megabytes']:.0f} MB."
+    )
+    names, rows = {"bare": "bare encode_ordinary_batch", "whole": "whole preparation"}, []
+    for key, name in names.items():
+        ratios = [100 * bare / taken for bare, taken in zip(results["bare"], results[key], strict=False)]
+        rates = [spread(_rates(amount, results[key]), 1) for amount in (results["megabytes"], results["tokens"] / 1e6)]
+        rows.append([name, *rates, spread(ratios, 1)])
+    header = ["preparation", "MB/s", "M tokens/s", "% of the bare rate"]
+    loaders = [[row["loader"], spread(_loader_rates(results, row), 1)] for row in results["loaders"]]
+    return page(results, what, table(header, rows), table(["loader", "M tokens/s"], loaders))
+
+
+def _rates(amount: float, taken: list[float]) -> list[float]:
+    return [amount / second for second in taken]
+
+
+def _loader_rates(results: dict, row: dict) -> list[float]:
+    return _rates(results["tokens_read"] / 1e6, row["seconds"])
+
+
+def plot(results: dict, path: Path) -> None:
+    names = {"bare": "bare tokenizer", "whole": "whole preparation"}
+    prepared = {name: _rates(results["tokens"] / 1e6, results[key]) for key, name in names.items()}
+    loaders = {row["loader"]: _loader_rates(results, row) for row in results["loaders"]}
+    bars({"preparation, M tokens/s": prepared, "loader, M tokens/s": loaders}, path)
 
 
 def gather(dataset: str, num_bytes: float) -> list[str]:
@@ -97,22 +138,6 @@ def read_ahead(dataset: TokenDataset) -> None:
     with Prefetcher(BatchLoader(dataset, _LENGTH, _BATCH, seed=0), 0, _STEPS - 1) as batches:
         for step in range(_STEPS):
             batches.get(step)
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """Wall time of a call; what it returns is dropped after the clock has stopped."""
-    start = time.perf_counter()
-    result = function()
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
-
-
-def spread(samples: list[float], unit: str = "") -> str:
-    middle = f"{statistics.median(samples):.2f} ({min(samples):.2f}-{max(samples):.2f})"
-    if statistics.median(samples) >= 10:
-        middle = f"{statistics.median(samples):.0f} ({min(samples):.0f}-{max(samples):.0f})"
-    return f"{middle} {unit}".strip()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """Error of the LDS fits against their state dimension, how few states reach an error, and how long a fit takes.
 
-    python scripts/bench/fits.py [--length 8192] [--filters 24] [--basis hankel] [--figure fits.png]
+    python scripts/bench/fits.py [--length 8192] [--filters 24] [--basis hankel] [--output results/cpu]
 
 Decays are rounded to float32 before the output weights are solved for, as a model runs them. MSE is over all lags and
 filters; the bound is what no LDS of that dimension can undercut (0: below float64's rounding). "At run time" is the
-relative error of the impulse responses once the output weights are rounded to float32 too. The Theorem 1 columns are
-those of the best method's decays.
+relative error of the impulse responses once the output weights are rounded to float32 too; this, the largest weight
+and lambda_max h (Theorem 1) are the best method's. The picture is that of distill.py, for 160 states.
 """
 
-import resource
-import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from measuring import environment, finish, page, seconds, spread, table
 
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.filters import BASES, compute_filters
@@ -22,8 +23,11 @@ from spectralds.curve import error_curve
 from spectralds.fit import METHODS, LDSFit, rounding_floor
 from spectralds.plots import plot_fit
 
+CPU = torch.device("cpu")
 STATE_DIMS = (16, 24, 32, 40, 48, 52, 56, 64, 72, 80, 88, 96, 112, 128, 160)
+SHOWN = 160  # states of the timed fit and of the picture
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 3e-6, 1e-8, 1e-12)
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def main() -> None:
@@ -31,58 +35,82 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--filters", type=int, default=24)
     parser.add_argument("--basis", choices=BASES, default="hankel")
-    parser.add_argument("--figure", metavar="FILE", help="draw the fit of state dimension 160 and the table's errors")
+    parser.add_argument("--repeats", type=int, default=5, help="of what is timed")
+    parser.add_argument("--output", metavar="DIR", help="write fits.json and .png there")
     args = parser.parse_args()
-    started = time.perf_counter()
     _, phi = compute_filters(args.length, args.filters, args.basis)
-    print(f"{args.filters} {args.basis} filters of length {args.length}: {time.perf_counter() - started:.2f} s")
-    started = time.perf_counter()
-    fit = fit_lds(phi, 160)
-    print(f"state dim 160, the first fit of these filters: {time.perf_counter() - started:.2f} s")
-
     bank = FilterBank(phi)
-    started = time.perf_counter()
-    curve = error_curve(bank, torch.float32, 1, STATE_DIMS)
-    print(f"{len(STATE_DIMS)} state dimensions, {len(METHODS)} methods: {time.perf_counter() - started:.2f} s")
-    table(bank, curve)
-    smallest(bank)
-    for dtype in (torch.float32, torch.float64):
-        print(f"rounding floor, {dtype}: relative error {rounding_floor(bank, dtype):.1e} however many states")
-    if args.length <= 65536:
-        print(f"float32 recurrence over {args.length} tokens, state dim 160: {recurrence_error(fit, phi):.1e} relative")
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
-    if args.figure:
-        plot_fit(bank, fit, curve, args.figure)
+    settings = {"length": args.length, "filters": args.filters, "basis": args.basis}
+    results = {
+        "environment": environment(CPU),
+        **settings,
+        "filter_seconds": repeated(lambda: compute_filters(*settings.values()), args.repeats),
+        "fit_seconds": repeated(lambda: fit_lds(phi, SHOWN), args.repeats),
+        "recurrence_error": recurrence_error(fit_lds(bank, SHOWN), phi) if args.length <= 65536 else None,
+        "floors": {name: rounding_floor(bank, dtype) for name, dtype in DTYPES.items()},
+        "rows": errors(bank),
+        "smallest": [smallest(bank, tolerance) for tolerance in TOLERANCES],
+    }
+    finish("fits", results, render, plot, args.output)
 
 
-def table(bank: FilterBank, curve: dict[str, list]) -> None:
-    """Errors, bounds, coefficients and Theorem 1's quantities against the state dimension."""
-    head = [*(f"{method} MSE" for method in METHODS), "bound on the MSE", "AAK bound", "at run time", "largest weight"]
-    head += ["lambda_max", "lambda_max h"]
-    print(f"\n| state dim | {' | '.join(head)} |\n|{'---:|' * (len(head) + 1)}")
-    for i, states in enumerate(curve["state_dim"]):
-        report = fit_lds(bank, states).report
-        cells = [*(curve[method][i] for method in METHODS), *(report[key] for key in ("mse_bound", "aak_bound"))]
-        cells = [f"{cell:.1e}" for cell in cells] + [f"{report['run_time_error']:.1e}"]
-        cells += [f"{report[key]:.1f}" for key in ("max_coefficient", "lambda_max", "lambda_max_h")]
-        print(f"| {states} | {' | '.join(cells)} |")
+def repeated(function: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each call."""
+    return [seconds(function, CPU) for _ in range(repeats)]
 
 
-def smallest(bank: FilterBank) -> None:
-    """What state_dim "auto" finds for some tolerances, or why it finds nothing."""
-    print("\n| tolerance | run-time dtype | smallest state dim | MSE | seconds |\n|---:|---|---:|---:|---:|")
-    refused = []
-    for dtype in (torch.float32, torch.float64):
-        for tolerance in TOLERANCES:
-            started, name = time.perf_counter(), str(dtype).removeprefix("torch.")
-            try:
-                report = fit_lds(bank, "auto", dtype=dtype, tolerance=tolerance).report
-                cells = f"{report['state_dim']} | {report['mse']:.1e}"
-            except UserError as error:
-                refused.append(f"{name}: {error}")
-                cells = "- | -"
-            print(f"| {tolerance:g} | {name} | {cells} | {time.perf_counter() - started:.2f} |")
-    print("\n" + "\n".join(refused))
+def errors(bank: FilterBank) -> list[dict]:
+    """Errors, bounds, coefficients and Theorem 1's quantities for each state dimension."""
+    curve, kept = error_curve(bank, torch.float32, 1, STATE_DIMS), ("run_time_error", "max_coefficient", "lambda_max_h")
+    rows = [dict(zip(curve, values, strict=True)) for values in zip(*curve.values(), strict=True)]
+    reports = [fit_lds(bank, states).report for states in STATE_DIMS]
+    return [row | {key: report[key] for key in kept} for row, report in zip(rows, reports, strict=True)]
+
+
+def smallest(bank: FilterBank, tolerance: float) -> dict:
+    """How many states "auto" takes for a tolerance in each dtype; None where none are enough."""
+    found = {"tolerance": tolerance}
+    for name, dtype in DTYPES.items():
+        try:
+            found[name] = fit_lds(bank, "auto", dtype=dtype, tolerance=tolerance).report["state_dim"]
+        except UserError:
+            found[name] = None
+    return found
+
+
+def render(results: dict) -> str:
+    """Errors against the state dimension, and the fewest states for some tolerances."""
+    shape = (
+        f"{results['filters']} {results['basis']} filters of length {results['length']:,}. Computing them took "
+        f"{spread(results['filter_seconds'])} ms, a fit of {SHOWN} states {spread(results['fit_seconds'])} ms."
+    )
+    if results["recurrence_error"] is not None:
+        shape += (
+            f" Its float32 recurrence over {results['length']:,} random tokens is within "
+            f"{results['recurrence_error']:.1e} of the exact convolution, relative."
+        )
+    header = ["state dim", *METHODS, "no LDS is below", "at run time", "largest weight", "lambda_max h"]
+    rows = [
+        [str(row["state_dim"]), *(f"{row[key]:.1e}" for key in (*METHODS, "bound", "run_time_error"))]
+        + [f"{row['max_coefficient']:,.1f}", f"{row['lambda_max_h']:,.0f}"]
+        for row in results["rows"]
+    ]
+    found = [["fewest states, " + name, *(str(row[name] or "-") for row in results["smallest"])] for name in DTYPES]
+    floors = " and ".join(f"about {floor:.1e} in {name}" for name, floor in results["floors"].items())
+    return page(
+        results,
+        shape,
+        table(header, rows),
+        table(["relative error", *(f"{row['tolerance']:g}" for row in results["smallest"])], found),
+        f"Rounding alone leaves a relative error of {floors}, however many states.",
+    )
+
+
+def plot(results: dict, path: Path) -> None:
+    _, phi = compute_filters(results["length"], results["filters"], results["basis"])
+    bank = FilterBank(phi)
+    curve = {key: [row[key] for row in results["rows"]] for key in ("state_dim", *METHODS, "bound")}
+    plot_fit(bank, fit_lds(bank, SHOWN), curve, path)
 
 
 @torch.inference_mode()

@@ -14,18 +14,19 @@ GPU use --config configs/flash_stu_340m.yaml --compile --lengths 4096 16384 1310
 Source of the comparison: Shah et al. 2025, SpectraLDS (arXiv 2505.17868), figure 3.
 """
 
-import json
 import os
-import platform
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 import yaml
-from matplotlib.figure import Figure
+from measuring import device_rates, environment, finish, page, seconds, spread, table
+from plots import panels
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
 from flash_stu.errors import ArgumentParser, UserError, run_cli
@@ -48,30 +49,27 @@ def main() -> int:
     args = parse()
     device = choose_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
-    settings = f"{device}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {settings}")
     if args.long:
         return long_text(args, device, dtype)
-    rate = bandwidth(device)
-    print(f"a large copy reads and writes {rate / 1e9:.1f} GB/s")
     if args.model:
-        panels = {"models": {path: lambda path=path: load_model(path, device, dtype) for path in args.model}}
+        groups = {"model": {path: lambda path=path: load_model(path, device, dtype) for path in args.model}}
     else:
-        panels = {name: panel(name, args, device, dtype) for name in args.panels}
-    results = {}
-    for name, makers in panels.items():
-        print(f"\n{PANELS.get(name, name)}: seconds to generate, batch {args.batch}")
-        print("| |" + "".join(f" {n} |" for n in args.lengths) + " tokens/s at the end | weights allow | share |")
-        print("|:--|" + "--:|" * (len(args.lengths) + 3))
-        results[name] = measure({label: make() for label, make in makers.items()}, args, rate)
-        for label, figures in results[name].items():
-            print(row(label, figures, args.lengths), flush=True)
-    if args.output:
-        output = Path(args.output)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "generate.json").write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
-        plot(results, output / "generate.png")
-        print(f"\nwritten to {output / 'generate.json'} and generate.png")
+        groups = {name: panel(name, args, device, dtype) for name in args.panels}
+    rate = device_rates(device, dtype)["bytes"]
+    results = {
+        "environment": environment(device),
+        "shape": None if args.model else Path(args.config).stem,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": args.batch,
+        "bandwidth": rate,
+        "lengths": args.lengths,
+        "rows": [],
+    }
+    for name, makers in groups.items():
+        print(PANELS.get(name, name), flush=True)
+        rows = measure({label: make() for label, make in makers.items()}, args, rate)
+        results["rows"] += [{"panel": name, **row} for row in rows]
+    finish("generate", results, render, plot, args.output)
     return 0
 
 
@@ -84,13 +82,18 @@ def parse():
     add("--state-dims", type=int, nargs="+", default=[40, 80, 160], metavar="H")
     add("--panels", nargs="+", choices=PANELS, default=list(PANELS))
     add("--batch", type=int, default=1)
+    add("--repeats", type=int, default=3, help="generations by each")
     add("--long", type=int, metavar="N", help="generate one text of N tokens from a distilled model")
     add("--compile", action="store_true", help="compile the step of models without STU layers")
     add("--device", metavar="D", help="cpu, cuda or cuda:N; default: a GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on the CPU")
     add("--output", metavar="DIR", help="write generate.json and generate.png there")
     args = parser.parse_args()
-    for name, values, least in (("lengths", args.lengths, 2), ("batch", [args.batch], 1)):
+    for name, values, least in (
+        ("lengths", args.lengths, 2),
+        ("batch", [args.batch], 1),
+        ("repeats", [args.repeats], 1),
+    ):
         if min(values) < least:
             raise UserError(f"--{name} has {min(values)}; allowed: {least} or more")
     if args.long is not None and args.long < 3000:
@@ -125,35 +128,46 @@ def panel(name: str, args, device, dtype) -> dict[str, Callable]:
     return makers
 
 
-def measure(subjects: dict, args, rate: float) -> dict:
-    """Time a generation by each layer or model, in turns of a few tokens, so that a drifting machine hits all alike.
+def measure(subjects: dict, args, rate: float) -> list[dict]:
+    """Time generations by each layer or model.
 
     Returns:
-        per label the seconds at some fifty lengths and at those asked for, the tokens/s just before those, and the
-        tokens/s that reading the weights allows.
+        a row for each: seconds at some fifty lengths, [length, median]; at those asked for, [length, samples], and the
+        tokens/s just before them; and the tokens/s that reading the weights allows.
     """
-    last = args.lengths[-1]
+    runs = [one_generation(subjects, args) for _ in range(args.repeats)]
     before = {n: max(1, n - _RECENT) for n in args.lengths}
-    wanted = sorted({max(1, round(last * part / 48)) for part in range(1, 49)} | {*args.lengths} | {*before.values()})
+    rows = []
+    for label, subject in subjects.items():
+        mine = [times[label] for times in runs]
+        rates = {n: [args.batch * (n - m) / (times[n] - times[m]) for times in mine] for n, m in before.items()}
+        rows.append(
+            {
+                "label": label,
+                "curve": [[n, statistics.median(times[n] for times in mine)] for n in mine[0]],
+                "seconds": [[n, [times[n] for times in mine]] for n in args.lengths],
+                "rates": [[n, samples] for n, samples in rates.items()],
+                "limit": args.batch * rate / weights(subject),
+            }
+        )
+    return rows
+
+
+def one_generation(subjects: dict, args) -> dict[str, dict[int, float]]:
+    """Seconds by label and length of one generation, in turns of a few tokens, so that a drifting machine hits all."""
+    last = args.lengths[-1]
+    before = {max(1, n - _RECENT) for n in args.lengths}
+    wanted = sorted({max(1, round(last * part / 48)) for part in range(1, 49)} | {*args.lengths} | before)
     runs = {label: steps(subject, args) for label, subject in subjects.items()}
-    seconds = {label: {0: 0.0} for label in runs}
+    times = {label: {0: 0.0} for label in runs}
     done = 0
     for count in wanted:
         for label, run in runs.items():
             device = next(subjects[label].parameters()).device
-            start = now(device)
-            for _ in range(count - done):
-                next(run)
-            seconds[label][count] = seconds[label][done] + now(device) - start
+            turn = partial(deque, islice(run, count - done), maxlen=0)
+            times[label][count] = times[label][done] + seconds(turn, device)
         done = count
-    return {
-        label: {
-            "seconds": times,
-            "tokens_per_second": {n: args.batch * (n - m) / (times[n] - times[m]) for n, m in before.items()},
-            "limit": args.batch * rate / weights(subjects[label]),
-        }
-        for label, times in seconds.items()
-    }
+    return times
 
 
 def steps(subject, args) -> Iterator:
@@ -201,28 +215,25 @@ def weights(subject) -> int:
     return sum(p.nbytes for name, p in subject.named_parameters() if name not in skipped)
 
 
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def render(results: dict) -> str:
+    """One table: what generates, seconds at each length, and its last tokens/s beside what the weights allow."""
+    shape = f"{results['shape']} shape, " if results["shape"] else ""
+    what = (
+        f"{shape}batch {results['batch']}, {results['dtype']}; a large copy reads and writes "
+        f"{results['bandwidth'] / 1e9:.1f} GB/s."
+    )
+    header = ["seconds to generate", *(f"{n:,}" for n in results["lengths"]), "tokens/s at the end"]
+    rows = []
+    for row in results["rows"]:
+        cells = [f"{statistics.median(samples):.2f}" for _, samples in row["seconds"]]
+        _, rates = row["rates"][-1]
+        share = statistics.median(rates) / row["limit"]
+        rows.append([_name(row), *cells, spread(rates, 1), f"{row['limit']:,.0f}", f"{share:.0%}"])
+    return page(results, what, table([*header, "weights allow", "share"], rows))
 
 
-def bandwidth(device: torch.device) -> float:
-    """Bytes per second that a copy of a large tensor reads and writes, best of several."""
-    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 27) // 4, device=device)
-    target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(7):
-        start = now(device)
-        target.copy_(source)
-        best = max(best, 2 * source.nbytes / (now(device) - start))
-    return best
-
-
-def row(label: str, figures: dict, lengths: list[int]) -> str:
-    cells = [f"{figures['seconds'][n]:.2f}" for n in lengths]
-    rate, limit = figures["tokens_per_second"][lengths[-1]], figures["limit"]
-    return "| " + " | ".join([label, *cells, f"{rate:.0f}", f"{limit:.0f}", f"{100 * rate / limit:.0f} %"]) + " |"
+def _name(row: dict) -> str:
+    return f"{PANELS.get(row['panel'], row['panel'])}: {row['label']}"
 
 
 def long_text(args, device, dtype) -> int:
@@ -267,20 +278,16 @@ def resident(device: torch.device) -> int:
 
 def plot(results: dict, path: Path) -> None:
     """Draw seconds against generated length, a panel for each group."""
-    figure = Figure(figsize=(4.6 * len(results), 4.4), dpi=150, layout="constrained")
-    grid = figure.subplots(1, len(results), squeeze=False)[0]
-    for axes, (name, group) in zip(grid, results.items(), strict=True):
-        for place, (label, figures) in enumerate(group.items()):
-            x, y = figures["seconds"].keys(), figures["seconds"].values()
-            style = "-." if label in EXACT else "--" if "attention" in label else "-"
-            axes.plot(x, y, style, label=label, color=f"C{place}", linewidth=1.6)
+    names = list(dict.fromkeys(row["panel"] for row in results["rows"]))
+    figure, grid = panels(len(names), 4.6)
+    for axes, name in zip(grid, names, strict=True):
+        for row in (row for row in results["rows"] if row["panel"] == name):
+            style = "-." if row["label"] in EXACT else "--" if "attention" in row["label"] else "-"
+            axes.plot(*zip(*row["curve"], strict=True), style, label=row["label"], linewidth=1.6)
         axes.set_title(PANELS.get(name, name), loc="left", fontsize=11)
-        axes.set_xlabel("tokens generated")
-        axes.set_ylabel("seconds")
+        axes.set(xlabel="tokens generated", ylabel="seconds")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2, linewidth=0.6)
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(path)
 

@@ -7,8 +7,11 @@ under torch.profiler. An operation's time is its own, without those it calls; wh
 listed under its own name. Runs on a GPU if there is one.
 """
 
+from pathlib import Path
+
 import torch
-from measuring import describe, environment, table, write
+from measuring import environment, finish, page, table
+from plots import bars
 from torch.profiler import ProfilerActivity, profile
 
 from flash_stu import FlashSTUForCausalLM
@@ -20,8 +23,9 @@ from flash_stu.training.optimizer import build_optimizers
 TOP = 10
 
 
-def hotspots(config, device: torch.device, steps: int) -> dict:
+def hotspots(path: str, overrides: list[str], device: torch.device, steps: int) -> dict:
     """Milliseconds a step of the operations that take longest, and of all."""
+    config = load_config(path, overrides)
     torch.manual_seed(0)
     model = FlashSTUForCausalLM(config.architecture()).to(device).train()
     optimizers = build_optimizers(model, config.optimizer)
@@ -54,31 +58,35 @@ def hotspots(config, device: torch.device, steps: int) -> dict:
     calls = {event.key: event.count / steps for event in events}
     total = sum(milliseconds.values())
     rows = [{"operation": key, "ms": ms, "calls": calls[key]} for key, ms in list(milliseconds.items())[:TOP]]
-    return {"milliseconds": total, "rows": rows}
+    shape = {"config": path, "dtype": config.train.dtype, "tokens": micro_batches * batch * length}
+    return shape | {"milliseconds": total, "rows": rows}
 
 
 def render(results: dict) -> str:
-    """A table of results as `main` writes them."""
-    rows = [
-        [row["operation"], f"{row['calls']:,.0f}", f"{row['ms']:,.1f}", f"{row['ms'] / results['milliseconds']:.1%}"]
-        for row in results["rows"]
-    ]
-    return table([f"a step of {results['config']}, {results['milliseconds']:,.0f} ms", "calls", "ms", "share"], rows)
+    """A table of the operations that take longest."""
+    whole = results["milliseconds"]
+    rows = [[f"`{row['operation']}`", f"{row['calls']:,.0f}", f"{row['ms']:,.1f}", f"{row['ms'] / whole:.1%}"]
+            for row in results["rows"]]  # fmt: skip
+    step = (
+        f"A step of {results['config']}, {results['dtype']}, is {results['tokens']:,} tokens; it took {whole:,.0f} ms."
+    )
+    return page(results, step, table(["operation", "calls", "ms", "share"], rows))
+
+
+def plot(results: dict, path: Path) -> None:
+    bars({"ms of a step": {row["operation"]: [row["ms"]] for row in results["rows"]}}, path)
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--output", metavar="DIR", help="write hotspots.json there")
+    parser.add_argument("--output", metavar="DIR", help="write hotspots.json and .png there")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     device = default_device()
-    config = load_config(args.config, args.overrides)
-    results = {"environment": environment(device), "config": args.config, **hotspots(config, device, args.steps)}
-    print(describe(results["environment"]) + "\n\n" + render(results))
-    if args.output:
-        print(f"written to {write(args.output, 'hotspots', results)}")
+    results = {"environment": environment(device), **hotspots(args.config, args.overrides, device, args.steps)}
+    finish("hotspots", results, render, plot, args.output)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ Figures are medians with their spread, layers taken in turn. Runs on a GPU if th
 
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from measuring import describe, environment, forward_and_backward, spread, table, take_turns, write
+from measuring import environment, finish, forward_and_backward, page, spread, table, take_turns
+from plots import against_length
 
 from flash_stu import FlashSTUConfig
 from flash_stu.errors import ArgumentParser, run_cli
@@ -61,18 +63,23 @@ def compare(length: int, args, device: torch.device, dtype: torch.dtype, layers:
 
 
 def render(results: dict) -> str:
-    """One table of results as `main` writes them."""
+    """One table of all lengths and layers."""
     rows = [
         [
-            f"{row['layer']}, {row['length']:,} tokens",
+            f"{row['length']:,}: {row['layer']}",
             spread(row["forward"]),
             spread(row["total"]),
             f"{results['batch'] * row['length'] / statistics.median(row['total']):,.0f}",
         ]
         for row in results["rows"]
     ]
-    header = [f"batch {results['batch']}, width {results['width']}, {results['dtype']}", "forward, ms"]
-    return table([*header, "forward + backward, ms", "tokens/s"], rows)
+    shape = f"Batch {results['batch']}, width {results['width']}, {results['dtype']}."
+    return page(results, shape, table(["length: layer", "forward, ms", "forward + backward, ms", "tokens/s"], rows))
+
+
+def plot(results: dict, path: Path) -> None:
+    title = f"batch {results['batch']}, width {results['width']}, {results['dtype']}"
+    against_length(results["rows"], "layer", path, title)
 
 
 def main() -> None:
@@ -83,22 +90,19 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024 if cuda else 256, help="divisible by 16")
     parser.add_argument("--batch", type=int, default=8 if cuda else 1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=20, help="a layer that took so long is not repeated")
-    parser.add_argument("--output", metavar="DIR", help="write layers-DTYPE.json there")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=10, help="a layer that took so long is not repeated")
+    parser.add_argument("--output", metavar="DIR", help="write layers-DTYPE.json and .png there")
     args = parser.parse_args()
 
     dtype = getattr(torch, args.dtype)
     results = {"environment": environment(device), "dtype": args.dtype, "batch": args.batch, "width": args.width}
     results["rows"] = []
-    print(describe(results["environment"]))
     layers, context = build(args, device)
     for length in args.lengths:
-        rows = compare(length, args, device, dtype, layers, context)
-        results["rows"] += rows
-        print("\n" + render(results | {"rows": rows}), flush=True)
-    if args.output:
-        print(f"written to {write(args.output, f'layers-{args.dtype}', results)}")
+        print(f"{length:,} tokens", flush=True)
+        results["rows"] += compare(length, args, device, dtype, layers, context)
+    finish(f"layers-{args.dtype}", results, render, plot, args.output)
 
 
 if __name__ == "__main__":

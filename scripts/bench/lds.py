@@ -1,16 +1,18 @@
 """The LDS layer: prefill against token loops, and one step against computing all filter outputs of every channel.
 
-    python scripts/bench/lds.py --hidden-size 896 --state-dim 160 --length 8192
+    python scripts/bench/lds.py [--hidden-size 896] [--state-dim 160] [--length 8192] [--output results/cpu]
 
 All rows compute the same layer, its input projection included. The comparisons are what the literature's
 implementation does and what the definition says, both in float64 with 2K filter outputs per channel. Loops are timed on
---loop-tokens tokens and scaled up. All take turns; a figure is the best of --repeats.
+--loop-tokens tokens and scaled up. Figures are medians with their spread, all taken in turn.
 """
 
-import platform
-import time
+import statistics
+from pathlib import Path
 
 import torch
+from measuring import environment, finish, page, seconds, spread, table, take_turns
+from plots import bars
 
 from flash_stu import FlashSTUConfig, spectral_filters
 from flash_stu.errors import ArgumentParser, run_cli
@@ -53,29 +55,9 @@ def definition_step(x, past, stu: STU, features: torch.Tensor) -> torch.Tensor:
     return ((features @ past) * weights).sum(dim=0)
 
 
-def best_seconds(functions: dict, repeats: int, device: torch.device) -> dict[str, float]:
-    best = dict.fromkeys(functions, float("inf"))
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat:  # the first round warms up
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
-
-
 @torch.inference_mode()
-def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden-size", type=int, default=896)
-    parser.add_argument("--state-dim", type=int, default=160)
-    parser.add_argument("--length", type=int, default=8192, help="tokens of the prefill, lags of the filters")
-    parser.add_argument("--loop-tokens", type=int, default=256, help="tokens that the loops are timed on")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    device = default_device()
+def measure(args, device: torch.device) -> dict:
+    """Seconds of everything: of the whole sequence by its rows, of one token by its rows."""
     config = FlashSTUConfig(
         hidden_size=args.hidden_size, num_attention_heads=1, max_position_embeddings=args.length,
         lds_state_dim=args.state_dim,
@@ -86,8 +68,6 @@ def main() -> None:
     short = x[:, : args.loop_tokens]
     layer_y, state = layer.prefill(short, context)
     exact = recurrence_loop(short, stu, fit)
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {device}, {torch.get_num_threads()} threads")
-    print(f"prefill differs from the float64 loop by {((layer_y - exact).norm() / exact.norm()).item():.1e} relative")
 
     def step_loop() -> None:
         past = state
@@ -100,38 +80,89 @@ def main() -> None:
 
     features = fit.impulse_response(args.length).t().contiguous().to(device)
     history = torch.randn(args.length, args.hidden_size, dtype=torch.float64, device=device)
-    seconds = best_seconds(
-        {
-            "prefill": lambda: layer.prefill(x, context),
-            "forward": lambda: layer(x, context),
-            "steps": step_loop,
-            "projection": projection_loop,
-            "recurrence": lambda: recurrence_loop(short, stu, fit),
-            "definition": lambda: definition_step(x[:, :1], history, stu, features),
-        },
-        args.repeats,
-        device,
+    calls = {
+        "prefill": lambda: layer.prefill(x, context),
+        "forward": lambda: layer(x, context),
+        "steps": step_loop,
+        "projection": projection_loop,
+        "recurrence": lambda: recurrence_loop(short, stu, fit),
+        "definition": lambda: definition_step(x[:, :1], history, stu, features),
+    }
+    calls = {name: lambda f=f: seconds(f, device) for name, f in calls.items()}
+    taken = take_turns(calls, args.repeats, args.seconds)
+
+    def scaled(name: str, tokens: float) -> list[float]:
+        return [second * tokens / short.shape[1] for second in taken[name]]
+
+    sequence = {
+        "prefill: matrix products over chunks": taken["prefill"],
+        "forward: FFT convolution, no state": taken["forward"],
+        "loop of this layer's steps": scaled("steps", args.length),
+        "loop in float64, 2K outputs per channel": scaled("recurrence", args.length),
+    }
+    token = {
+        "step": scaled("steps", 1),
+        "of which the input projection": scaled("projection", 1),
+        "2K outputs per channel in float64, by recurrence": scaled("recurrence", 1),
+        "2K outputs per channel in float64, by sums over all lags": taken["definition"],
+    }
+    return {
+        "difference": ((layer_y - exact).norm() / exact.norm()).item(),
+        "sequence": [{"what": what, "seconds": samples} for what, samples in sequence.items()],
+        "token": [{"what": what, "seconds": samples} for what, samples in token.items()],
+    }
+
+
+def render(results: dict) -> str:
+    """A table of the whole sequence, and one of one token."""
+    shape = (
+        f"Width {results['hidden_size']}, {results['state_dim']} states, float32; over {results['loop_tokens']} tokens "
+        f"the prefill differs from the loop in float64 by {results['difference']:.1e}, relative."
     )
-    steps, projection, recurrence = (seconds[name] / short.shape[1] for name in ("steps", "projection", "recurrence"))
-    prefill, definition = seconds["prefill"], seconds["definition"]
-    print(f"\n| {args.length} tokens, width {args.hidden_size}, state {args.state_dim} | seconds | over prefill |")
-    print("|---|---|---|")
-    for name, value in (
-        ("prefill: matrix products over chunks", prefill),
-        ("forward: FFT convolution, no state", seconds["forward"]),
-        ("loop of this layer's steps", steps * args.length),
-        ("loop in float64, 2K outputs per channel", recurrence * args.length),
-    ):
-        print(f"| {name} | {value:.2f} | {value / prefill:.1f} |")
-    print("\n| one token | microseconds | over step |")
-    print("|---|---|---|")
-    for name, value in (
-        ("step", steps),
-        ("of which the input projection", projection),
-        ("2K outputs per channel in float64, by recurrence", recurrence),
-        ("2K outputs per channel in float64, by sums over all lags", definition),
-    ):
-        print(f"| {name} | {1e6 * value:.0f} | {value / steps:.1f} |")
+    parts = [
+        table([what, unit, over], _rows(results[key], scale))
+        for key, what, unit, over, scale in (
+            ("sequence", f"{results['length']:,} tokens", "ms", "over prefill", 1e3),
+            ("token", "one token", "µs", "over step", 1e6),
+        )
+    ]
+    return page(results, shape, *parts)
+
+
+def _rows(rows: list[dict], scale: float) -> list[list[str]]:
+    reference, *_ = (statistics.median(row["seconds"]) for row in rows)
+    return [
+        [row["what"], spread(row["seconds"], scale), f"{statistics.median(row['seconds']) / reference:.1f}x"]
+        for row in rows
+    ]
+
+
+def plot(results: dict, path: Path) -> None:
+    panels = {("sequence", 1e3): f"{results['length']:,} tokens, ms", ("token", 1e6): "one token, µs"}
+    bars(
+        {
+            title: {row["what"]: [scale * second for second in row["seconds"]] for row in results[key]}
+            for (key, scale), title in panels.items()
+        },
+        path,
+        log=True,
+    )
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden-size", type=int, default=896)
+    parser.add_argument("--state-dim", type=int, default=160)
+    parser.add_argument("--length", type=int, default=8192, help="tokens of the prefill, lags of the filters")
+    parser.add_argument("--loop-tokens", type=int, default=256, help="tokens that the loops are timed on")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=10, help="what took so long is not repeated")
+    parser.add_argument("--output", metavar="DIR", help="write lds.json and .png there")
+    args = parser.parse_args()
+    device = default_device()
+    settings = {key: getattr(args, key) for key in ("hidden_size", "state_dim", "length", "loop_tokens")}
+    results = {"environment": environment(device), **settings, **measure(args, device)}
+    finish("lds", results, render, plot, args.output)
 
 
 if __name__ == "__main__":

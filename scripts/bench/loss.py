@@ -1,23 +1,24 @@
 """Time and memory of the head's loss, forward and backward: plain, in chunks, and Liger's where it is installed.
 
     python scripts/bench/loss.py [--tokens 2048] [--chunked-tokens 512 8192] [--hidden 1024] [--vocabulary 200064]
+        [--output results/cpu]
 
-Each measurement has a process of its own. Memory is the peak above the inputs, the weight and their gradients: of the
+Each measurement has a process of its own. Numbers of tokens without the plain loss are there for the memory: one call.
+Memory is the peak above the inputs, the weight and their gradients: of the
 process on the CPU, of PyTorch's allocator on a GPU. Differences are the largest ones, relative to the largest entry of
 the plain loss's gradient. The plain loss at 2,048 tokens of the default shape takes about 6 GiB.
 """
 
 import json
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from measuring import environment, finish, page, seconds, spread, table
+from plots import bars
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -56,31 +57,33 @@ def measure(args) -> dict:
     hidden = torch.empty(args.tokens, args.hidden).normal_(generator=generator)
     labels = torch.randint(0, args.vocabulary, (args.tokens,), generator=generator).to(device)
     hidden, weight = (tensor.to(device).requires_grad_() for tensor in (hidden, weight))
-    before, seconds = peak_bytes(device), []
-    for _ in range(args.repeats):
-        hidden.grad = weight.grad = None
-        start = time.perf_counter()
+    before, taken, losses = peak_bytes(device), [], []
+
+    def there_and_back() -> None:
         loss = loss_of(args.variant, hidden, weight, labels)
         loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        losses.append(loss.item())
+
+    for _ in range(args.repeats):
+        hidden.grad = weight.grad = None
+        taken.append(seconds(there_and_back, device))
     gradients = (hidden.numel() + weight.numel()) * weight.itemsize
-    result = {"seconds": seconds, "bytes": peak_bytes(device) - before - gradients, "loss": loss.item()}
+    result = {"seconds": taken, "bytes": peak_bytes(device) - before - gradients, "loss": losses[-1]}
     if args.save:
         save_file({"hidden": hidden.grad, "weight": weight.grad}, args.save)
     return result
 
 
-def in_a_process(args, variant: str, tokens: int, save: Path | None = None) -> dict:
+def in_a_process(args, variant: str, tokens: int, repeats: int, save: Path | None = None) -> dict:
     """The same in a fresh process."""
+    print(f"{variant}, {tokens:,} tokens", flush=True)
     options = {"variant": variant, "tokens": tokens, "hidden": args.hidden, "vocabulary": args.vocabulary}
-    command = [sys.executable, __file__, f"--repeats={args.repeats}"]
+    command = [sys.executable, __file__, f"--repeats={repeats}"]
     command += [f"--{key}={value}" for key, value in (options | ({"save": save} if save else {})).items()]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if run.returncode:
         raise UserError(f"the {variant} loss of {tokens} tokens ended with status {run.returncode}; see above")
-    return json.loads(run.stdout)
+    return {"variant": variant, "tokens": tokens, **json.loads(run.stdout)}
 
 
 def largest_difference(path: Path, reference: Path, name: str) -> float:
@@ -95,6 +98,56 @@ def largest_difference(path: Path, reference: Path, name: str) -> float:
     return difference / largest
 
 
+def compare(args) -> list[dict]:
+    """All variants at --tokens, with their differences from the plain loss; then the others at other numbers."""
+    others = ["chunked"] + (["liger"] if why_not("liger") is None else [])
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Path(folder, "plain")
+        plain = in_a_process(args, "plain", args.tokens, args.repeats, reference)
+        rows = [plain]
+        for variant in others:
+            path = Path(folder, variant)
+            row = in_a_process(args, variant, args.tokens, args.repeats, path)
+            differences = [abs(row["loss"] - plain["loss"]) / abs(plain["loss"])]
+            differences += [largest_difference(path, reference, name) for name in ("hidden", "weight")]
+            rows.append(row | {"differences": differences})
+            path.unlink()
+    return rows + [in_a_process(args, variant, n, 1) for n in args.chunked_tokens for variant in others]
+
+
+def render(results: dict) -> str:
+    """One table of all variants."""
+    shape = f"Width {results['hidden']:,}, vocabulary {results['vocabulary']:,}, float32."
+    header = [
+        "loss",
+        "tokens",
+        "forward + backward, s",
+        "memory, GiB",
+        "loss, rel.",
+        "d hidden, rel.",
+        "d weight, rel.",
+    ]
+    rows = [
+        [
+            row["variant"],
+            f"{row['tokens']:,}",
+            spread(row["seconds"], 1),
+            f"{row['bytes'] / 2**30:.2f}",
+            *(f"{difference:.1e}" for difference in row.get("differences", [])),
+        ]
+        for row in results["rows"]
+    ]
+    return page(results, shape, table(header, [row + [""] * (len(header) - len(row)) for row in rows]))
+
+
+def plot(results: dict, path: Path) -> None:
+    labels = [f"{row['variant']}, {row['tokens']:,} tokens" for row in results["rows"]]
+    taken = [row["seconds"] for row in results["rows"]]
+    memory = [[row["bytes"] / 2**30] for row in results["rows"]]
+    panels = {"forward + backward, s": taken, "memory, GiB": memory}
+    bars({title: dict(zip(labels, samples, strict=True)) for title, samples in panels.items()}, path)
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2048, help="where all are compared")
@@ -104,44 +157,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--variant", choices=["plain", "chunked", "liger"], help="measure one in this process")
     parser.add_argument("--save", help="with --variant: write its gradients to this file")
+    parser.add_argument("--output", metavar="DIR", help="write loss.json and .png there")
     args = parser.parse_args()
     if args.variant:
         print(json.dumps(measure(args)))
         return
-
-    device = default_device()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {name}, float32")
-    print(f"hidden {args.hidden}, vocabulary {args.vocabulary:,}; seconds: median (min-max) of {args.repeats}\n")
-    print("| loss    | tokens | forward + backward, s | memory, GiB | loss, rel. | d hidden, rel. | d weight, rel. |")
-    print("|---------|-------:|----------------------:|------------:|-----------:|---------------:|---------------:|")
-    variants = ["plain", "chunked"] + (["liger"] if why_not("liger") is None else [])
-    with tempfile.TemporaryDirectory() as folder:
-        reference = Path(folder, "plain")
-        for variant in variants:
-            path = Path(folder, variant)
-            result = in_a_process(args, variant, args.tokens, path)
-            if variant == "plain":
-                exact, differences = result["loss"], []
-            else:
-                differences = [abs(result["loss"] - exact) / abs(exact)]
-                differences += [largest_difference(path, reference, name) for name in ("hidden", "weight")]
-                path.unlink()
-            print(_row(variant, args.tokens, result, differences), flush=True)
-    for tokens in args.chunked_tokens:
-        for variant in variants[1:]:
-            print(_row(variant, tokens, in_a_process(args, variant, tokens), []), flush=True)
-
-
-def _row(variant: str, tokens: int, result: dict, differences: list[float]) -> str:
-    seconds = result["seconds"]
-    spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
-    cells = [f"{value:.1e}" for value in differences] or ["", "", ""]
-    memory = result["bytes"] / 2**30
-    return (
-        f"| {variant:7} | {tokens:6,} | {spread:>21} | {memory:11.2f} "
-        f"| {cells[0]:>10} | {cells[1]:>14} | {cells[2]:>14} |"
-    )
+    results = {"environment": environment(default_device()), "hidden": args.hidden, "vocabulary": args.vocabulary}
+    results["rows"] = compare(args)
+    finish("loss", results, render, plot, args.output)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,63 @@
 """AdamW against Muon at equal steps on the embedded corpus, each at its best learning rate of a few.
 
     python scripts/bench/optimizers.py [--steps 400] [--sweep-steps 150] [--rates 1e-3 3e-3 1e-2 3e-2]
+        [--runs runs/optimizers] [--output results/cpu]
 
 The quickstart's model, settings and data order; only the optimizer and its peak learning rate differ. Both sweep the
-same rates in short runs, then train the full number of steps at the best one; the speed shown is those last runs'.
+same rates in short runs, then train the full number of steps at the best one. Runs that are finished are not trained
+again.
 """
 
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-from flash_stu.errors import ArgumentParser, UserError, run_cli
-from flash_stu.training.metrics import read_metrics
+from measuring import environment, finish, page, table
+from plots import panels
+from trained import CONFIG, train
 
-CONFIG = "configs/quickstart.yaml"
+from flash_stu.errors import ArgumentParser, run_cli
+from flash_stu.loading import default_device
+
 OPTIMIZERS = ("adamw", "muon")
+
+
+def compare(args) -> list[dict]:
+    """Both optimizers: their sweeps, and the long run at the best rate."""
+
+    def run(name: str, rate: float, steps: int) -> dict:
+        folder = Path(args.runs) / f"{name}-{rate:g}-{steps}"
+        return train(folder, steps, {"optimizer.name": name, "optimizer.learning_rate": rate})
+
+    rows = []
+    for name in OPTIMIZERS:
+        sweep = [[rate, run(name, rate, args.sweep_steps)["validation"]] for rate in args.rates]
+        best, _ = min(sweep, key=lambda pair: pair[1])
+        rows.append({"optimizer": name, "sweep": sweep, "best": best, **run(name, best, args.steps)})
+    return rows
+
+
+def render(results: dict) -> str:
+    """One table: the sweeps, and the long runs."""
+    what = f"{CONFIG} on the embedded corpus; validation losses in nats per byte."
+    header = ["optimizer", *(f"{rate:g}, {results['sweep_steps']} steps" for rate, _ in results["rows"][0]["sweep"])]
+    rows = [
+        [row["optimizer"], *(f"{loss:.4f}" for _, loss in row["sweep"]), f"{row['best']:g}", f"{row['validation']:.4f}"]
+        for row in results["rows"]
+    ]
+    return page(results, what, table([*header, "best rate", f"{results['steps']} steps at it"], rows))
+
+
+def plot(results: dict, path: Path) -> None:
+    figure, (sweep, curve) = panels(2, 5)
+    for row in results["rows"]:
+        sweep.plot(*zip(*row["sweep"], strict=True), marker="o", markersize=4, label=row["optimizer"])
+        curve.plot(*zip(*row["curve"], strict=True), label=f"{row['optimizer']}, {row['best']:g}")
+    sweep.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss, nats per byte")
+    sweep.set_title(f"after {results['sweep_steps']} steps", loc="left", fontsize=10)
+    curve.set(xlabel="step", ylabel="training loss, nats per byte")
+    curve.set_title("at the best rate", loc="left", fontsize=10)
+    for axes in (sweep, curve):
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -23,50 +65,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--sweep-steps", type=int, default=150)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2], help="peak learning rates")
-    parser.add_argument("--output", default="runs/optimizers")
+    parser.add_argument("--runs", default="runs/optimizers", metavar="DIR", help="where the run directories are")
+    parser.add_argument("--output", metavar="DIR", help="write optimizers.json and .png there")
     args = parser.parse_args()
-
-    sweep = {
-        name: {rate: train(args.output, name, rate, args.sweep_steps)[0] for rate in args.rates} for name in OPTIMIZERS
-    }
-    best = {name: min(losses, key=losses.get) for name, losses in sweep.items()}
-    final = {name: train(args.output, name, best[name], args.steps) for name in OPTIMIZERS}
-
-    print("\nvalidation loss on the embedded corpus, nats per byte\n")
-    columns = [f"{rate:g}, {args.sweep_steps} steps" for rate in args.rates]
-    columns += ["best rate", f"{args.steps} steps at it", "tokens/s"]
-    print("| optimizer | " + " | ".join(columns) + " |")
-    print("|-----------|" + "|".join("-" * (len(column) + 1) + ":" for column in columns) + "|")
-    for name in OPTIMIZERS:
-        loss, speed = final[name]
-        cells = [*(f"{loss:.4f}" for loss in sweep[name].values()), f"{best[name]:g}", f"{loss:.4f}", f"{speed:.0f}"]
-        row = " | ".join(f"{cell:>{len(column)}}" for cell, column in zip(cells, columns, strict=True))
-        print(f"| {name:9} | {row} |")
-
-
-def train(output: str, name: str, rate: float, steps: int) -> tuple[float, float]:
-    """Train with train.py; a finished run is not trained again.
-
-    Returns:
-        the last validation loss, and the median of the steps' tokens per second.
-    """
-    run = Path(output) / f"{name}-{rate:g}-{steps}"
-    overrides = {
-        "output_dir": run,
-        "train.steps": steps,
-        "train.checkpoint_every": steps,
-        "train.validation_every": steps,
-        "optimizer.name": name,
-        "optimizer.learning_rate": rate,
-        "wandb.mode": "disabled",
-    }
-    print(f"\n{run}", flush=True)
-    command = [sys.executable, "train.py", "--config", CONFIG, *(f"{k}={v}" for k, v in overrides.items())]
-    if subprocess.run(command).returncode:
-        raise UserError(f"training {run} failed; see above")
-    records = list(read_metrics(run / "metrics.jsonl"))
-    losses = [record["validation_loss"] for record in records if "validation_loss" in record]
-    return losses[-1], statistics.median(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
+    results = {"environment": environment(default_device()), "steps": args.steps, "sweep_steps": args.sweep_steps}
+    results["rows"] = compare(args)
+    finish("optimizers", results, render, plot, args.output)
 
 
 if __name__ == "__main__":

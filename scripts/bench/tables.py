@@ -3,104 +3,81 @@
     python scripts/bench/tables.py [--results results] [--readme README.md] [--check]
 
 A place for a table is a pair of lines, `<!-- results: cpu/conv-float32 -->` and `<!-- end -->`, the first of them
-naming a file below the results folder: NAME.json of a benchmark's --output, or else NAME.txt, what one printed.
-Everything between them is replaced. --check changes nothing and exits with 1 if something would change.
+naming a file below the results folder without its .json: what a benchmark's --output left, its name up to a dash that
+of the benchmark. Everything between them is replaced by what the benchmark's `render` makes of the file. A place whose
+file is not there stays as it is. --check changes nothing and exits with 1 if something would change.
 """
 
-import contextlib
-import io
 import json
-import os
 import re
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
-import conv
-import generate
-import hotspots
-import layers
-from measuring import describe
+from measuring import write
 
-import train
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 
-PLACE = re.compile(r"^<!-- results: (\S+) -->\n.*?^<!-- end -->$", re.DOTALL | re.MULTILINE)
+BENCHMARKS = (
+    "branches",
+    "conv",
+    "data",
+    "fits",
+    "generate",
+    "hotspots",
+    "layers",
+    "lds",
+    "loss",
+    "optimizers",
+    "train",
+)
+BEGIN = "<!-- results: "
+PLACE = re.compile(rf"^{BEGIN}(\S+) -->\n((?:(?!{BEGIN}).)*?)^<!-- end -->$", re.DOTALL | re.MULTILINE)
 
 
-def with_environment(render: Callable[[dict], str]) -> Callable[[dict], str]:
-    """Its table under a line that says where the figures come from."""
-    return lambda results: describe(results["environment"]) + "\n\n" + render(results)
-
-
-def of_training(results: dict) -> str:
-    """The tables of train.py, which prints them."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        for path, result in results.items():
-            train.print_tables(Path(path).stem, result)
-    return printed.getvalue().strip()
-
-
-def of_generation(results: dict) -> str:
-    """The tables of generate.py, whose JSON has the lengths as strings."""
-    parts = [results["settings"]]
-    for name, group in results["results"].items():
-        lengths = list(next(iter(group.values()))["tokens_per_second"])
-        parts.append(f"{generate.PANELS.get(name, name)}: seconds to generate")
-        head = "| |" + "".join(f" {n} |" for n in lengths) + " tokens/s at the end | weights allow | share |"
-        rows = [generate.row(label, figures, lengths) for label, figures in group.items()]
-        parts.append("\n".join([head, "|:--|" + "--:|" * (len(lengths) + 3), *rows]))
-    return "\n\n".join(parts)
-
-
-RENDER = {
-    "conv": with_environment(conv.render),
-    "layers": with_environment(layers.render),
-    "hotspots": with_environment(hotspots.render),
-    "train": of_training,
-    "generate": of_generation,
-}
-
-
-def render(folder: Path, name: str) -> str:
-    """The Markdown for the results called `name`.
+def fill(text: str, results: Path) -> tuple[str, list[str]]:
+    """A text with the tables of the results in their places, and the names of the places that have no results.
 
     Raises:
-        UserError: if there are none, or nothing here knows how to show them.
+        UserError: for a place that does not end, or whose name is no benchmark's.
     """
-    path, text = folder / f"{name}.json", folder / f"{name}.txt"
-    if not path.is_file():
-        if text.is_file():
-            return text.read_text().strip()
-        raise UserError(f"the README has a place for {name!r}, but there is neither {path} nor {text}")
-    kind = path.stem.split("-")[0]
-    if kind not in RENDER:
-        raise UserError(f"{path}: no table is known for {kind!r}; known: {', '.join(RENDER)}")
-    return RENDER[kind](json.loads(path.read_text()))
+    missing = []
+
+    def table(place: re.Match) -> str:
+        path = results / f"{place[1]}.json"
+        benchmark = path.stem.split("-")[0]
+        if benchmark not in BENCHMARKS:
+            raise UserError(f"{place[1]!r} names no benchmark; known: {', '.join(BENCHMARKS)}")
+        if path.is_file():
+            rendered = import_module(benchmark).render(json.loads(path.read_text()))
+            return f"{BEGIN}{place[1]} -->\n\n{rendered}\n\n<!-- end -->"
+        missing.append(place[1])
+        return place[0]
+
+    filled, count = PLACE.subn(table, text)
+    if count != len(re.findall(rf"^{BEGIN}", text, re.MULTILINE)):
+        raise UserError(f"a line that begins with {BEGIN!r} is not complete, or has no {'<!-- end -->'!r} below it")
+    return filled, missing
 
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", default="results", metavar="DIR")
     parser.add_argument("--readme", default="README.md", metavar="FILE")
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if something would change")
     args = parser.parse_args()
     path = Path(args.readme)
     if not path.is_file():
         raise UserError(f"--readme {path}: no such file")
     before = path.read_text()
-
-    def fill(place: re.Match) -> str:
-        return f"<!-- results: {place[1]} -->\n\n{render(Path(args.results), place[1])}\n\n<!-- end -->"
-
-    after, places = PLACE.subn(fill, before)
-    print(f"{places} tables in {path}, {'nothing changes' if after == before else 'some change'}")
+    after, missing = fill(before, Path(args.results))
+    for name in missing:
+        print(f"{name}: no results in {args.results}; its place stays as it is")
+    same = after == before
+    print(f"{path}: {'nothing changes' if same else 'tables differ from the results' if args.check else 'updated'}")
     if args.check:
-        return int(after != before)
-    if after != before:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(after)
-        os.replace(temporary, path)
+        return int(not same)
+    if not same:
+        write(path, after)
     return 0
 
 

@@ -1,19 +1,16 @@
 """Training speed on one device: tokens/s, MFU and peak memory of a step, its parts, and what other kernels make of it.
 
-    python scripts/bench/train.py [--config configs/flash_stu_340m.yaml] [--output FILE] [section.key=value ...]
+    python scripts/bench/train.py [--config configs/flash_stu_340m.yaml] [--output DIR] [section.key=value ...]
 
 A step is the trainer's: micro batches forward and backward, gradient clipping, optimizer; the tokens are random, so no
-data is needed. Variants take the same step with the two-branch FFT of the published code, and with each optional
-package that is installed. The parts are timed alone, forward and backward, at the step's shapes. The rate of a large
-matrix product is measured between the steps, and the model's FLOPs (flash_stu/training/flops.py) are given as a share
-of it. On a CPU: --config configs/quickstart.yaml.
+data is needed. Variants take the same step with the two-branch FFT of the published code, with one back end changed at
+a time as far as it is available, and as the config has it. The parts are timed alone, forward and backward, at the
+step's shapes. The rate of a large matrix product is measured between the steps, and the model's FLOPs
+(flash_stu/training/flops.py) are given as a share of it. On a CPU: --config configs/quickstart.yaml.
 """
 
 import gc
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -21,14 +18,17 @@ from pathlib import Path
 
 import torch
 from conv import two_branch_fft
+from measuring import environment, finish, page, seconds, spread, table
+from plots import bars
 from torch import nn
 
 from flash_stu.backends import why_not
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.layers import STU, SlidingWindowAttention
+from flash_stu.loading import default_device
 from flash_stu.ops.attention import sliding_window_attention
-from flash_stu.ops.causal_conv import causal_conv
 from flash_stu.ops.cross_entropy import linear_cross_entropy
+from flash_stu.ops.spectral_conv import spectral_conv
 from flash_stu.training import RunConfig, join_world, load_config
 from flash_stu.training.flops import forward_flops, peak_flops, train_flops
 from flash_stu.training.metrics import peak_memory
@@ -39,7 +39,13 @@ from flash_stu.training.trainer import build_model
 TWO_BRANCH = "two-branch FFT (published)"
 WARM_UP = 2
 CONFIGS = ["configs/flash_stu_340m.yaml", "configs/flash_stu_550m.yaml"]
-PACKAGES = {"conv_backend": "flashfftconv", "attention_backend": "flash_attn", "loss_backend": "liger"}
+CHOICES = {
+    "chunked convolution": {"conv_backend": "chunked"},
+    "with triton": {"conv_backend": "triton"},
+    "with flashfftconv": {"conv_backend": "flashfftconv"},
+    "with flash_attn": {"attention_backend": "flash_attn"},
+    "with liger": {"loss_backend": "liger"},
+}
 
 
 class Bench:
@@ -65,14 +71,14 @@ class Bench:
         """Changes of the model section by name."""
         attention = "flex_attention" if self.device.type == "cuda" else "banded"
         plain = {"conv_backend": "fft", "attention_backend": attention, "loss_backend": "chunked"}
-        usable = {key: package for key, package in PACKAGES.items() if why_not(package) is None}
         model = self.config.architecture()
         published = model.uses_stu and model.stu_type == "tensordot" and model.stu_branches == "shared"
-        result = ({TWO_BRANCH: plain} if published else {}) | {"PyTorch alone": plain}
-        result |= {f"with {package}": plain | {key: package} for key, package in usable.items()}
-        if len(usable) > 1:
-            result["with all of them"] = plain | usable
-        return result
+        result = ({TWO_BRANCH: plain} if published else {}) | {"one FFT": plain}
+        for name, choice in CHOICES.items():
+            ((key, backend),) = choice.items()
+            if (backend == "chunked" or why_not(backend) is None) and (model.uses_stu or key != "conv_backend"):
+                result[name] = plain | choice
+        return result | {"as configured": {}}
 
     def build(self, name: str, changes: dict[str, str]) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
         """Model and optimizers as the trainer makes them."""
@@ -102,23 +108,11 @@ class Bench:
         for optimizer in optimizers:
             optimizer.step()
 
-    def time(self, function: Callable[[], None]) -> float:
-        """Seconds of a call, all of the device's work included."""
-        self.wait()
-        start = time.perf_counter()
-        function()
-        self.wait()
-        return time.perf_counter() - start
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def median(self, function: Callable[[], None]) -> float:
-        """Median seconds of a call, after those that compile and warm up."""
+    def samples(self, function: Callable[[], None], times: int = 1) -> list[float]:
+        """Seconds of `times` calls, after those that compile and warm up."""
         for _ in range(WARM_UP):
             function()
-        return statistics.median(self.time(function) for _ in range(self.repeats))
+        return [times * seconds(function, self.device) for _ in range(self.repeats)]
 
     def product_rate(self) -> float:
         """FLOP/s of a large square matrix product, in the dtype of the run's products."""
@@ -129,11 +123,11 @@ class Bench:
             for _ in range(10):
                 torch.mm(a, b, out=c)
 
-        return 10 * 2 * side**3 / self.time(products)
+        return 10 * 2 * side**3 / seconds(products, self.device)
 
     def run(self) -> dict:
-        """All variants; the parts of the last one, which has every package that is installed."""
-        variants = {}
+        """All variants; the parts of the last one, the config's own."""
+        variants = []
         for name, changes in self.variants().items():
             gc.collect()  # the model before
             if self.device.type == "cuda":
@@ -143,16 +137,13 @@ class Bench:
             for _ in range(WARM_UP):
                 self.step(model, optimizers)
                 self.product_rate()
-            seconds, rates = [], []
+            taken, rates = [], []
             for _ in range(self.repeats):  # in turn, so that a drifting clock hits both alike
-                seconds.append(self.time(lambda m=model, o=optimizers: self.step(m, o)))
+                taken.append(seconds(lambda m=model, o=optimizers: self.step(m, o), self.device))
                 rates.append(self.product_rate())
-            variants[name] = {
-                "seconds": seconds,
-                "product_rates": rates,
-                # of a CPU's process, the variants before count too
-                "peak_memory_gib": peak_memory(self.device) if self.device.type == "cuda" else None,
-            }
+            # of a CPU's process, the variants before count too
+            memory = peak_memory(self.device) if self.device.type == "cuda" else None
+            variants.append({"variant": name, "seconds": taken, "product_rates": rates, "peak_memory_gib": memory})
             parameters = model.num_parameters()
             parts = self.parts(model, optimizers) if name == list(self.variants())[-1] else None
             del model, optimizers
@@ -168,8 +159,8 @@ class Bench:
             "parts": parts,
         }
 
-    def parts(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, float]:
-        """Seconds that each part of the model takes in a step, by its median time alone."""
+    def parts(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[dict]:
+        """Seconds that each part of the model would take in a step if every call took as long as it does alone."""
         captured = []
         hook = model.model.layers[0].register_forward_pre_hook(lambda _, inputs: captured.append(inputs))
         with torch.no_grad():
@@ -177,9 +168,9 @@ class Bench:
         hook.remove()
         ((x, context, *_),) = captured
         compiled = torch.compile if self.config.train.compile else lambda function: function
-        layers, parts = model.model.layers, {}
+        layers, parts = model.model.layers, []
 
-        def add(name: str, count: int, function: Callable, *inputs: torch.Tensor) -> None:
+        def add(name: str, of: str | None, count: int, function: Callable, *inputs: torch.Tensor) -> None:
             inputs = [tensor.detach().requires_grad_() for tensor in inputs]
             function = compiled(function)
 
@@ -188,7 +179,8 @@ class Bench:
                     y = function(*inputs)
                 y.backward(torch.ones_like(y))
 
-            parts[name] = self.median(there_and_back) * count * self.micro_batches
+            taken = self.samples(there_and_back, count * self.micro_batches)
+            parts.append({"part": name, "of": of, "seconds": taken})
 
         blocks = {type(block.mixer): block for block in layers}
         with self.autocast(), torch.no_grad():
@@ -198,15 +190,10 @@ class Bench:
                 continue
             mixer = blocks[kind].mixer
             count = sum(isinstance(block.mixer, kind) for block in layers)
-            add(name, count, lambda u, mixer=mixer: mixer.forward(u, context), normed)
+            add(name, None, count, lambda u, mixer=mixer: mixer.forward(u, context), normed)
             if kind is STU and mixer.tensordot:
-                inputs = normed.to(self.dtype)
-                add(
-                    "  of which convolution",
-                    count,
-                    lambda u, m=mixer: causal_conv(u, m.taps(context.filters), m.backend, m.dilation),
-                    inputs,
-                )
+                convolve = partial(_convolve, mixer, mixer.features(context.filters))
+                add("convolution", name, count, convolve, normed.to(self.dtype))
             elif kind is SlidingWindowAttention:
                 heads = [
                     torch.randn(x.shape[0], n, x.shape[1], mixer.head_dim, device=self.device, dtype=self.dtype)
@@ -215,8 +202,8 @@ class Bench:
                 attend = partial(
                     sliding_window_attention, window=mixer.window, softcap=mixer.softcap, backend=mixer.backend
                 )
-                add("  of which attention", count, lambda q, k, v, attend=attend: attend(q, k, v), *heads)
-        add("MLPs", len(layers), layers[0].mlp.forward, normed)
+                add("attention", name, count, lambda q, k, v, attend=attend: attend(q, k, v), *heads)
+        add("MLPs", None, len(layers), layers[0].mlp.forward, normed)
 
         labels = self.tokens[0, :, 1:]
         head, backend = model.lm_head, model.config.loss_backend
@@ -226,16 +213,21 @@ class Bench:
             with self.autocast():
                 linear_cross_entropy(hidden, head.weight, labels, head.bias, backend).backward()
 
-        parts["head + loss"] = self.median(loss) * self.micro_batches
+        parts.append({"part": "head + loss", "of": None, "seconds": self.samples(loss, self.micro_batches)})
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        parts["optimizer"] = self.median(lambda: self.update(model, optimizers))
-        return parts
+        taken = self.samples(lambda: self.update(model, optimizers))
+        return [*parts, {"part": "optimizer", "of": None, "seconds": taken}]
 
     def autocast(self):
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+
+def _convolve(stu: STU, features: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """What an STU-T layer does to its projected inputs."""
+    return spectral_conv(inputs, features, stu.M_filters.flatten(0, 1), stu.backend, stu.dilation, stu.oscillating)
 
 
 def _two_branch_forward(stu: STU, x: torch.Tensor, context) -> torch.Tensor:
@@ -245,58 +237,75 @@ def _two_branch_forward(stu: STU, x: torch.Tensor, context) -> torch.Tensor:
     return two_branch_fft(stu.in_proj(x), filters[: x.shape[1]])
 
 
-def print_tables(name: str, result: dict) -> None:
-    """One table of the variants' steps, one of the parts."""
-    batch, length = result["shape"]
-    print(
-        f"\n{name}: {result['parameters']:,} parameters, {result['train_flops'] / 1e9:.3g} GFLOPs a token; "
-        f"a step is {result['micro_batches']} x {batch} x {length} tokens\n"
-    )
-    print(f"| {'step':31} | {'tokens/s':>24} | {'peak memory':>11} | {'MFU':>6} | of product rate | speed-up |")
-    print(f"|{'-' * 33}|{'-' * 25}:|{'-' * 12}:|{'-' * 7}:|----------------:|---------:|")
-    reference = statistics.median(next(iter(result["variants"].values()))["seconds"])
-    for variant, measured in result["variants"].items():
-        seconds = measured["seconds"]
-        speeds = [result["tokens"] / s for s in seconds]
-        median = statistics.median(speeds)
-        achieved = median * result["train_flops"]
-        spread = f"{median:,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})"
-        memory = "" if measured["peak_memory_gib"] is None else f"{measured['peak_memory_gib']:.1f} GiB"
-        mfu = "" if result["peak_flops"] is None else f"{achieved / result['peak_flops']:.1%}"
-        share = f"{achieved / statistics.median(measured['product_rates']):.1%}"
-        ratio = f"{reference / statistics.median(seconds):.2f}x"
-        print(f"| {variant:31} | {spread:>24} | {memory:>11} | {mfu:>6} | {share:>15} | {ratio:>8} |")
-    rates = [rate / 1e12 for measured in result["variants"].values() for rate in measured["product_rates"]]
-    print(f"\nmatrix products: {statistics.median(rates):.3g} ({min(rates):.3g}-{max(rates):.3g}) TFLOP/s")
+def render(results: dict) -> str:
+    """Per config a table of the variants' steps and one of the parts."""
+    return page(results, *(part for row in results["rows"] for part in _tables(row)))
 
-    step = statistics.median(list(result["variants"].values())[-1]["seconds"])
-    print(f"\n| {'part of a step, the last above':31} | {'ms':>9} | share |")
-    print(f"|{'-' * 33}|{'-' * 10}:|------:|")
-    parts = result["parts"]
-    rest = step - sum(seconds for part, seconds in parts.items() if not part.startswith(" "))
-    for part, seconds in (parts | {"rest (norms, residuals, ...)": rest}).items():
-        print(f"| {part:31} | {1000 * seconds:9.1f} | {seconds / step:5.1%} |")
+
+def _tables(row: dict) -> list[str]:
+    batch, length = row["shape"]
+    rates = [rate for variant in row["variants"] for rate in variant["product_rates"]]
+    shape = (
+        f"{Path(row['config']).stem}, {row['dtype']}: {row['parameters']:,} parameters, "
+        f"{row['train_flops'] / 1e9:.3g} GFLOPs a token; a step is {row['micro_batches']} x {batch} x {length:,} "
+        f"tokens; a matrix product runs at {spread(rates, 1e-9)} GFLOP/s."
+    )
+    reference = statistics.median(row["variants"][0]["seconds"])
+    steps = []
+    for variant in row["variants"]:
+        speeds = [row["tokens"] / taken for taken in variant["seconds"]]
+        achieved = statistics.median(speeds) * row["train_flops"]
+        memory, peak = variant["peak_memory_gib"], row["peak_flops"]
+        steps.append([
+            variant["variant"],
+            spread(speeds, 1),
+            "" if memory is None else f"{memory:.1f} GiB",
+            "" if peak is None else f"{achieved / peak:.1%}",
+            f"{achieved / statistics.median(variant['product_rates']):.1%}",
+            f"{reference / statistics.median(variant['seconds']):.2f}x",
+        ])  # fmt: skip
+    header = ["step", "tokens/s", "peak memory", "MFU", "of product rate", "speed-up"]
+    step = statistics.median(row["variants"][-1]["seconds"])
+    rest = step - sum(statistics.median(part["seconds"]) for part in row["parts"] if not part["of"])
+    parts = [*row["parts"], {"part": "rest (norms, residuals, ...)", "of": None, "seconds": [rest]}]
+    shares = [
+        [_label(part), spread(part["seconds"]), f"{statistics.median(part['seconds']) / step:.1%}"] for part in parts
+    ]
+    return [shape, table(header, steps), table(["part of a step, the last above", "ms", "share"], shares)]
+
+
+def _label(part: dict) -> str:
+    return f"{part['of']}: {part['part']}" if part["of"] else part["part"]
+
+
+def plot(results: dict, path: Path) -> None:
+    bars(
+        {
+            f"{Path(row['config']).stem}: ms of a step": {
+                _label(part): [1000 * taken for taken in part["seconds"]] for part in row["parts"]
+            }
+            for row in results["rows"]
+        },
+        path,
+    )
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", action="append", help=f"run config; default: {' and '.join(CONFIGS)}")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", default="bench-train.json", help="where the figures are written")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--output", metavar="DIR", help="write train.json and .png there")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every config")
     args = parser.parse_args()
 
-    results = {}
+    results = {"environment": environment(default_device()), "rows": []}
     for path in args.config or CONFIGS:
         config = load_config(path, [*args.overrides, "parallel.strategy=none"])
+        print(path, flush=True)
         with join_world(config) as world:
-            if not results:
-                cuda = world.device.type == "cuda"
-                name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-                print(f"torch {torch.__version__}, Python {platform.python_version()}, {name}, {config.train.dtype}")
-            results[path] = Bench(config, world, args.repeats).run()
-        print_tables(Path(path).stem, results[path])
-        Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
+            measured = Bench(config, world, args.repeats).run()
+        results["rows"].append({"config": path, "dtype": config.train.dtype, **measured})
+    finish("train", results, render, plot, args.output)
 
 
 if __name__ == "__main__":

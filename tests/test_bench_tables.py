@@ -1,0 +1,187 @@
+"""The benchmarks' tables: each script renders what it leaves in a file, and tables.py keeps the README equal to it."""
+
+import importlib
+import json
+import re
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from flash_stu.errors import UserError, run_cli
+
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "scripts" / "bench"
+CPU = torch.device("cpu")
+PLACES = {"cpu/loss": "old", "gpu/loss": "not yet"}
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The modules of scripts/bench by name; other modules of their names come back afterwards."""
+    names = [path.stem for path in BENCH.glob("*.py")]
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(BENCH))
+    yield {name: importlib.import_module(name) for name in names}
+    sys.path.remove(str(BENCH))
+    for name in names:
+        del sys.modules[name]
+    sys.modules.update(others)
+
+
+@pytest.fixture(scope="module")
+def results(scripts):
+    """Small results of every benchmark: measured where that takes no time, else made up."""
+    conv, layers, lds, fits = (scripts[name] for name in ("conv", "layers", "lds", "fits"))
+    timing = {"repeats": 2, "seconds": 5}
+    shape = Namespace(batch=2, channels=3, direct_up_to=24, width=16, lengths=[24, 30], **timing)
+    built = layers.build(shape, CPU)
+    bank = fits.FilterBank(fits.compute_filters(64, 4, "hankel")[1])
+    tiny_lds = Namespace(hidden_size=4, state_dim=8, length=32, loop_tokens=4, **timing)
+    training = {"curve": [[20, 3.0], [40, 2.5]], "validation": 2.75}
+    part = {"part": "STU layers", "of": None, "seconds": [0.02, 0.03]}
+    variant = {"variant": "PyTorch alone", "seconds": [0.1, 0.2], "product_rates": [1e11, 2e11]}
+    lengths = {"curve": [[0, 0.0], [3, 0.1]], "seconds": [[3, [0.1, 0.2]]], "rates": [[3, [20.0, 30.0]]]}
+    made = {
+        "conv": {
+            "rates": {"flops": 1e11, "bytes": 1e10},
+            "batch": 2, "channels": 3, "dtype": "float32",
+            "rows": [row for n in shape.lengths for row in conv.compare(n, shape, CPU, torch.float32)],
+        },
+        "layers": {
+            "batch": 2, "width": 16, "dtype": "float32",
+            "rows": [row for n in shape.lengths for row in layers.compare(n, shape, CPU, torch.float32, *built)],
+        },
+        "hotspots": {
+            "config": "configs/a.yaml", "dtype": "float32", "tokens": 64, "milliseconds": 5.0,
+            "rows": [{"operation": "aten::mm", "ms": 4.0, "calls": 3.0}],
+        },
+        "train": {
+            "rows": [{
+                "config": "configs/a.yaml", "dtype": "float32", "parameters": 10, "tokens": 64, "shape": (2, 16),
+                "micro_batches": 2, "train_flops": 1e6, "forward_flops": 1e5, "peak_flops": 1e12,
+                "variants": [variant | {"peak_memory_gib": memory} for memory in (None, 1.5)],
+                "parts": [part, part | {"part": "convolution", "of": "STU layers"}],
+            }],
+        },
+        "generate": {
+            "shape": "quickstart", "dtype": "float32", "batch": 1, "bandwidth": 1e10, "lengths": [3],
+            "rows": [
+                {"panel": panel, "label": label, "limit": 90.0, **lengths}
+                for panel in ("layer", "hybrid") for label in ("naive", "attention")
+            ],
+        },
+        "fits": {
+            "length": 64, "filters": 4, "basis": "hankel", "filter_seconds": [0.01], "fit_seconds": [0.2, 0.1],
+            "recurrence_error": None, "floors": dict.fromkeys(fits.DTYPES, 1e-6),
+            "rows": [dict.fromkeys((*fits.METHODS, "bound", "run_time_error", "max_coefficient", "lambda_max_h"), 1e-9)
+                     | {"state_dim": states} for states in (8, 16)],
+            "smallest": [fits.smallest(bank, tolerance) for tolerance in (1e-2, 1e-30)],
+        },
+        "lds": {**vars(tiny_lds), **lds.measure(tiny_lds, CPU)},
+        "loss": {
+            "hidden": 8, "vocabulary": 64,
+            "rows": [{"variant": name, "tokens": 4, "seconds": [0.1], "bytes": 2**20, "loss": 1.0, **more}
+                     for name, more in {"plain": {}, "chunked": {"differences": [0.0, 1e-7, 1e-7]}}.items()],
+        },
+        "branches": {
+            "steps": 40,
+            "rows": [{"model": kind, "branches": "shared", **training} for kind in scripts["branches"].KINDS],
+        },
+        "optimizers": {
+            "steps": 40, "sweep_steps": 20,
+            "rows": [{"optimizer": name, "sweep": [[1e-3, 3.0], [1e-2, 2.9]], "best": 1e-2, **training}
+                     for name in ("adamw", "muon")],
+        },
+        "data": {
+            "tiktoken": "0", "tokenizer": "tiktoken:a", "cores": 2, "text": "embedded", "documents": 3,
+            "megabytes": 1.0, "tokens": 1000, "bare": [0.1, 0.2], "whole": [0.2, 0.3], "tokens_read": 500,
+            "loaders": [{"loader": "read by the caller", "seconds": [0.1]}],
+        },
+    }  # fmt: skip
+    return {name: {"environment": scripts["measuring"].environment(CPU), **own} for name, own in made.items()}
+
+
+def test_every_benchmark_has_a_table_here(scripts, results):
+    benchmarks = {name for name, script in scripts.items() if hasattr(script, "render")}
+    assert benchmarks == set(scripts["tables"].BENCHMARKS) == set(results)
+    assert all(hasattr(scripts[name], "plot") for name in benchmarks)
+
+
+def test_tables_and_pictures_of_what_is_left_in_a_file(scripts, results, tmp_path, capsys):
+    for name, own in results.items():
+        script = scripts[name]
+        scripts["measuring"].finish(f"{name}-x", own, script.render, script.plot, str(tmp_path))
+        printed = capsys.readouterr().out
+        assert script.render(json.loads((tmp_path / f"{name}-x.json").read_text())) in printed
+        assert own["environment"]["torch"] in printed and (tmp_path / f"{name}-x.png").stat().st_size > 1000
+        tables = re.findall(r"(?:^\|.*\n)+", printed, re.MULTILINE)
+        assert tables
+        for table in tables:  # as many cells in every row
+            assert len({line.count("|") for line in table.splitlines()}) == 1, table
+
+
+def test_figures_of_a_table(scripts, results):
+    assert "| STU layers: convolution" in scripts["train"].render(results["train"])
+    row = next(line for line in scripts["lds"].render(results["lds"]).splitlines() if line.startswith("| step "))
+    assert row.endswith("1.0x |")
+    assert "| hybrid, shared   |          2.7500 |                       2.5000 |" in scripts["branches"].render(
+        results["branches"]
+    )
+    assert "25.0 (20.0-30.0) |            90 |   28% |" in scripts["generate"].render(results["generate"])
+    assert re.search(r"fewest states, float32 \|\s+\d+ \|\s+- \|", scripts["fits"].render(results["fits"]))
+
+
+@pytest.fixture
+def readme(scripts, results, tmp_path, monkeypatch, capsys):
+    """A README with two places and the results of one: runs tables.py, which says its status, output and errors."""
+    scripts["measuring"].write(tmp_path / "results/cpu/loss.json", json.dumps(results["loss"]))
+    places = (
+        "<!-- results: cpu/loss -->\nold\n<!-- end -->\n\nbetween\n\n<!-- results: gpu/loss -->\nnot yet\n<!-- end -->"
+    )
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n\n{places}\n\nafter\n")
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["tables.py", f"--results={tmp_path / 'results'}", f"--readme={path}", *words])
+        return run_cli(scripts["tables"].main), *capsys.readouterr()
+
+    run.path = path
+    return run
+
+
+def test_places_are_filled_once_and_checked(readme, scripts, results):
+    before = readme.path.read_text()
+    assert readme("--check")[0] == 1 and readme.path.read_text() == before
+    status, printed, _ = readme()
+    filled = readme.path.read_text()
+    assert status == 0 and "gpu/loss: no results" in printed
+    assert filled == before.replace("old", "\n" + scripts["loss"].render(results["loss"]) + "\n")
+    assert readme()[0] == readme("--check")[0] == 0 and readme.path.read_text() == filled
+    readme.path.write_text(filled.replace("1.0e-07", "1.0e-08", 1))
+    assert readme("--check")[0] == 1
+
+
+def test_bad_places_are_one_line(readme):
+    good = readme.path.read_text()
+    for bad, said in {
+        good.replace("gpu/loss", "gpu/lss"): "error: 'gpu/lss' names no benchmark",
+        good.replace("<!-- end -->", "", 1): "error: a line that begins with '<!-- results: '",
+    }.items():
+        readme.path.write_text(bad)
+        status, _, error = readme()
+        assert status == 2 and error.startswith(said) and error.count("\n") == 1
+        assert readme.path.read_text() == bad
+
+
+def test_the_readme_has_the_results(scripts):
+    if not (ROOT / "results").is_dir():
+        pytest.skip("there is no results/: make bench-cpu or make bench-gpu leaves it")
+    text = (ROOT / "README.md").read_text()
+    try:
+        filled, _ = scripts["tables"].fill(text, ROOT / "results")
+    except UserError as error:
+        pytest.fail(str(error))
+    assert filled == text, "README.md and results/ disagree: run scripts/bench/tables.py"
