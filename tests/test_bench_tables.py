@@ -164,6 +164,14 @@ def test_places_are_filled_once_and_checked(readme, scripts, results):
     assert readme("--check")[0] == 1
 
 
+def test_a_page_is_taken_as_it_is(readme):
+    page = readme.path.parent / "results/gpu/loss.md"
+    page.parent.mkdir()
+    page.write_text("a page\n")
+    assert readme()[0] == 0
+    assert "<!-- results: gpu/loss -->\n\na page\n\n<!-- end -->" in readme.path.read_text()
+
+
 def test_bad_places_are_one_line(readme):
     good = readme.path.read_text()
     for bad, said in {

@@ -1,6 +1,6 @@
 """Causal sliding-window attention: query t sees the keys t - window + 1 .. t.
 
-Back ends: `banded` (plain PyTorch in blocks, everywhere), `sdpa` (no softcap), `flex_attention` (compiled, GPU) and
+Back ends: `banded` (plain PyTorch in tiles, everywhere), `sdpa` (no softcap), `flex_attention` (compiled, GPU) and
 `flash_attn` (GPU, optional). A window of W means W keys, the query's own included, as in transformers.
 """
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from flash_stu import backends
 from flash_stu.errors import UserError
+from flash_stu.ops.banded_attention import banded_attention
 
 BACKENDS = ("auto", "banded", "sdpa", "flex_attention", "flash_attn")
 _WORTH_COMPILING = 512  # queries; flex_attention is compiled anew for every length, and prompts come in all lengths
@@ -44,7 +45,8 @@ def sliding_window_attention(
             else banded.
 
     Returns:
-        (batch, heads, queries, head_dim) in the query's dtype; the softmax is in float32.
+        (batch, heads, queries, head_dim) in the query's dtype; the softmax is in float32, in `banded` with float64
+        queries in float64.
 
     Raises:
         UserError: for an unknown or unavailable back end, or one that lacks what is asked of it.
@@ -58,7 +60,7 @@ def sliding_window_attention(
         return _flex(query, key, value, window, softcap, slopes, key_mask)
     if backend == "sdpa":
         return _sdpa(query, key, value, window, slopes, key_mask, dropout)
-    return _banded(query, key, value, window, softcap, slopes, key_mask, dropout)
+    return banded_attention(query, key, value, window, softcap, slopes, key_mask, dropout)
 
 
 def attend_to_window(
@@ -116,40 +118,6 @@ def _choose(backend, query, softcap, slopes, key_mask, dropout) -> str:
     if lacks.get(backend):
         raise UserError(f"attention back end {backend!r} does not do {lacks[backend]}; use 'auto'")
     return backend
-
-
-def _banded(query, key, value, window, softcap, slopes, key_mask, dropout):
-    """Blocks of queries, each against the band of keys it can see: linear in the length, nothing quadratic is built."""
-    batch, heads, queries, head_dim = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
-    # A block as long as the window does twice the needed work, a shorter one gathers more: near the window is best.
-    block = queries if keys <= 2 * window else min(queries, max(64, window))
-    blocks = -(-queries // block)
-    band = min(block + window - 1, keys + blocks * block - queries)
-    # Pad so that block i sees the band of keys ending with its own last query.
-    tail = blocks * block - queries
-    front = band + (blocks - 1) * block - (keys + tail)
-    padding = (0, 0, front, tail)
-    q = F.pad(query, (0, 0, 0, tail)) * head_dim**-0.5
-    q = q.view(batch, kv_heads, heads // kv_heads, blocks, block, head_dim)
-    k = F.pad(key, padding).unfold(2, band, block)[:, :, None]  # (batch, kv_heads, 1, blocks, head_dim, band)
-    v = F.pad(value, padding).unfold(2, band, block)[:, :, None]
-
-    scores = (q @ k).float()
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    rows = torch.arange(block, device=query.device)[:, None] + band - block
-    distance = rows - torch.arange(band, device=query.device)  # query position minus key position
-    if slopes is not None:
-        scores = scores - slopes.view(kv_heads, -1, 1, 1, 1) * distance
-    visible = (distance >= 0) & (distance < window)
-    exists = torch.ones(1, keys, dtype=torch.bool, device=query.device) if key_mask is None else key_mask.bool()
-    exists = F.pad(exists, (front, tail)).unfold(1, band, block)  # (batch or 1, blocks, band)
-    visible = visible & exists[:, None, None, :, None]
-    weights = torch.where(visible, scores, _MASKED).softmax(dim=-1).to(value.dtype)
-    weights = F.dropout(weights, dropout) if dropout else weights
-    y = weights @ v.transpose(-1, -2)
-    return y.reshape(batch, heads, blocks * block, head_dim)[:, :, :queries]
 
 
 def _dense_mask(queries: int, keys: int, window: int, key_mask, device) -> tuple[torch.Tensor, torch.Tensor]:

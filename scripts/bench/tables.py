@@ -4,8 +4,9 @@
 
 A place for a table is a pair of lines, `<!-- results: cpu/conv-float32 -->` and `<!-- end -->`, the first of them
 naming a file below the results folder without its .json: what a benchmark's --output left, its name up to a dash that
-of the benchmark. Everything between them is replaced by what the benchmark's `render` makes of the file. A place whose
-file is not there stays as it is. --check changes nothing and exits with 1 if something would change.
+of the benchmark. Everything between them is replaced by what the benchmark's `render` makes of the file, or by a file
+of that name with .md, which is what evaluate.py leaves. A place whose file is not there stays as it is. --check changes
+nothing and exits with 1 if something would change.
 """
 
 import json
@@ -42,21 +43,28 @@ def fill(text: str, results: Path) -> tuple[str, list[str]]:
     """
     missing = []
 
-    def table(place: re.Match) -> str:
-        path = results / f"{place[1]}.json"
-        benchmark = path.stem.split("-")[0]
-        if benchmark not in BENCHMARKS:
-            raise UserError(f"{place[1]!r} names no benchmark; known: {', '.join(BENCHMARKS)}")
-        if path.is_file():
-            rendered = import_module(benchmark).render(json.loads(path.read_text()))
-            return f"{BEGIN}{place[1]} -->\n\n{rendered}\n\n<!-- end -->"
-        missing.append(place[1])
-        return place[0]
+    def put(place: re.Match) -> str:
+        tables = _tables(results, place[1])
+        if tables is None:
+            missing.append(place[1])
+            return place[0]
+        return f"{BEGIN}{place[1]} -->\n\n{tables}\n\n<!-- end -->"
 
-    filled, count = PLACE.subn(table, text)
+    filled, count = PLACE.subn(put, text)
     if count != len(re.findall(rf"^{BEGIN}", text, re.MULTILINE)):
         raise UserError(f"a line that begins with {BEGIN!r} is not complete, or has no {'<!-- end -->'!r} below it")
     return filled, missing
+
+
+def _tables(results: Path, name: str) -> str | None:
+    """The Markdown for a place; None if its results are not there."""
+    written, raw = results / f"{name}.md", results / f"{name}.json"
+    if written.is_file():
+        return written.read_text().strip()
+    benchmark = raw.stem.split("-")[0]
+    if benchmark not in BENCHMARKS:
+        raise UserError(f"{name!r} names no benchmark and no Markdown file; known: {', '.join(BENCHMARKS)}")
+    return import_module(benchmark).render(json.loads(raw.read_text())) if raw.is_file() else None
 
 
 def main() -> int:
