@@ -48,6 +48,8 @@ def banded_attention(
         (batch, heads, queries, head_dim) in the query's dtype, whatever autocast says; the softmax is in float32, in
         float64 for float64 queries. In memory the heads of a token are side by side.
     """
+    if query.numel() == 0:
+        return query.clone()
     # drawn out here, so that recomputing a checkpointed layer draws the same
     seed = torch.randint(2**62, ()) if dropout else None
     return torch.ops.flash_stu.banded_attention(query, key, value, window, softcap, slopes, key_mask, dropout, seed)[0]
