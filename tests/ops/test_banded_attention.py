@@ -93,6 +93,14 @@ def test_outputs_and_gradients(shape, kinds, tiles):
     close(with_gradients(banded_attention, tensors, window, **kinds), expected, 1e-10)
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 1, 5, 5), (2, 2, 1, 0, 3), (2, 2, 2, 0, 0)])
+def test_nothing_to_attend_with(shape):
+    tensors = draw(*shape)
+    y = banded_attention(*tensors, window=3, softcap=2.0)
+    assert y.shape == tensors[0].shape
+    assert torch.autograd.grad(y.sum(), tensors[0])[0].shape == y.shape
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("kinds", [OPTIONS[0], OPTIONS[-1]], ids=["plain", "everything"])
 def test_narrow_inputs(dtype, tolerance, kinds):
