@@ -1,4 +1,4 @@
-"""Checkpoints: saved while training goes on, by any world for any other, and damaged, failing or cut short."""
+"""Checkpoints: saved while training goes on, and damaged, failing or cut short."""
 
 import json
 import os
@@ -8,88 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from processes import run_processes
 from safetensors import safe_open
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from toy_checkpoints import alter, assert_equal, build, checkpointer, save, train, trained, truncate, whole
 
 from flash_stu import UserError
 from flash_stu.training import checkpoint, checkpoint_folder
-from flash_stu.training.checkpoint import Checkpointer, list_steps, load_weights
-from flash_stu.training.parallel import World
+from flash_stu.training.checkpoint import list_steps, load_weights
 
-ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-
-class Tied(nn.Module):
-    """Two layers that share their weight, and a buffer. Four processes cannot share 5 rows evenly: one has none."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
-        self.second.weight = self.first.weight
-        self.register_buffer("table", torch.randn(5))
-
-    def forward(self, x):
-        return self.second(self.first(x)) + self.table
-
-
-def build(seed: int, strategy: str = "none") -> tuple[nn.Module, list[torch.optim.Optimizer]]:
-    """A model, parallel if need be, and two optimizers: for its matrix and for its vectors."""
-    torch.manual_seed(seed)
-    model = Tied()
-    if strategy == "ddp":
-        model = nn.parallel.DistributedDataParallel(model)
-    elif strategy == "fsdp":
-        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    elif strategy == "hsdp":
-        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    return model, [torch.optim.AdamW(matrices, lr=0.1, amsgrad=True), torch.optim.SGD(vectors, lr=0.1, momentum=0.9)]
-
-
-def train(model, optimizers, steps: int = 1):
-    """Steps on one batch, the same in every process: the mean gradient of 2 or 4 is then exactly that of one."""
-    for _ in range(steps):
-        model(torch.arange(20).reshape(4, 5) / 20).square().sum().backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def whole(model) -> dict[str, torch.Tensor]:
-    """All weights, gathered, without DDP's prefix and the names of tied ones."""
-    return {
-        name.removeprefix("module."): (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
-        for name, tensor in model.state_dict().items()
-        if "second.weight" not in name
-    }
-
-
-def trained(steps: int) -> dict[str, torch.Tensor]:
-    model, optimizers = build(1)
-    train(model, optimizers, steps)
-    return whole(model)
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def checkpointer(folder, model, optimizers, keep=3, **options) -> Checkpointer:
-    return Checkpointer(folder, model, optimizers, options.pop("world", ALONE), keep, **options)
-
-
-def save(folder: Path, step: int, **options) -> None:
-    """Save a new model as the checkpoint of a step."""
-    with checkpointer(folder, *build(1), **options) as saver:
-        saver.save(step, {})
 
 
 @pytest.fixture
@@ -302,16 +229,6 @@ def test_leaving_waits_and_raises_but_hides_no_other_error(folder, monkeypatch):
 # Damage ----------------------------------------------------------------------------------------------------------
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def alter(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize(
     ("suffix", "damage", "words"),
     [
@@ -398,93 +315,3 @@ def test_whenever_the_power_is_cut_the_newest_complete_checkpoint_is_intact(fold
             break
     assert outcomes == sorted(outcomes) and outcomes.count(3) > 3 and outcomes.count(5) > 3
     assert done.count("rename") == 3  # of the new one, and of two old ones
-
-
-# Several processes -----------------------------------------------------------------------------------------------
-
-
-def join() -> World:
-    dist.init_process_group("gloo")
-    return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-
-
-def go_on(folder: Path, strategy: str, steps: int, seed: int):
-    """Resume if there is something to, train some steps, save, train one more; the weights and what was resumed."""
-    world = join()
-    model, optimizers = build(seed, strategy)
-    with torch.no_grad():
-        model(torch.ones(1, 5))  # leaves the weights gathered, with FSDP
-    with checkpointer(folder, model, optimizers, world=world) as saver:
-        progress = saver.resume()
-        train(model, optimizers, steps)
-        saver.save((progress or {"step": 0})["step"] + steps, {"by": strategy})
-        train(model, optimizers)  # communicates while the thread does
-    state = whole(model)
-    dist.destroy_process_group()
-    return state, progress
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (("none", 1), ("fsdp", 4)),
-        (("fsdp", 4), ("ddp", 2)),
-        (("ddp", 2), ("hsdp", 4)),
-        (("hsdp", 4), ("fsdp", 2)),
-        (("fsdp", 2), ("none", 1)),
-    ],
-)
-def test_any_world_takes_over_from_any_other(tmp_path, first, second):
-    progress = None
-    for steps, ((strategy, size), seed) in enumerate(zip((first, second), (1, 2), strict=True)):
-        results = run_processes(size, go_on, tmp_path, strategy, 2, seed)
-        for state, resumed in results:
-            assert resumed == progress
-            assert_equal(state, trained(2 * steps + 3))
-        progress = {"by": strategy, "step": 2 * steps + 2}
-        path = tmp_path / f"step-{2 * steps + 2}"
-        assert len(list(path.glob("*.safetensors"))) == size
-        assert_equal(load_weights(path), trained(2 * steps + 2))
-
-
-def fail_on_one(folder: Path):
-    """A process that cannot write, then a file that one finds damaged."""
-    world = join()
-    model, optimizers = build(1, "fsdp")
-    train(model, optimizers)
-    heard, errors = [], []
-    with checkpointer(folder, model, optimizers, world=world, report=heard.append) as saver:
-        saver.save(1, {})
-        saver.wait()
-        for step, place in [(2, (checkpoint._Writer, "write_data")), (3, (checkpoint_folder, "describe"))]:
-            original = getattr(*place)
-            if world.rank == 1:
-                setattr(*place, unwritable)
-            saver.save(step, {})
-            try:
-                saver.wait()
-            except UserError as error:
-                errors.append(str(error))
-            setattr(*place, original)
-        saver.save(4, {})
-        saver.wait()
-        if world.is_main:
-            alter(max((folder / "step-4").glob("*.safetensors")))
-        dist.barrier()
-        progress = saver.resume()
-    dist.destroy_process_group()
-    return errors, heard, progress
-
-
-def unwritable(*_):
-    raise OSError("disk full")
-
-
-def test_what_fails_on_one_process_is_known_to_all(tmp_path):
-    for rank, (errors, heard, progress) in enumerate(run_processes(2, fail_on_one, tmp_path)):
-        assert len(errors) == 2
-        assert all("step" in error and "disk full" in error and "\n" not in error for error in errors)
-        assert len(heard) == (rank == 0)
-        assert all("step-4" in line and "checksum" in line for line in heard)
-        assert progress == {"step": 1}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-4.damaged"]
