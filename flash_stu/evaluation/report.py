@@ -180,7 +180,9 @@ def _cell(task: dict) -> str:
 
 
 def _work(task: dict) -> list[str]:
-    return [f"{task['seconds']:.0f}", f"{task['forward_tokens']:,}", f"{task['forward_tokens_unshared']:,}"]
+    run, unshared = task["forward_tokens"], task["forward_tokens_unshared"]
+    fewer = f" ({unshared / run:.1f}x)" if run else ""
+    return [f"{task['seconds']:,.0f}", f"{run:,}", f"{unshared:,}{fewer}"]
 
 
 def _loss(bucket: dict) -> str:
