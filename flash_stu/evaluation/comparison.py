@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+CLOSE = 1e-3  # nats, a log-likelihood
+
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided probability of a split at least this uneven, if both sides are equally likely.
@@ -37,8 +39,8 @@ def compare(first: Sequence[dict], second: Sequence[dict], metric: str) -> dict[
 
     Returns:
         how many items; "difference": mean of second minus first, with its standard error over pairs; how many items
-        both answer alike (the same choice, else the same value) and the largest difference of a log-likelihood; and
-        where values are right or wrong, the four counts and the p-value of McNemar's test.
+        both answer alike (the same choice, else the same value); for how many all log-likelihoods are within CLOSE, and
+        their largest difference; and where values are right or wrong, the four counts and McNemar's p-value.
 
     Raises:
         ValueError: if the items are not the same.
@@ -49,12 +51,13 @@ def compare(first: Sequence[dict], second: Sequence[dict], metric: str) -> dict[
     count = len(pairs)
     mean = sum(differences) / count
     variance = sum((d - mean) ** 2 for d in differences) / max(1, count - 1)
-    gaps = [abs(x - y) for a, b in pairs for x, y in zip(_numbers(a), _numbers(b), strict=True)]
+    gaps = [gap for gap in map(_largest_gap, pairs) if gap is not None]
     found = {
         "items": count,
         "difference": mean,
         "stderr": math.sqrt(variance / count),
         "alike": sum(_choice(a, metric) == _choice(b, metric) for a, b in pairs),
+        "close": sum(gap <= CLOSE for gap in gaps) if gaps else None,
         "largest_log_likelihood_difference": max(gaps, default=None),
     }
     if all(value in (0.0, 1.0) for pair in values for value in pair):
@@ -76,6 +79,11 @@ def _pairs(first: Sequence[dict], second: Sequence[dict]) -> list[tuple[dict, di
     if any(a["hash"] != b["hash"] for a, b in pairs):
         raise ValueError("the two models were asked different items")
     return pairs
+
+
+def _largest_gap(pair: tuple[dict, dict]) -> float | None:
+    gaps = (abs(x - y) for x, y in zip(*map(_numbers, pair), strict=True))
+    return max(gaps, default=None)
 
 
 def _numbers(item: dict) -> list[float]:

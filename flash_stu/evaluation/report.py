@@ -5,6 +5,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from flash_stu.evaluation.comparison import CLOSE
+
 _WORK = ["forward_tokens", "forward_tokens_unshared", "truncated", "truncated_tokens", "beyond_trained_length"]
 _VALUES = ["metric", "shots", "value", "stderr", "items", "items_available", "version", "config_hash"]
 _CSV_COLUMNS = ["model", "published", "task", *_VALUES, "seconds", "requests", *_WORK]
@@ -73,7 +75,7 @@ def format_comparisons(results: dict[str, Any]) -> str:
     for pair in results.get("comparisons", []):
         first, second = pair["first"], pair["second"]
         header = ["task", "items", "difference", f"only {first} right", f"only {second} right", "p"]
-        header += ["same answer", "log-likelihoods within"]
+        header += ["same answer", f"log-likelihoods within {CLOSE:g}", "largest difference"]
         rows = []
         for name, task in pair["tasks"].items():
             percent = "p_value" in task
@@ -81,8 +83,8 @@ def format_comparisons(results: dict[str, Any]) -> str:
             row = [name, f"{task['items']:,}"]
             row.append(f"{scale * task['difference']:+.{digits}f} ± {scale * task['stderr']:.{digits}f}")
             counts = [f"{task['only_first']:,}", f"{task['only_second']:,}", f"{task['p_value']:.3g}"]
-            gap = task["largest_log_likelihood_difference"]
-            alike = [f"{task['alike'] / task['items']:.2%}", "" if gap is None else f"{gap:.1e}"]
+            alike, gap = [f"{task['alike'] / task['items']:.2%}"], task["largest_log_likelihood_difference"]
+            alike += ["", ""] if gap is None else [f"{task['close'] / task['items']:.2%}", f"{gap:.1e}"]
             rows.append([*row, *(counts if percent else [""] * 3), *alike])
         tables.append(f"{second} minus {first}, item by item (p: McNemar's exact test, two-sided):\n")
         tables[-1] += "\n" + "\n".join(markdown(header, rows))
