@@ -135,6 +135,7 @@ def test_stopped_by_a_signal(run, config, fork, monkeypatch, number):
         time.sleep(60)
 
     def command():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         monkeypatch.setattr(tokenise.Part, "_commit", commit_and_wait)
         status, _, errors = run()
         assert errors[-1] == "stopped; the same command goes on from here"
