@@ -1,6 +1,6 @@
 # make quickstart   train, distill, evaluate and generate on the embedded corpus
 # make test         the whole test suite
-# make bench-cpu    measures the README's tables anew on the CPU into results/cpu, 40 minutes on two cores; trainings that
+# make bench-cpu    measures the README's tables anew on the CPU into results/cpu, 45 minutes on two cores; trainings that
 #                   are finished in runs/ are taken as they are. BENCH_TEXT=DIR prepares text other than the embedded one
 # make bench-gpu    those of a GPU, into results/gpu
 PYTHON ?= python3

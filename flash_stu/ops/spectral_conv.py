@@ -73,7 +73,7 @@ def spectral_conv(
         raise UserError(
             f"convolution back end {name!r} ends at the filters' {filters.shape[0]} lags; the sequence has {steps}"
         )
-    chunk, weights = CHUNK[name], weights.to(wide)
+    chunk = CHUNK[name]
     near, tail = filters[: 2 * chunk], filters.new_zeros((1, filters.shape[1]))
     near = pad(near, (0, 0, 0, 2 * chunk - near.shape[0]))
     decay = tail[:, 0].double()

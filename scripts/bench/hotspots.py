@@ -7,6 +7,7 @@ under torch.profiler. An operation's time is its own, without those it calls; wh
 listed under its own name. Runs on a GPU if there is one.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,52 +15,41 @@ from measuring import environment, finish, page, table
 from plots import bars
 from torch.profiler import ProfilerActivity, profile
 
-from flash_stu import FlashSTUForCausalLM
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.loading import default_device
-from flash_stu.training import load_config
-from flash_stu.training.optimizer import build_optimizers
+from flash_stu.training import join_world, load_config
+from train import WARM_UP, Bench
 
 TOP = 10
 
 
 def hotspots(path: str, overrides: list[str], device: torch.device, steps: int) -> dict:
     """Milliseconds a step of the operations that take longest, and of all."""
-    config = load_config(path, overrides)
-    torch.manual_seed(0)
-    model = FlashSTUForCausalLM(config.architecture()).to(device).train()
-    optimizers = build_optimizers(model, config.optimizer)
-    batch, length = config.train.micro_batch_size, config.train.sequence_length
-    micro_batches = config.sequences_per_step(1) // batch
-    tokens = torch.randint(0, config.model["vocab_size"], (micro_batches, batch, length + 1), device=device)
-    dtype = getattr(torch, config.train.dtype)
+    config = load_config(path, [*overrides, "parallel.strategy=none"])
+    with join_world(config) as world:
+        bench = Bench(config, world, steps)
+        model, optimizers = bench.build("as configured", {})
+        for _ in range(WARM_UP):
+            bench.step(model, optimizers)
+        events = profiled(lambda: bench.step(model, optimizers), steps, device)
+    shape = {"config": path, "dtype": config.train.dtype, "tokens": bench.tokens[..., 1:].numel()}
+    return shape | {"milliseconds": sum(event["ms"] for event in events), "rows": events[:TOP]}
 
-    def step() -> None:
-        for windows in tokens:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                output = model(input_ids=windows[:, :-1], shift_labels=windows[:, 1:], skip_logits=True)
-            (output.loss / micro_batches).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm or torch.inf)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
 
-    for _ in range(2):
-        step()
+def profiled(function: Callable[[], None], times: int, device: torch.device) -> list[dict]:
+    """Every operation's own time and its calls in one call of a function, the longest first."""
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
-        for _ in range(steps):
-            step()
+        for _ in range(times):
+            function()
         if cuda:
             torch.cuda.synchronize()
     own = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, own))
-    milliseconds = {event.key: getattr(event, own) / 1000 / steps for event in events}
-    calls = {event.key: event.count / steps for event in events}
-    total = sum(milliseconds.values())
-    rows = [{"operation": key, "ms": ms, "calls": calls[key]} for key, ms in list(milliseconds.items())[:TOP]]
-    shape = {"config": path, "dtype": config.train.dtype, "tokens": micro_batches * batch * length}
-    return shape | {"milliseconds": total, "rows": rows}
+    return [
+        {"operation": event.key, "ms": getattr(event, own) / 1000 / times, "calls": event.count / times}
+        for event in events
+    ]
 
 
 def render(results: dict) -> str:

@@ -4,9 +4,9 @@
         [--output results/cpu]
 
 Each measurement has a process of its own. Numbers of tokens without the plain loss are there for the memory: one call.
-Memory is the peak above the inputs, the weight and their gradients: of the
-process on the CPU, of PyTorch's allocator on a GPU. Differences are the largest ones, relative to the largest entry of
-the plain loss's gradient. The plain loss at 2,048 tokens of the default shape takes about 6 GiB.
+Memory is the peak above the inputs, the weight and their gradients: of the process on the CPU, of PyTorch's allocator
+on a GPU. Differences are the largest ones, relative to the largest entry of the plain loss's gradient. The plain loss
+at 2,048 tokens of the default shape takes about 6 GiB.
 """
 
 import json
