@@ -15,7 +15,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--model", action="append", required=True, metavar="DIR", help="model or training run; repeatable")
-    add("--tasks", metavar="LIST", help="tasks and groups of lm-eval, suites of configs/eval such as paper, "
+    add("--tasks", metavar="LIST", help="tasks and groups of lm-eval, suites such as paper, "
         "comma-separated; default: embedded_bpb,embedded_cloze, which need no download")  # fmt: skip
     add("--include-path", metavar="DIR", help="task definitions of your own, in lm-eval's YAML format")
     add("--text", action="append", default=[], metavar="FILE", help="txt, jsonl or parquet file to measure bits per "

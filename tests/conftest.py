@@ -3,13 +3,17 @@
 import os
 from pathlib import Path
 
+# Tests of the CPU behave alike where a GPU is visible; those of a GPU ask for it: FLASH_STU_GPU_TESTS=1.
+if os.environ.get("FLASH_STU_GPU_TESTS") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import pytest
 import torch
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
 
-# Small tensors gain nothing from threads, and timings on a busy machine lose a lot to them.
-torch.set_num_threads(1)
+# Small tensors gain nothing from threads, and a busy machine loses a lot to them.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture

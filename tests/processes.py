@@ -38,7 +38,7 @@ class Child:
         self.process.kill()
         self.process.join()
 
-    def result(self, timeout: float = 60.0):
+    def result(self, timeout: float = 300.0):
         """What the function returned.
 
         Raises:
@@ -58,7 +58,7 @@ class Child:
         return value
 
 
-def run_processes(world_size: int, function: Callable, *arguments, timeout: float = 60.0) -> list:
+def run_processes(world_size: int, function: Callable, *arguments, timeout: float = 300.0) -> list:
     """Run a function in every process of a world, with the environment that torchrun would set.
 
     Args:

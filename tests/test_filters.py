@@ -67,22 +67,22 @@ def test_hankel_l_filters_live_on_one_parity():
 
 def test_length_8192_takes_under_a_second():
     seconds = []
-    for _ in range(4):  # the machine may be busy with something else: the best of four counts
-        start = time.perf_counter()
+    for _ in range(4):  # seconds of this process alone, and the best of four: the machine may be busy
+        start = time.process_time()
         filters.compute_filters(8192, 24, "hankel")
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 1.0
 
 
 def test_length_131072_within_time_and_memory():
     code = (
-        "import resource, time, flash_stu.filters as f; t = time.perf_counter();"
+        "import resource, time, flash_stu.filters as f; t = time.process_time();"
         "f.compute_filters(131072, 24, 'hankel');"
-        "print(time.perf_counter() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "print(time.process_time() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     seconds, peak = map(float, out.split())
-    assert seconds < 15 * 2  # the target is 15 s; a machine busy with something else gets twice that
+    assert seconds < 15
     assert peak < 3 * 2**30
 
 

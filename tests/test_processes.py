@@ -24,14 +24,14 @@ def test_results_come_back_by_rank():
 def fail_or_hang() -> None:
     if os.environ["RANK"] == "1":
         raise ValueError("one of us is wrong")
-    time.sleep(100)
+    time.sleep(600)
 
 
 def test_a_failure_ends_the_others_and_shows_its_traceback():
     start = time.monotonic()
     with pytest.raises(ProcessError, match=r"process 1: Traceback[^$]*in fail_or_hang[^$]*one of us is wrong"):
         run_processes(2, fail_or_hang)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 300
 
 
 def test_time_out():

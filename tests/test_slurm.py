@@ -1,5 +1,6 @@
 """The Slurm scripts, with a scheduler played by two shell scripts: srun starts the tasks, scontrol takes notes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -63,7 +64,7 @@ def cluster(tmp_path):
 
 @pytest.fixture
 def config(cluster) -> Path:
-    """A run of some seconds."""
+    """A run that does not end by itself."""
     settings = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     settings["output_dir"] = str(cluster.folder / "run")
     settings["model"] |= {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -71,9 +72,9 @@ def config(cluster) -> Path:
     settings["data"] = {"dataset": str(cluster.folder / "text.txt"), "cache_dir": str(cluster.folder / "cache")}
     settings["data"]["validation_fraction"] = 0.3
     (cluster.folder / "text.txt").write_text("<|endoftext|>\n".join(f"a document, number {i}\n" * 9 for i in range(40)))
-    settings["train"] |= {"sequence_length": 32, "global_batch_size": 64, "micro_batch_size": 1, "steps": 150}
+    settings["train"] |= {"sequence_length": 32, "global_batch_size": 64, "micro_batch_size": 1, "steps": 10**6}
     settings["train"] |= {"validation_tokens": 64, "checkpoint_every": 100}
-    settings["optimizer"]["warmup_steps"] = 1
+    settings["optimizer"] |= {"warmup_steps": 1, "schedule": "constant"}  # whose length may change
     settings["wandb"] = {"mode": "disabled"}
     path = cluster.folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -85,13 +86,14 @@ def test_a_job_that_is_cut_short_goes_back_into_the_queue_and_finishes(cluster, 
     job = cluster("one_node.sbatch", config)
     wait_for(lambda: (folder / "run" / "metrics.jsonl").is_file() and len(lines(folder / "run" / "metrics.jsonl")) > 3)
     os.kill(int(lines(folder / "tasks")[0]), signal.SIGUSR1)  # as --signal asks, a while before the time is up
-    output, _ = job.communicate(timeout=60)
+    output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output
     assert "the same command continues" in output
     assert lines(folder / "requeued") == ["4711"]
 
-    job = cluster("several_nodes.sbatch", config)
-    output, _ = job.communicate(timeout=90)
+    done = json.loads(lines(folder / "run" / "metrics.jsonl")[-1])["step"]
+    job = cluster("several_nodes.sbatch", config, f"train.steps={done + 5}")
+    output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output
     assert "continuing" in output and (folder / "run" / "final" / "config.json").is_file()
     assert lines(folder / "requeued") == ["4711"]
@@ -99,7 +101,7 @@ def test_a_job_that_is_cut_short_goes_back_into_the_queue_and_finishes(cluster, 
 
 def test_data_is_prepared_in_an_array_job(cluster, config):
     job = cluster("prepare_data.sbatch", config)
-    output, _ = job.communicate(timeout=60)
+    output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output
     assert list((cluster.folder / "cache").glob("*/train/manifest.json"))
 
@@ -108,7 +110,7 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

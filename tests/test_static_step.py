@@ -69,7 +69,7 @@ def test_growing_states_are_refused(tiny_model):
         list(generate_tokens(tiny_model(), torch.arange(9)[None], 3, compile=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and FLASH_STU_GPU_TESTS=1")
 @pytest.mark.parametrize("compile", [False, True])
 @torch.no_grad()
 def test_graph_on_a_gpu(make, compile):

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from flash_stu.errors import UserError
 
-SUITE_FOLDER = Path(__file__).parents[2] / "configs" / "eval"
+SUITE_FOLDER = Path(__file__).parent / "suites"
 DEFAULT_TASKS = ("embedded_bpb", "embedded_cloze")  # need no download
 
 
@@ -47,7 +47,7 @@ def resolve_tasks(names: str | Sequence[str] | None) -> tuple[list[TaskSpec], di
     """Turn what the user asked for into tasks, each suite replaced by its members.
 
     Args:
-        names: task names, suite names (files in configs/eval, without .yaml) and paths of suite files, as a
+        names: task names, names of suites (flash_stu/evaluation/suites) and paths of suite files, as a
             list or separated by commas; None for the tasks that need no download.
 
     Returns:

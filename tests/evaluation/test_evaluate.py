@@ -184,7 +184,7 @@ def test_processes_share_the_work_and_agree(stu_dir, lds_dir, own_tasks, documen
     text.write_text(documents[0])
     arguments = datasets.config.HF_DATASETS_CACHE, [stu_dir, lds_dir], own_tasks, text
     alone = in_processes(*arguments, tmp_path / "alone")
-    both = run_processes(2, in_processes, *arguments, tmp_path / "both", timeout=120)
+    both = run_processes(2, in_processes, *arguments, tmp_path / "both")
     for results in both:
         assert results["settings"]["processes"] == 2
         for label in ("stu", "lds"):

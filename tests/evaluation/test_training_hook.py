@@ -76,7 +76,7 @@ def scores_and_answers(trainer, own_tasks):
 def test_every_strategy_gives_the_same_answers(settings, own_tasks):
     cache = datasets.config.HF_DATASETS_CACHE
     wanted = answers(settings, "none", own_tasks, cache)
-    sharded = run_processes(2, answers, settings, "fsdp", own_tasks, cache, timeout=120)
+    sharded = run_processes(2, answers, settings, "fsdp", own_tasks, cache)
     for scores, found in [answers(settings, "ddp", own_tasks, cache), *sharded]:
         assert scores == wanted[0]
         assert found == pytest.approx(wanted[1], abs=1e-4)

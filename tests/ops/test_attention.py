@@ -113,7 +113,7 @@ def test_missing_accelerator_says_why(backend):
         sliding_window_attention(q, k, v, 2, backend=backend)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and FLASH_STU_GPU_TESTS=1")
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_flex_attention_on_a_gpu(softcap):
     torch.manual_seed(0)

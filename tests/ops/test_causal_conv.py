@@ -101,7 +101,7 @@ def test_missing_accelerator_says_why():
         causal_conv(torch.zeros(1, 4, 2), torch.zeros(4, 2), "flashfftconv")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and FLASH_STU_GPU_TESTS=1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(dtype):
     torch.manual_seed(0)

@@ -75,7 +75,7 @@ def train_py():
             [*launcher, str(REPOSITORY / "train.py"), *map(str, arguments)],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 

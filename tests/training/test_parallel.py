@@ -112,7 +112,7 @@ def get_signal() -> None:
 
 
 def stand_still() -> None:
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_a_signal_to_one_process_stops_all(long_config, tmp_path):
@@ -124,7 +124,7 @@ def test_a_stalled_process_ends_the_job_by_name(long_config):
     start = time.monotonic()
     with pytest.raises(ProcessError, match="exit code 3"):
         run_processes(2, train_with_accident, str(long_config), stand_still, "parallel.timeout_minutes=0.1")
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 300
     told = [line for line in Path(f"{long_config}.stderr").read_text().splitlines() if line.startswith("error:")]
     assert len(told) == 1 and "stood still for 6 s" in told[0] and "process 1 of 2" in told[0] and "step 2" in told[0]
 
