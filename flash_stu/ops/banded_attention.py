@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from flash_stu.ops.kept import kept_op
+
 _BITS = math.log2(math.e)  # in a unit of the exponential; where they underflow, exp is 100 times slower, exp2 is not
 _ELEMENTS = {False: 2**18, True: 2**26}  # scores in a tile, on a CPU and on a GPU
 _ROWS = {False: (16, 64), True: (64, 512)}  # least and most queries of a head in a tile
@@ -197,7 +199,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += torch.bmm(a, b)
 
 
-@torch.library.custom_op("flash_stu::banded_attention", mutates_args=())
+@kept_op("flash_stu::banded_attention")
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from flash_stu import backends
 from flash_stu.errors import UserError
+from flash_stu.ops.kept import kept_op
 
 BACKENDS = ("auto", "direct", "fft", "flashfftconv")
 _BLOCK = 64  # channels transformed at once on a CPU
@@ -118,7 +119,7 @@ def _blocks(x: torch.Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, x.shape[-1], size)]
 
 
-@torch.library.custom_op("flash_stu::fft_conv", mutates_args=())
+@kept_op("flash_stu::fft_conv")
 def _fft_conv(x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
     size, signal, taps = _fft_size(x.shape[1], filters.shape[0]), _time_last(x), filters.t().contiguous()
     for block in _blocks(x):

@@ -23,6 +23,7 @@ import torch
 from torch.nn.functional import pad
 
 from flash_stu.errors import UserError
+from flash_stu.ops.kept import kept_op
 
 _ELEMENTS = {False: 2**21, True: 2**27}  # inputs in a segment, on a CPU and on a GPU
 
@@ -213,7 +214,7 @@ def _far_states(rows: torch.Tensor, far: torch.Tensor, constants: _Constants) ->
     return z
 
 
-@torch.library.custom_op("flash_stu::chunked_conv", mutates_args=())
+@kept_op("flash_stu::chunked_conv")
 def _chunked(
     x: torch.Tensor,
     history: torch.Tensor,

@@ -13,6 +13,8 @@ from functools import cache
 
 import torch
 
+from flash_stu.ops.kept import kept_op
+
 _FASTEST = 12.0  # decay of the fastest exponential over the offset, in e-foldings
 _SLOWEST = 0.5  # decay of the slowest over the whole filter
 _SPACING = 0.28  # of the logarithms of the rates
@@ -49,7 +51,7 @@ def _tail_map(lags: int, offset: int, both_signs: bool) -> tuple[torch.Tensor, t
     return decay, points + offset, inverse * weight / norms[:, None]
 
 
-@torch.library.custom_op("flash_stu::exponential_tail", mutates_args=())
+@kept_op("flash_stu::exponential_tail")
 def exponential_tail(filters: torch.Tensor, offset: int, both_signs: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Decays and weights with filters[offset + n] = sum_j decay[j]^n weights[j].
 

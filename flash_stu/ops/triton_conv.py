@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from flash_stu.errors import UserError
 from flash_stu.ops.chunked_conv import exponentials
+from flash_stu.ops.kept import kept_op
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Fewest instructions for an H100 among those tried that spill no registers, at 24 features in bf16; not yet timed.
@@ -206,7 +207,7 @@ def _prepare(x: torch.Tensor, near: torch.Tensor, weights, decay, readout, dilat
     return _bands(near, factor), constants, grid, options
 
 
-@torch.library.custom_op("flash_stu::triton_conv", mutates_args=())
+@kept_op("flash_stu::triton_conv")
 def _conv(
     x: torch.Tensor,
     near: torch.Tensor,

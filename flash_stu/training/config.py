@@ -100,6 +100,11 @@ class ParallelConfig(Section):
         ge=1,
         description="fsdp: groups of processes that each hold one whole model (HSDP); usually the nodes",
     )
+    reshard_after_forward: bool | Literal["auto"] = Field(
+        default="auto",
+        description="fsdp: free the gathered parameters between forward and backward, which saves memory and costs "
+        "one more gathering; auto: if they take more than 8 GiB",
+    )
     timeout_minutes: float = Field(default=10.0, gt=0, description="a process that stands still longer ends the run")
 
     @model_validator(mode="after")

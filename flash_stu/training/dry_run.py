@@ -5,7 +5,7 @@ import torch
 from flash_stu.model import FlashSTUForCausalLM
 from flash_stu.ops.cross_entropy import CHUNK_BYTES
 from flash_stu.training.config import RunConfig
-from flash_stu.training.parallel import resolve_strategy
+from flash_stu.training.parallel import resolve_resharding, resolve_strategy
 
 
 def describe(config: RunConfig, processes: int) -> str:
@@ -45,7 +45,8 @@ def estimate_memory(model, config: RunConfig, strategy: str, processes: int) -> 
     """Bytes per GPU, by part; an estimate to choose a micro batch by, not a promise.
 
     Parameters, gradients and the two moments of AdamW (Muon has one) are float32 and divided among the processes of
-    a replica by FSDP, where two gathered blocks and the embedding come on top. For each token a block keeps about 7.5
+    a replica by FSDP, where gathered weights and unreduced gradients come on top: of two blocks and the embedding, or
+    of the whole model where weights stay gathered or gradients are accumulated. For each token a block keeps about 7.5
     vectors of hidden_size (in bfloat16 if the residual stream is, which takes FSDP, else float32) and 4 of
     intermediate_size in compute precision; an attention block besides queries, keys, values and outputs, as its GPU
     kernels do. With checkpointing it keeps its input, if selective also the results of its products, and one block at
@@ -58,7 +59,10 @@ def estimate_memory(model, config: RunConfig, strategy: str, processes: int) -> 
     states, gathered = parameters * 4 * (5 if config.optimizer.amsgrad else 4), 0
     if strategy == "fsdp":
         states //= processes // config.parallel.replicas
-        gathered = (2 * max(in_blocks) + parameters - sum(in_blocks)) * (size + 4)  # weights, unreduced gradients
+        in_turn = 2 * max(in_blocks) + parameters - sum(in_blocks)
+        accumulates = config.sequences_per_step(processes) > processes * train.micro_batch_size
+        gathered = (in_turn if resolve_resharding(config, parameters) else parameters) * size
+        gathered += (parameters if accumulates else in_turn) * 4  # gradients that are not reduced yet
     elif size == 2:
         gathered = parameters * 2  # autocast's copies
     residual = size if strategy == "fsdp" else 4

@@ -24,9 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flash_stu.errors import UserError
+from flash_stu.ops import kept
 from flash_stu.training.config import ParallelConfig, RunConfig
 from flash_stu.training.initialization import initialize, read_initial_weights
 
+_KEPT_BYTES = 8 << 30  # of gathered parameters: a tenth of an H100's memory
 _DDP_LIMIT = 10**9  # parameters; with their gradients and AdamW's moments, 16 GB in float32
 
 
@@ -122,6 +124,13 @@ def resolve_strategy(parallel: ParallelConfig, processes: int, parameters: int) 
     return "ddp" if parameters <= _DDP_LIMIT else "fsdp"
 
 
+def resolve_resharding(config: RunConfig, parameters: int) -> bool:
+    """Whether FSDP frees the gathered parameters between forward and backward: parallel.reshard_after_forward."""
+    setting = config.parallel.reshard_after_forward
+    size = 2 if config.train.dtype == "bfloat16" else 4
+    return parameters * size > _KEPT_BYTES if setting == "auto" else setting
+
+
 def parallelize(model: nn.Module, config: RunConfig, world: World) -> nn.Module:
     """Prepare a model for training on this world and give it its initial weights.
 
@@ -177,16 +186,18 @@ def _shard(model: nn.Module, config: RunConfig, world: World) -> None:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
+    options = {"mesh": mesh, "mp_policy": precision}
+    options["reshard_after_forward"] = resolve_resharding(config, model.num_parameters())
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
 
 
 def _recomputed(forward: Callable, mode: str) -> Callable:
     """The same function, which keeps only its inputs, and if selective its products, and recomputes the rest."""
     options = {}
     if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _costly_ops())
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, kept.policy)
 
     def run(*inputs):  # a function of its own: torch.compile skips a functools.partial of checkpoint
         return checkpoint(forward, *inputs, use_reentrant=False, **options)
@@ -194,26 +205,23 @@ def _recomputed(forward: Callable, mode: str) -> Callable:
     return run
 
 
-def _costly_ops() -> list:
-    """What takes long to compute again for the memory it takes to keep: products, attention, convolution."""
-    aten = torch.ops.aten
-    return [
-        aten.mm.default,
-        aten.addmm.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.higher_order.flex_attention,
-        torch.ops.flash_stu.fft_conv.default,
-    ]
+def set_gradient_sync(model: nn.Module, enabled: bool, config: RunConfig) -> None:
+    """Set whether the next backward reduces gradients: only that of a step's last micro batch needs to.
 
-
-def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Say whether the next backward reduces gradients: only that of a step's last micro batch needs to."""
+    Parameters that FSDP keeps gathered between forward and backward stay so between the micro batches too.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
+        model.set_reshard_after_backward(enabled or resolve_resharding(config, model.num_parameters()))
     elif isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = enabled
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free the parameters that FSDP keeps gathered after a forward pass that no backward pass follows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def clip_gradients(model: nn.Module, max_norm: float | None) -> float:

@@ -28,7 +28,7 @@ from flash_stu.training.flops import peak_flops, train_flops
 from flash_stu.training.health import SkippedSteps, SpikeDetector
 from flash_stu.training.metrics import Metrics, check_wandb, peak_memory, read_metrics
 from flash_stu.training.optimizer import build_optimizers, learning_rate, set_learning_rate
-from flash_stu.training.parallel import World, clip_gradients, parallelize, set_gradient_sync
+from flash_stu.training.parallel import World, clip_gradients, free_gathered, parallelize, set_gradient_sync
 from flash_stu.training.run_directory import RunDirectory
 from flash_stu.training.validation import ValidationWindows
 from flash_stu.training.watchdog import Watchdog
@@ -143,6 +143,7 @@ class Trainer:
             self.watchdog.mark(f"step {self.step}: validation")
             nats = nats + self._loss(batch, counted or None) * counted
             windows += counted
+        free_gathered(self.model)
         nats, windows = self.world.sum(nats, windows)
         loss = nats / windows
         return {"loss": loss, "bits_per_byte": loss / math.log(2) * self.validation.tokens_per_byte}
@@ -186,7 +187,7 @@ class Trainer:
         total = torch.zeros((), device=self.world.device)
         for index, windows in enumerate(micro_batches):
             self.watchdog.mark(f"step {self.step}: micro batch {index + 1} of {len(micro_batches)}")
-            set_gradient_sync(self.model, index == len(micro_batches) - 1)
+            set_gradient_sync(self.model, index == len(micro_batches) - 1, self.config)
             loss = self._loss(windows) / len(micro_batches)
             loss.backward()
             total += loss.detach()
@@ -206,6 +207,7 @@ class Trainer:
         self.model.eval()
         batch, _ = next(self.validation.batches(self.world))
         self._loss(batch)
+        free_gathered(self.model)
 
     def _announce(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())

@@ -5,8 +5,8 @@
 A step is the trainer's: micro batches forward and backward, gradient clipping, optimizer; the tokens are random, so no
 data is needed. Variants take the same step with the two-branch FFT of the published code, with one back end changed at
 a time as far as it is available, and as the config has it. The parts are timed alone, forward and backward, at the
-step's shapes. The rate of a large matrix product is measured between the steps, and the model's FLOPs
-(flash_stu/training/flops.py) are given as a share of it. On a CPU: --config configs/quickstart.yaml.
+step's shapes, so they need not add up to it. The rate of a large matrix product is measured between the steps, and the
+model's FLOPs (flash_stu/training/flops.py) are given as a share of it. On a CPU: --config configs/quickstart.yaml.
 """
 
 import gc
@@ -95,7 +95,7 @@ class Bench:
     def step(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         """One optimizer step, as the trainer's."""
         for index, windows in enumerate(self.tokens):
-            set_gradient_sync(model, index == self.micro_batches - 1)
+            set_gradient_sync(model, index == self.micro_batches - 1, self.config)
             outputs = model(input_ids=windows[:, :-1], shift_labels=windows[:, 1:], skip_logits=True)
             (outputs.loss / self.micro_batches).backward()
         self.update(model, optimizers)
@@ -266,12 +266,11 @@ def _tables(row: dict) -> list[str]:
         ])  # fmt: skip
     header = ["step", "tokens/s", "peak memory", "MFU", "of product rate", "speed-up"]
     step = statistics.median(row["variants"][-1]["seconds"])
-    rest = step - sum(statistics.median(part["seconds"]) for part in row["parts"] if not part["of"])
-    parts = [*row["parts"], {"part": "rest (norms, residuals, ...)", "of": None, "seconds": [rest]}]
     shares = [
-        [_label(part), spread(part["seconds"]), f"{statistics.median(part['seconds']) / step:.1%}"] for part in parts
+        [_label(part), spread(part["seconds"]), f"{statistics.median(part['seconds']) / step:.1%}"]
+        for part in row["parts"]
     ]
-    return [shape, table(header, steps), table(["part of a step, the last above", "ms", "share"], shares)]
+    return [shape, table(header, steps), table(["part, run alone", "ms", "over the last step above"], shares)]
 
 
 def _label(part: dict) -> str:

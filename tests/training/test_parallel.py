@@ -5,12 +5,14 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from call_counter import CallCounter
 from processes import ProcessError, run_processes
 from safetensors.torch import load_file
 
@@ -18,7 +20,8 @@ from flash_stu import UserError
 from flash_stu.training import Trainer, join_world
 from flash_stu.training.config import ParallelConfig, load_config
 from flash_stu.training.metrics import read_metrics
-from flash_stu.training.parallel import resolve_strategy
+from flash_stu.training.parallel import parallelize, resolve_resharding, resolve_strategy, set_gradient_sync
+from flash_stu.training.trainer import build_model
 
 STEPS = 20
 
@@ -75,12 +78,42 @@ def alone(long_config, tmp_path) -> Path:
         (4, ["parallel.strategy=fsdp", "train.activation_checkpointing=selective"]),
         (4, ["parallel.strategy=ddp"]),
         (4, ["parallel.strategy=fsdp", "parallel.replicas=2"]),
+        (2, ["parallel.strategy=fsdp", "parallel.reshard_after_forward=true"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
 def test_the_results_are_those_of_one_process(alone, long_config, tmp_path, processes, overrides):
     assert all(run_processes(processes, train, str(long_config), *overrides))
     assert_same_results(tmp_path / "run", alone)
+
+
+def collectives(config_file: str, *overrides: str) -> Counter:
+    """How often a step of four micro batches gathers parameters and reduces gradients."""
+    config = load_config(config_file, list(overrides))
+    with join_world(config) as world:
+        model = parallelize(build_model(config), config, world)
+        ids = torch.arange(25)[None]
+        with CallCounter() as counter:
+            for micro_batch in range(4):
+                set_gradient_sync(model, micro_batch == 3, config)
+                model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:], skip_logits=True).loss.backward()
+    return Counter({name: count for name, count in counter.calls.items() if name.startswith("c10d::")})
+
+
+def test_fsdp_communicates_no_more_than_ddp_where_parameters_stay_gathered(long_config):
+    kept, freed = (
+        run_processes(2, collectives, str(long_config), "parallel.strategy=fsdp", f"parallel.reshard_after_forward={x}")
+        for x in ("false", "true")
+    )
+    groups = 3  # two blocks, and the embedding with the last norm
+    assert set(kept[0].values()) == {groups}  # each is gathered once and reduced once in a step
+    assert sum(freed[0].values()) > 2 * sum(kept[0].values())
+
+
+def test_parameters_stay_gathered_where_memory_allows(load):
+    config = load("train.dtype=bfloat16")
+    assert not resolve_resharding(config, 2_600_000_000) and resolve_resharding(config, 7_000_000_000)
+    assert resolve_resharding(load("parallel.reshard_after_forward=true"), 1)
 
 
 def test_other_worlds_take_over_from_the_same_checkpoints(alone, long_config, tmp_path):
