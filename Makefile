@@ -1,7 +1,7 @@
 # make quickstart   train, distill, evaluate and generate on the embedded corpus
 # make test         the whole test suite
-# make bench-cpu    measures the README's tables anew on the CPU into results/cpu, 45 minutes on two cores; trainings that
-#                   are finished in runs/ are taken as they are. BENCH_TEXT=DIR prepares text other than the embedded one
+# make bench-cpu    measures the tables of docs/results.md on the CPU into results/cpu, 45 minutes on two cores; trainings
+#                   that are finished in runs/ are taken as they are. BENCH_TEXT=DIR prepares another text
 # make bench-gpu    those of a GPU, into results/gpu
 PYTHON ?= python3
 VENV := .venv

@@ -1,4 +1,4 @@
-"""The benchmarks' tables: each script renders what it leaves in a file, and tables.py keeps the README equal to it."""
+"""The benchmarks' tables: each script renders what it leaves in a file, and tables.py keeps docs/results.md like it."""
 
 import importlib
 import json
@@ -135,61 +135,61 @@ def test_figures_of_a_table(scripts, results):
 
 
 @pytest.fixture
-def readme(scripts, results, tmp_path, monkeypatch, capsys):
-    """A README with two places and the results of one: runs tables.py, which says its status, output and errors."""
+def tables_page(scripts, results, tmp_path, monkeypatch, capsys):
+    """A page with two places and the results of one: runs tables.py, which says its status, output and errors."""
     scripts["measuring"].write(tmp_path / "results/cpu/loss.json", json.dumps(results["loss"]))
     places = (
         "<!-- results: cpu/loss -->\nold\n<!-- end -->\n\nbetween\n\n<!-- results: gpu/loss -->\nnot yet\n<!-- end -->"
     )
-    path = tmp_path / "README.md"
+    path = tmp_path / "page.md"
     path.write_text(f"before\n\n{places}\n\nafter\n")
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["tables.py", f"--results={tmp_path / 'results'}", f"--readme={path}", *words])
+        monkeypatch.setattr(sys, "argv", ["tables.py", f"--results={tmp_path / 'results'}", f"--page={path}", *words])
         return run_cli(scripts["tables"].main), *capsys.readouterr()
 
     run.path = path
     return run
 
 
-def test_places_are_filled_once_and_checked(readme, scripts, results):
-    before = readme.path.read_text()
-    assert readme("--check")[0] == 1 and readme.path.read_text() == before
-    status, printed, _ = readme()
-    filled = readme.path.read_text()
+def test_places_are_filled_once_and_checked(tables_page, scripts, results):
+    before = tables_page.path.read_text()
+    assert tables_page("--check")[0] == 1 and tables_page.path.read_text() == before
+    status, printed, _ = tables_page()
+    filled = tables_page.path.read_text()
     assert status == 0 and "gpu/loss: no results" in printed
     assert filled == before.replace("old", "\n" + scripts["loss"].render(results["loss"]) + "\n")
-    assert readme()[0] == readme("--check")[0] == 0 and readme.path.read_text() == filled
-    readme.path.write_text(filled.replace("1.0e-07", "1.0e-08", 1))
-    assert readme("--check")[0] == 1
+    assert tables_page()[0] == tables_page("--check")[0] == 0 and tables_page.path.read_text() == filled
+    tables_page.path.write_text(filled.replace("1.0e-07", "1.0e-08", 1))
+    assert tables_page("--check")[0] == 1
 
 
-def test_a_page_is_taken_as_it_is(readme):
-    page = readme.path.parent / "results/gpu/loss.md"
+def test_a_page_is_taken_as_it_is(tables_page):
+    page = tables_page.path.parent / "results/gpu/loss.md"
     page.parent.mkdir()
     page.write_text("a page\n")
-    assert readme()[0] == 0
-    assert "<!-- results: gpu/loss -->\n\na page\n\n<!-- end -->" in readme.path.read_text()
+    assert tables_page()[0] == 0
+    assert "<!-- results: gpu/loss -->\n\na page\n\n<!-- end -->" in tables_page.path.read_text()
 
 
-def test_bad_places_are_one_line(readme):
-    good = readme.path.read_text()
+def test_bad_places_are_one_line(tables_page):
+    good = tables_page.path.read_text()
     for bad, said in {
         good.replace("gpu/loss", "gpu/lss"): "error: 'gpu/lss' names no benchmark",
         good.replace("<!-- end -->", "", 1): "error: a line that begins with '<!-- results: '",
     }.items():
-        readme.path.write_text(bad)
-        status, _, error = readme()
+        tables_page.path.write_text(bad)
+        status, _, error = tables_page()
         assert status == 2 and error.startswith(said) and error.count("\n") == 1
-        assert readme.path.read_text() == bad
+        assert tables_page.path.read_text() == bad
 
 
-def test_the_readme_has_the_results(scripts):
+def test_the_page_has_the_results(scripts):
     if not (ROOT / "results").is_dir():
         pytest.skip("there is no results/: make bench-cpu or make bench-gpu leaves it")
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "results.md").read_text()
     try:
         filled, _ = scripts["tables"].fill(text, ROOT / "results")
     except UserError as error:
         pytest.fail(str(error))
-    assert filled == text, "README.md and results/ disagree: run scripts/bench/tables.py"
+    assert filled == text, "docs/results.md and results/ disagree: run scripts/bench/tables.py"

@@ -1,6 +1,6 @@
-"""Write the benchmarks' tables into the README, from the results they left.
+"""Write the benchmarks' tables into docs/results.md, from the results they left.
 
-    python scripts/bench/tables.py [--results results] [--readme README.md] [--check]
+    python scripts/bench/tables.py [--results results] [--page docs/results.md] [--check]
 
 A place for a table is a pair of lines, `<!-- results: cpu/conv-float32 -->` and `<!-- end -->`, the first of them
 naming a file below the results folder without its .json: what a benchmark's --output left, its name up to a dash that
@@ -70,12 +70,12 @@ def _tables(results: Path, name: str) -> str | None:
 def main() -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", default="results", metavar="DIR")
-    parser.add_argument("--readme", default="README.md", metavar="FILE")
+    parser.add_argument("--page", default="docs/results.md", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if something would change")
     args = parser.parse_args()
-    path = Path(args.readme)
+    path = Path(args.page)
     if not path.is_file():
-        raise UserError(f"--readme {path}: no such file")
+        raise UserError(f"--page {path}: no such file")
     before = path.read_text()
     after, missing = fill(before, Path(args.results))
     for name in missing:

@@ -3,7 +3,7 @@
 set -euo pipefail
 source .venv/bin/activate
 
-# Nothing here needs the internet once the data is prepared; see "From laptop to cluster" in the README.
+# Nothing here needs the internet once the data is prepared; see docs/training.md.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 
