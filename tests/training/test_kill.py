@@ -54,7 +54,7 @@ class Assassin:
         elif moment == "deleting":
             self.until(lambda: self.sees("checkpoints/.step-*.old"), child)
         elif moment == "exporting":
-            self.until(lambda: self.sees(".final.tmp"), child)
+            self.until(lambda: self.sees(".final.flash_stu-*.tmp"), child)
 
     def until(self, happened, child: Child) -> None:
         while not happened():
