@@ -131,13 +131,17 @@ def test_tied_weights_are_written_once_and_nothing_is_pickled(folder):
     assert content[8:9] == b"{" and not content.startswith((b"PK", b"\x80"))
 
 
-def test_whole_weights_without_a_model(folder):
-    assert_equal(load_weights(folder / "step-3"), trained(3))
+def test_whole_weights_for_a_model_that_is_not_trained(folder):
+    model, _ = build(2)
+    load_weights(folder / "step-3", model)
+    assert_equal(whole(model), trained(3))
+    with pytest.raises(UserError, match="step-3 is another model's: they differ in model"):
+        load_weights(folder / "step-3", nn.Linear(5, 5))
     alter(file_of(folder / "step-3"))
     with pytest.raises(UserError, match="damaged checkpoint .*step-3: .*checksum"):
-        load_weights(folder / "step-3")
+        load_weights(folder / "step-3", model)
     with pytest.raises(UserError, match="damaged checkpoint .*step-4"):
-        load_weights(folder / "step-4")
+        load_weights(folder / "step-4", model)
 
 
 def test_files_of_a_limited_size(tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ class Assassin:
             self.until(lambda: self.sees("checkpoints/.step-*.tmp"), child)
             time.sleep(self.random.uniform(0, 0.015))
         elif moment == "deleting":
-            self.until(lambda: self.sees("checkpoints/.step-*.old"), child)
+            self.until(lambda: self.sees("checkpoints/.step-*.deleted"), child)
         elif moment == "exporting":
             self.until(lambda: self.sees(".final.flash_stu-*.tmp"), child)
 
