@@ -162,7 +162,9 @@ def check_output(path: str | Path, kind: str, label: str = "output") -> None:
         raise UserError(f"{label} {path} exists and was not written by this program; choose another") from None
     if found["kind"] != kind:
         raise UserError(f"{label} {path} holds a {found['kind']}, not a {kind}; choose another, or remove it")
-    if foreign := foreign_files(path):
+    with writing(path):
+        foreign = foreign_files(path)
+    if foreign:
         raise UserError(
             f"{label} {path} holds {foreign[0]}, which this program did not write or somebody changed; "
             "move it away, or choose another"
@@ -196,7 +198,7 @@ def foreign_files(directory: Path, contents: bool = True) -> list[str]:
         contents: compare checksums, not only sizes.
 
     Raises:
-        OSError, DamagedError: if it has no intact manifest.
+        OSError, DamagedError: if it has no intact manifest, or cannot be read in full.
     """
     files = read_manifest(directory)["files"]
 
@@ -205,13 +207,16 @@ def foreign_files(directory: Path, contents: bool = True) -> list[str]:
             return False
         return describe(path) == files[name] if contents else path.stat().st_size == files[name]["bytes"]
 
+    def fail(error: OSError) -> None:
+        raise error
+
     foreign = []
-    for path in directory.rglob("*"):
-        if path.is_dir() and not path.is_symlink():
-            continue
-        name = path.relative_to(directory).as_posix()
-        if name != MANIFEST and not is_ours(path, name):
-            foreign.append(name)
+    for folder, directories, names in os.walk(directory, onerror=fail):
+        links = [name for name in directories if os.path.islink(os.path.join(folder, name))]
+        for path in (Path(folder, name) for name in names + links):
+            name = path.relative_to(directory).as_posix()
+            if name != MANIFEST and not is_ours(path, name):
+                foreign.append(name)
     return sorted(foreign)
 
 

@@ -184,9 +184,7 @@ class Checkpointer:
 
     def _verify(self, path: Path) -> RunState:
         """The run state of a checkpoint, if its files are as they were written; each process reads its part of them."""
-        state, names = self._on_main(
-            lambda: (checkpoint_folder.read_state(path), checkpoint_folder.tensor_files(path))
-        )
+        state, names = self._on_main(lambda: (checkpoint_folder.read_state(path), checkpoint_folder.tensor_files(path)))
         self._everywhere(lambda: files.verify(path, names[self.world.rank :: self.world.size]))
         return state
 

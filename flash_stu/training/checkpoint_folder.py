@@ -5,6 +5,7 @@ state.json, what else the run needs to continue; and the manifest of flash_stu.f
 """
 
 import math
+import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -48,7 +49,7 @@ def list_steps(folder: Path) -> list[int]:
     steps = []
     for path in folder.iterdir() if folder.exists() else []:
         name = re.fullmatch(r"step-(0|[1-9][0-9]{,17})", path.name)
-        if name and path.is_dir() and any(_is_part(entry) for entry in path.iterdir()):
+        if name and path.is_dir() and _has_parts(path):
             steps.append(int(name[1]))
     return sorted(steps)
 
@@ -200,5 +201,10 @@ def _manifest(path: Path) -> dict[str, dict[str, int]]:
     return manifest["files"]
 
 
-def _is_part(path: Path) -> bool:
-    return path.name in (files.MANIFEST, STATE) or path.suffix == ".safetensors"
+def _has_parts(path: Path) -> bool:
+    """Whether some file of a checkpoint is there; of a directory that cannot be read, it is assumed."""
+    try:
+        names = os.listdir(path)
+    except OSError:
+        return True
+    return any(name in (files.MANIFEST, STATE) or name.endswith(".safetensors") for name in names)

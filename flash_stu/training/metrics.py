@@ -204,8 +204,10 @@ def _is_record(record: dict) -> bool:
 def _is_value(value: object) -> bool:
     if isinstance(value, bool):
         return False
-    return value is None or (isinstance(value, int) and abs(value) < _LARGEST) or (
-        isinstance(value, float) and math.isfinite(value)
+    return (
+        value is None
+        or (isinstance(value, int) and abs(value) < _LARGEST)
+        or (isinstance(value, float) and math.isfinite(value))
     )
 
 

@@ -7,6 +7,7 @@ grid (HSDP): each row of it shards one whole model, and the rows average their g
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from flash_stu.training.initialization import initialize, read_initial_weights
 
 T = TypeVar("T")
 
+_PAUSE = 1.0  # seconds
 _DDP_LIMIT = 10**9  # parameters; with their gradients and AdamW's moments, 16 GB in float32
 
 
@@ -79,8 +81,11 @@ class World:
             except Exception as error:
                 failure = error
         result, failed = self.from_main((result, failure is not None))
+        if failed and not self.is_main:
+            time.sleep(_PAUSE)  # torchrun ends all as soon as one ends: let the main process finish its message
+            raise SystemExit(2)
         if failed:
-            raise failure or SystemExit(2)
+            raise failure
         return result
 
 

@@ -192,6 +192,17 @@ def test_a_checkpoint_that_cannot_be_read_is_set_aside(start, run, whole, monkey
     assert_same(run, whole)
 
 
+def test_a_checkpoint_whose_directory_cannot_be_read_is_set_aside(start, run, whole, failing):
+    step = run / "checkpoints" / "step-6"
+    damage, _ = DAMAGES["manifest missing"]
+    damage(step)
+    patch = failing("listdir", str(step), errno.EACCES)
+    assert list_steps(run / "checkpoints") == [2, 4, 6]
+    patch.undo()
+    assert start()[0] == 0
+    assert_same(run, whole)
+
+
 def test_one_damaged_before_stays(start, run, whole):
     aside = run / "checkpoints" / "step-6.damaged"
     aside.mkdir()
