@@ -1,5 +1,6 @@
 """Flash STU: hybrid language models of Spectral Transform Units and sliding-window attention."""
 
+from flash_stu import orphans as orphans  # first: it looks at the parent process
 from flash_stu.cache import FlashSTUCache
 from flash_stu.config import FlashSTUConfig
 from flash_stu.errors import UserError

@@ -10,11 +10,13 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
+import stat
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ MANIFEST = ".flash_stu.json"
 _FORMAT = 1
 _READ_BYTES = 1 << 24
 _NAME_BYTES = 200  # of the readable part of a temporary name; file systems refuse names of more than 255
+_HIDDEN = re.compile(r"\.(.*)\.flash_stu-[0-9a-f]{8}\.(tmp|old|deleted)", re.DOTALL)
+LOCK, _HOLDER = ".lock", ".lock.holder"
 
 
 class DamagedError(ValueError):
@@ -66,11 +70,13 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
         a temporary path with the same name, to be written in the block.
 
     Raises:
-        UserError: if it cannot be written; nothing is left behind.
+        UserError: if it cannot be written, or is a device or another special file; nothing is left behind.
     """
     path = Path(path)
     with writing(path):
         place = path.resolve()  # a symbolic link stays one
+        if place.exists() and not place.is_file():
+            raise UserError(f"{path} exists and is not a regular file; choose another")
         place.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(place) as directory:
             temporary = directory / place.name
@@ -90,6 +96,8 @@ def write_text(path: str | Path, text: str) -> None:
 def replacing_directory(path: str | Path, kind: str, label: str = "output") -> Iterator[Path]:
     """Write a directory whole or not at all.
 
+    It is sealed at the end, unless the block did so with descriptions of the files that it has at hand.
+
     Args:
         path: its place. An earlier directory of the same kind stays until the new one is complete.
         kind: what the manifest calls it.
@@ -108,7 +116,8 @@ def replacing_directory(path: str | Path, kind: str, label: str = "output") -> I
         place.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(place) as temporary:
             yield temporary
-            seal(temporary, kind)
+            if not (temporary / MANIFEST).exists():
+                seal(temporary, kind)
             check_output(path, kind, label)
             replace_directory(temporary, place)
 
@@ -153,7 +162,9 @@ def check_output(path: str | Path, kind: str, label: str = "output") -> None:
         raise UserError(f"{label} {path} exists and was not written by this program; choose another") from None
     if found["kind"] != kind:
         raise UserError(f"{label} {path} holds a {found['kind']}, not a {kind}; choose another, or remove it")
-    if foreign := foreign_files(path):
+    with writing(path):
+        foreign = foreign_files(path)
+    if foreign:
         raise UserError(
             f"{label} {path} holds {foreign[0]}, which this program did not write or somebody changed; "
             "move it away, or choose another"
@@ -163,35 +174,84 @@ def check_output(path: str | Path, kind: str, label: str = "output") -> None:
 def delete_directory(path: Path) -> bool:
     """Delete a directory that this program wrote, with everything in it; one with other files in it stays.
 
+    Files are compared by name and size: their contents may be many gigabytes.
+
     Returns:
         whether it was deleted.
     """
     try:
-        if foreign_files(path):
+        if path.is_symlink() or foreign_files(path, contents=False):
             return False
     except (OSError, DamagedError):
         return False
-    aside = _hidden_name(path, ".old")  # a half deleted directory must not look complete
+    aside = _hidden_name(path, ".deleted")  # a half deleted directory must not look complete
     os.rename(path, aside)
     shutil.rmtree(aside, ignore_errors=True)
     return True
 
 
-def foreign_files(directory: Path) -> list[str]:
-    """Returns the files of a directory that are not, byte for byte, those its manifest names; sorted.
+def foreign_files(directory: Path, contents: bool = True) -> list[str]:
+    """Returns the files of a directory that are not those its manifest names; sorted.
+
+    Args:
+        directory: where the manifest is.
+        contents: compare checksums, not only sizes.
 
     Raises:
-        OSError, DamagedError: if it has no intact manifest.
+        OSError, DamagedError: if it has no intact manifest, or cannot be read in full.
     """
     files = read_manifest(directory)["files"]
+
+    def is_ours(path: Path, name: str) -> bool:
+        if name not in files or path.is_symlink() or not path.is_file():
+            return False
+        return describe(path) == files[name] if contents else path.stat().st_size == files[name]["bytes"]
+
+    def fail(error: OSError) -> None:
+        raise error
+
     foreign = []
-    for path in directory.rglob("*"):
-        if path.is_dir() and not path.is_symlink():
-            continue
-        name = path.relative_to(directory).as_posix()
-        if name != MANIFEST and (name not in files or path.is_symlink() or describe(path) != files[name]):
-            foreign.append(name)
+    for folder, directories, names in os.walk(directory, onerror=fail):
+        links = [name for name in directories if os.path.islink(os.path.join(folder, name))]
+        for path in (Path(folder, name) for name in names + links):
+            name = path.relative_to(directory).as_posix()
+            if name != MANIFEST and not is_ours(path, name):
+                foreign.append(name)
     return sorted(foreign)
+
+
+def is_empty(directory: Path) -> bool:
+    """Returns whether a directory is missing, or holds only locks and temporary files of this program."""
+    return not directory.exists() or all(
+        path.name in (LOCK, _HOLDER) or _HIDDEN.fullmatch(path.name) for path in directory.iterdir()
+    )
+
+
+def sweep(directory: Path) -> None:
+    """Remove what writers that were killed have left in a directory, and put back what one had moved aside."""
+    for path in list(directory.iterdir()) if directory.is_dir() else []:
+        if hidden := _HIDDEN.fullmatch(path.name):
+            _sweep(path, directory / hidden[1])
+
+
+def set_aside(path: Path) -> Path:
+    """Rename something damaged, so that a person can look at it.
+
+    Returns:
+        its new path, see `damaged_name`.
+    """
+    aside = damaged_name(path)
+    os.rename(path, aside)
+    return aside
+
+
+def damaged_name(path: Path) -> Path:
+    """Returns the first free one of PATH.damaged, PATH.damaged-2, ..."""
+    number, aside = 1, path.with_name(f"{path.name}.damaged")
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    return aside
 
 
 def seal(directory: Path, kind: str, files: dict[str, dict[str, int]] | None = None) -> None:
@@ -224,10 +284,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Returns {"format", "kind", "files": {name: {"bytes", "crc32"}}} of a directory.
 
     Raises:
-        OSError: if it has no manifest.
+        OSError: if it has no manifest, or it cannot be read.
         DamagedError: if the manifest is not what was written.
     """
     path = directory / MANIFEST
+    _require_regular(path)
     try:
         content = json.loads(path.read_bytes())
         expected = content.pop("crc32")
@@ -247,12 +308,15 @@ def verify(directory: Path, names: Iterable[str] | None = None) -> None:
         names: which of its files; None for all.
 
     Raises:
-        OSError: if a file is missing or cannot be read.
-        DamagedError: if one differs.
+        OSError: if there is no manifest.
+        DamagedError: if a file is missing, cannot be read, or differs.
     """
     files = read_manifest(directory)["files"]
     for name in files if names is None else names:
-        found = describe(directory / name)
+        try:
+            found = describe(directory / name)
+        except OSError as error:
+            raise DamagedError(f"{name} cannot be read: {reason(error)}") from error
         if found["bytes"] != files[name]["bytes"]:
             raise DamagedError(f"{name} has {found['bytes']} bytes instead of {files[name]['bytes']}")
         if found != files[name]:
@@ -261,6 +325,7 @@ def verify(directory: Path, names: Iterable[str] | None = None) -> None:
 
 def describe(path: Path) -> dict[str, int]:
     """Returns a file's size and checksum, {"bytes", "crc32"}."""
+    _require_regular(path)
     value = 0
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
@@ -268,11 +333,17 @@ def describe(path: Path) -> dict[str, int]:
         return {"bytes": file.tell(), "crc32": value}
 
 
-def read_records(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+def read_records(
+    path: Path, is_valid: Callable[[dict[str, Any]], bool] = lambda record: True
+) -> tuple[list[dict[str, Any]], list[int]]:
     """Read a file with one JSON object per line, whatever has happened to it.
 
+    Args:
+        path: the file.
+        is_valid: whether an object is one that the file can hold.
+
     Returns:
-        the objects, and the numbers (from 1 on) of the lines that are none; both empty if there is no file.
+        the valid objects, and the numbers (from 1 on) of the lines that are none; both empty if there is no file.
     """
     records, unreadable = [], []
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
@@ -283,7 +354,7 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict):
+        if isinstance(record, dict) and is_valid(record):
             records.append(record)
         else:
             unreadable.append(number)
@@ -295,16 +366,16 @@ def holding(directory: Path, label: str) -> Iterator[None]:
     """Hold a directory against other processes; the operating system lets go when this one dies, however it does.
 
     Args:
-        directory: made if needed. Its .lock is the lock and .lock.holder names who has it.
+        directory: made if needed. Its .lock is the lock and stays; .lock.holder names who has it.
         label: what a message calls the directory.
 
     Raises:
         UserError: if another process holds it, naming its host and process, or the lock cannot be made.
     """
-    holder = directory / ".lock.holder"
+    holder = directory / _HOLDER
     with writing(f"{label} {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / ".lock")
+        lock = FileLock(directory / LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -312,7 +383,8 @@ def holding(directory: Path, label: str) -> Iterator[None]:
                 raise UserError(f"{label} {directory} is in use by {holder.read_text().strip()}") from None
             raise UserError(f"{label} {directory} is in use by another process") from None
     try:
-        write_text(holder, f"process {os.getpid()} on host {socket.gethostname()}\n")
+        with suppress(UserError):  # it serves a message only
+            write_text(holder, f"process {os.getpid()} on host {socket.gethostname()}\n")
         yield
     finally:
         with suppress(OSError):
@@ -332,7 +404,9 @@ def flush(path: Path) -> None:
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """A hidden directory beside a path, locked while it is in use, removed at the end."""
-    _sweep(path)
+    prefix = _hidden_prefix(path)
+    for other in [other for other in path.parent.iterdir() if other.name.startswith(prefix)]:
+        _sweep(other, path)
     temporary, descriptor = _locked_directory(path)
     try:
         yield temporary
@@ -354,23 +428,26 @@ def _locked_directory(path: Path) -> tuple[Path, int]:
             os.close(descriptor)
 
 
-def _sweep(path: Path) -> None:
-    """Remove what writers that were killed have left beside a path, and put back what one had moved aside."""
-    prefix = _hidden_prefix(path)
-    for other in [other for other in path.parent.iterdir() if other.name.startswith(prefix)]:
-        if other.suffix == ".tmp":
-            with suppress(OSError):
-                descriptor = os.open(other, os.O_RDONLY | os.O_DIRECTORY)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(other, ignore_errors=True)
-                finally:
-                    os.close(descriptor)
-        elif other.suffix == ".old" and (other / MANIFEST).is_file():
-            if path.exists():
-                shutil.rmtree(other, ignore_errors=True)
-            else:
-                os.rename(other, path)
+def _sweep(hidden: Path, path: Path) -> None:
+    """Remove a hidden directory that a writer of a path left when it was killed, or put back what it moved aside."""
+    if hidden.suffix == ".tmp":
+        with suppress(OSError):
+            descriptor = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(hidden, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+    elif hidden.suffix == ".deleted" or (hidden.suffix == ".old" and path.exists()):
+        shutil.rmtree(hidden, ignore_errors=True)
+    elif hidden.suffix == ".old":
+        os.rename(hidden, path)
+
+
+def _require_regular(path: Path) -> None:
+    """Refuse what would not be read to an end, such as a named pipe."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DamagedError(f"{path.name} is not a regular file")
 
 
 def _hidden_name(path: Path, suffix: str) -> Path:

@@ -32,3 +32,11 @@ def run_settings(output_dir: Path, dataset: Path, cache_dir: Path) -> dict:
         },
         "wandb": {"mode": "disabled"},
     }
+
+
+def training_settings(output_dir: Path, corpus: Path) -> dict:
+    """The settings of that run with validations at the steps 3 and 6 and checkpoints at 2, 4 and 6."""
+    settings = run_settings(output_dir, corpus / "text.jsonl", corpus / "cache") | {"seed": 1}
+    settings["train"] |= {"validation_every": 3, "validation_tokens": 240, "checkpoint_every": 2, "log_every": 1}
+    settings["optimizer"] = {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_steps": 2}
+    return settings

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from flash_stu.errors import UserError
 from flash_stu.loading import choose_device
+from flash_stu.orphans import end_with_launcher
 
 _TIMEOUT = timedelta(days=1)  # a process waits for the slowest; torchrun ends all when one fails
 
@@ -55,7 +56,7 @@ ALONE = Processes()
 
 @contextmanager
 def join_processes(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
-    """Join the processes that torchrun started, or be alone.
+    """Join the processes that torchrun started, or be alone; each ends when torchrun has died.
 
     Args:
         device: what the user asked for; None for a GPU if there is one. Of several processes each takes the GPU of its
@@ -64,6 +65,7 @@ def join_processes(device: str | None) -> Iterator[tuple[Processes, torch.device
     Raises:
         UserError: for a device that is not here, or more processes than GPUs.
     """
+    end_with_launcher()
     chosen = choose_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

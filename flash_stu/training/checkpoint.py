@@ -9,6 +9,7 @@ looks like on disk and when it is complete is told in checkpoint_folder.
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,12 +26,14 @@ from torch.distributed.checkpoint import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from flash_stu import files
 from flash_stu.errors import UserError
+from flash_stu.files import DamagedError
 from flash_stu.training import checkpoint_folder
-from flash_stu.training.checkpoint_folder import list_steps, load_weights
+from flash_stu.training.checkpoint_folder import RunState, list_steps, load_weights
 from flash_stu.training.parallel import World
 
-__all__ = ["Checkpointer", "list_steps", "load_weights"]
+__all__ = ["Checkpointer", "RunState", "list_steps", "load_weights"]
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is no mistake
 
@@ -64,7 +67,7 @@ class Checkpointer:
             world: the processes.
             keep: how many of the newest checkpoints stay.
             keep_every: checkpoints whose step is divisible by it stay for ever.
-            report: gets a line about every damaged checkpoint, on the main process.
+            report: gets a line about every damaged checkpoint, on the main process; called from any thread.
         """
         self.folder, self.optimizers, self.world = folder, optimizers, world
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
@@ -87,25 +90,24 @@ class Checkpointer:
         finally:
             self._thread.shutdown()
 
-    def save(self, step: int, progress: dict) -> None:
+    def save(self, state: RunState) -> None:
         """Begin to write the checkpoint of a step; returns when everything is copied, and may change.
 
         Args:
-            step: optimizer steps done. A checkpoint of the same step is replaced.
-            progress: what else to keep, for JSON.
+            state: the run's. A checkpoint of the same step is replaced.
 
         Raises:
             UserError: if the checkpoint before could not be written; those before that one are intact.
         """
         self.wait()
-        tensors = self._weights() | self._moments()
+        tensors = checkpoint_folder.own_tensors(self.model) | self._moments()
         copies = {
             name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for index, (name, tensor) in enumerate(tensors.items())
             if isinstance(tensor, DTensor) or index % self.world.size == self.world.rank  # whole ones all could write
         }
-        files = _assign_files(tensors, _FILE_BYTES * self.world.size)
-        self._writing = self._thread.submit(self._write, step, copies, files, dict(progress))
+        layout = _assign_files(tensors, _FILE_BYTES * self.world.size)
+        self._writing = self._thread.submit(self._write, state, copies, layout)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk.
@@ -117,42 +119,37 @@ class Checkpointer:
         if writing:
             writing.result()
 
-    def resume(self) -> dict | None:
+    def resume(self) -> RunState | None:
         """Load the newest intact checkpoint into model and optimizers; their hyperparameters stay as they are.
 
         A damaged checkpoint is reported by name, set aside as step-N.damaged, and the one before it is tried.
 
         Returns:
-            the progress saved with it, and "step"; None if there is no checkpoint.
+            the run state saved with it; None if there is no checkpoint.
 
         Raises:
             UserError: if there are checkpoints but none is intact, or they are another model's.
+            OSError: if the folder cannot be read or changed.
         """
-        self._on_main(lambda: checkpoint_folder.clear(self.folder))
+        self._on_main(lambda: files.sweep(self.folder))
         steps = self._on_main(lambda: list_steps(self.folder))
         if not steps:
             return None
         damaged = []
         for path in (self.folder / f"step-{step}" for step in reversed(steps)):
             try:
-                progress = self._verify(path)
+                state = self._verify(path)
                 break
-            except (OSError, ValueError) as error:
+            except (OSError, DamagedError) as error:
                 self._report(f"damaged checkpoint {path}: {error}; trying the one before it")
                 damaged.append(path)
         else:
             raise UserError(
                 f"{self.folder}: none of its {len(steps)} checkpoints is intact; remove them to start again"
             )
-        self._on_main(lambda: [checkpoint_folder.set_aside(path) for path in damaged])
+        self._on_main(lambda: [files.set_aside(path) for path in damaged])
         self._load(path)
-        return progress
-
-    def _weights(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers by their names on disk, tied ones once; DTensors where they are sharded."""
-        state = self.model.state_dict()  # first of all: FSDP brings the parameters back to their shards for it
-        unique = {name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]}
-        return {f"model.{name}": tensor for name, tensor in state.items() if name in unique}
+        return state
 
     def _moments(self) -> dict[str, torch.Tensor]:
         """The optimizers' tensors by their names on disk: none before the first step."""
@@ -164,50 +161,69 @@ class Checkpointer:
             for key, tensor in state.items()
         }
 
-    def _write(self, step: int, copies: dict[str, torch.Tensor], files: dict[str, int], progress: dict) -> None:
+    def _write(self, state: RunState, copies: dict[str, torch.Tensor], layout: dict[str, int]) -> None:
         """Write a checkpoint; runs in the thread."""
         try:
-            path = self._on_main(lambda: checkpoint_folder.begin(self.folder, step))
-            writer = _Writer(str(path), files, save_distributed=True)
-            dcp.save(copies, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-            parts = self._everywhere(lambda: {name: checkpoint_folder.describe(path / name) for name in writer.written})
-            written = {name: entry for part in parts for name, entry in part.items()}
-            self._on_main(lambda: self._complete(path, {**progress, "step": step, "files": written}))
+            with ExitStack() as stack:
+                begin = checkpoint_folder.begin
+                path = self._on_main(lambda: begin(self.folder, state.step, stack, self._report))
+                writer = _Writer(str(path), layout, save_distributed=True)
+                dcp.save(copies, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+                parts = self._everywhere(lambda: {name: files.describe(path / name) for name in writer.written})
+                written = {name: entry for part in parts for name, entry in part.items()}
+                self._on_main(lambda: self._complete(stack, path, state, written))
+        except UserError:
+            raise
         except (Exception, CheckpointException) as error:
-            raise UserError(
-                f"the checkpoint of step {step} cannot be written to {self.folder}: {_reason(error)}"
-            ) from error
+            raise UserError(f"{self.folder / f'step-{state.step}'} cannot be written: {_reason(error)}") from error
 
-    def _complete(self, path: Path, progress: dict) -> None:
-        checkpoint_folder.complete(path, progress)
+    def _complete(self, stack: ExitStack, path: Path, state: RunState, written: dict[str, dict[str, int]]) -> None:
+        checkpoint_folder.complete(path, state, written)
+        stack.close()
         checkpoint_folder.prune(self.folder, self.keep, self.keep_every)
 
-    def _verify(self, path: Path) -> dict:
-        """The progress of a checkpoint, if its files are as they were written; each process reads its part of them."""
-        progress = self._on_main(lambda: checkpoint_folder.read_progress(path))
-        files = progress.pop("files")
-        mine = {name: files[name] for name in sorted(files)[self.world.rank :: self.world.size]}
-        self._everywhere(lambda: checkpoint_folder.verify(path, mine))
-        return progress
+    def _verify(self, path: Path) -> RunState:
+        """The run state of a checkpoint, if its files are as they were written; each process reads its part of them."""
+        state, names = self._on_main(lambda: (checkpoint_folder.read_state(path), checkpoint_folder.tensor_files(path)))
+        self._everywhere(lambda: files.verify(path, names[self.world.rank :: self.world.size]))
+        return state
 
     def _load(self, path: Path) -> None:
-        reader = HuggingFaceStorageReader(str(path))
-        saved = reader.read_metadata().state_dict_metadata
-        weights, parameters = self._weights(), dict(self.model.named_parameters())
-        for name in weights.keys() | {name for name in saved if name.startswith("model.")}:
-            if name not in saved or name not in weights or saved[name].size != weights[name].shape:
-                raise UserError(f"the checkpoint {path} is another model's: they differ in {name}")
+        try:
+            self._read(path)
+        except UserError:
+            raise
+        except (Exception, CheckpointException) as error:
+            raise UserError(f"the checkpoint {path} cannot be loaded: {_reason(error)}") from error
+
+    def _read(self, path: Path) -> None:
+        weights, parameters = checkpoint_folder.own_tensors(self.model), dict(self.model.named_parameters())
         states, moments = {}, {}  # of each parameter; of all, by their names on disk
-        for name, entry in saved.items():
-            if name.startswith("optimizer."):
-                owner, key = name.removeprefix("optimizer.").rsplit(".", 1)
-                moments[name] = states.setdefault(owner, {})[key] = _room(entry, parameters[owner])
+
+        def prepare() -> HuggingFaceStorageReader:
+            reader, saved = checkpoint_folder.open_reader(path)
+            checkpoint_folder.check_weights(path, saved, weights)
+            for name, entry in saved.items():
+                if name.startswith("optimizer."):
+                    owner, key = name.removeprefix("optimizer.").rsplit(".", 1)
+                    if owner not in parameters or entry.size not in (parameters[owner].shape, torch.Size()):
+                        raise UserError(f"the checkpoint {path} is another model's: they differ in {name}")
+                    moments[name] = states.setdefault(owner, {})[key] = _room(entry, parameters[owner])
+            return reader
+
+        reader = self._here(prepare)
         dcp.load(weights | moments, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         names = {parameter: name for name, parameter in parameters.items()}
         for optimizer in self.optimizers:
             owners = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
             state = {index: states[owner] for index, owner in enumerate(owners) if owner in states}
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+    def _here(self, work: Callable[[], T]) -> T:
+        """Do something on every process; returns what it returned on this one, or fails as `_everywhere`."""
+        results = []
+        self._everywhere(lambda: results.append(work()))
+        return results[0]
 
     def _on_main(self, work: Callable[[], T]) -> T:
         """Do something on the main process alone; what it returned, or failed with, everywhere."""
@@ -217,7 +233,7 @@ class Checkpointer:
         """Do something on every process; what each returned, by rank.
 
         Raises:
-            OSError: on every process, if it failed on one.
+            UserError, OSError: on every process, if it failed on one.
         """
         if self._group is None:
             return [work()]
@@ -227,10 +243,12 @@ class Checkpointer:
         except Exception as error:
             failure = error
         outcomes: list = [None] * self.world.size
-        dist.all_gather_object(outcomes, (result, str(failure) if failure else None), group=self._group)
-        for rank, (_, reason) in enumerate(outcomes):
-            if reason is not None:
-                raise OSError(f"process {rank}: {reason}") from failure
+        told = failure and (isinstance(failure, UserError), str(failure))
+        dist.all_gather_object(outcomes, (result, told), group=self._group)
+        for rank, (_, told) in enumerate(outcomes):
+            if told is not None:
+                by_user, reason = told
+                raise UserError(reason) if by_user else OSError(f"process {rank}: {reason}") from failure
         return [result for result, _ in outcomes]
 
     def _report(self, line: str) -> None:
@@ -251,11 +269,11 @@ class _Writer(HuggingFaceStorageWriter):
 
 def _assign_files(tensors: dict[str, torch.Tensor], size: int) -> dict[str, int]:
     """The number of the file, from 1 on, into which to write each tensor, so that a file is about `size` bytes."""
-    files, total = {}, 0
+    numbers, total = {}, 0
     for name, tensor in tensors.items():
-        files[name] = 1 + total // size
+        numbers[name] = 1 + total // size
         total += tensor.nbytes
-    return files
+    return numbers
 
 
 def _use(device: torch.device) -> None:
@@ -271,6 +289,6 @@ def _room(entry: TensorStorageMetadata, parameter: nn.Parameter) -> torch.Tensor
     return torch.empty(entry.size, dtype=entry.properties.dtype)
 
 
-def _reason(error: BaseException) -> BaseException:
+def _reason(error: BaseException) -> str:
     """What went wrong, in one line: of a failed checkpoint, its first process's error."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    return files.reason(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)

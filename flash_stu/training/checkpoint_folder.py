@@ -1,122 +1,188 @@
-"""Checkpoints on disk: one folder step-N each, complete as soon as it has that name.
+"""Checkpoints on disk: one directory step-N each, complete as soon as it has that name.
 
-step-N/ holds safetensors files, each written by one process, with every tensor's place in the whole in their
-headers, and progress.json: what the run wants to know besides its tensors, the step, and the files' sizes and
-checksums. What is being written or deleted, or was when a process got killed, is hidden: .step-N.tmp, .step-N.old.
+step-N/ holds safetensors files, each written by one process, with every tensor's place in the whole in their headers;
+state.json, what else the run needs to continue; and the manifest of flash_stu.files, by which all of them are verified.
 """
 
-import json
+import math
 import os
 import re
-import shutil
-import zlib
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, TensorStorageMetadata
 
+from flash_stu import files
 from flash_stu.errors import UserError
+from flash_stu.files import DamagedError
 
-_READ_BYTES = 1 << 24
+KIND = "checkpoint"
+STATE = "state.json"
+
+
+class RunState(BaseModel):
+    """What a run needs besides its tensors to continue as if it had never stopped."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    step: int = Field(ge=0, description="optimizer steps done")
+    seconds: float = Field(ge=0, allow_inf_nan=False, description="spent on them")
+    run_id: str = Field(pattern="^[0-9a-z]+$", description="the name of the run in wandb")
+    data: str = Field(description="hash of the tokens trained on")
+    skipped: int = Field(ge=0, description="steps left out because loss or gradient was not finite")
+    skipped_in_a_row: int = Field(ge=0, description="how many of them are the last ones")
 
 
 def list_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, oldest first."""
-    names = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*"))
-    return sorted(int(name[1]) for name in names if name)
+    """Returns the steps of the checkpoints in a folder, intact or not, oldest first.
 
-
-def load_weights(step_dir: Path) -> dict[str, torch.Tensor]:
-    """Whole weights and buffers of one checkpoint on the CPU, by the model's names; tied ones once.
+    A step-N without any file of a checkpoint is something else.
 
     Raises:
-        UserError: if the checkpoint is not there or not as it was written.
+        OSError: if the folder cannot be read.
+    """
+    steps = []
+    for path in folder.iterdir() if folder.exists() else []:
+        name = re.fullmatch(r"step-(0|[1-9][0-9]{,17})", path.name)
+        if name and path.is_dir() and _has_parts(path):
+            steps.append(int(name[1]))
+    return sorted(steps)
+
+
+def read_state(path: Path) -> RunState:
+    """Returns the run state of a checkpoint; of its files, state.json alone is verified.
+
+    Raises:
+        OSError, DamagedError: if it is not what was written.
+    """
+    if STATE not in _manifest(path):
+        raise DamagedError(f"{files.MANIFEST} does not name {STATE}")
+    files.verify(path, [STATE])
+    try:
+        state = RunState.model_validate_json((path / STATE).read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise DamagedError(f"{STATE} is not a run state: {key and key + ': '}{files.reason(first['msg'])}") from None
+    if path.name != f"step-{state.step}":
+        raise DamagedError(f"{STATE} is of step {state.step}")
+    return state
+
+
+def tensor_files(path: Path) -> list[str]:
+    """Returns the names of a checkpoint's files of tensors, as the manifest has them; sorted.
+
+    Raises:
+        OSError, DamagedError: if the manifest is not what was written.
+    """
+    return sorted(name for name in _manifest(path) if name != STATE)
+
+
+def open_reader(path: Path) -> tuple[HuggingFaceStorageReader, dict[str, TensorStorageMetadata]]:
+    """Returns a reader of a checkpoint's tensors, and their descriptions by their names on disk.
+
+    Raises:
+        OSError, DamagedError: if a tensor is not there in full.
+    """
+    reader = HuggingFaceStorageReader(str(path))
+    reader.fs.ls = lambda _: [str(path / name) for name in tensor_files(path)]  # others may lie beside them
+    saved = reader.read_metadata().state_dict_metadata
+    for name, entry in saved.items():
+        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+            raise DamagedError(f"a part of {name} is missing")
+    return reader, saved
+
+
+def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns a model's parameters and buffers that a checkpoint holds, by their names on disk; tied ones once."""
+    state = model.state_dict()  # first of all: FSDP brings the parameters back to their shards for it
+    unique = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    return {f"model.{name}": tensor for name, tensor in state.items() if name in unique}
+
+
+def check_weights(path: Path, saved: dict[str, TensorStorageMetadata], expected: dict[str, torch.Tensor]) -> None:
+    """Compare names, shapes and dtypes of a checkpoint's weights with a model's, as `own_tensors` gives them.
+
+    Raises:
+        UserError: if they differ.
+    """
+    for name in sorted(expected.keys() | {name for name in saved if name.startswith("model.")}):
+        if (
+            name not in saved
+            or name not in expected
+            or saved[name].size != expected[name].shape
+            or saved[name].properties.dtype != expected[name].dtype
+        ):
+            raise UserError(f"the checkpoint {path} is another model's: they differ in {name}")
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Give a model the weights and buffers of a checkpoint, on the CPU.
+
+    Args:
+        path: the checkpoint.
+        model: may be on the meta device; its tensors are replaced.
+
+    Raises:
+        UserError: if the checkpoint is not there, not as it was written, or another model's.
     """
     try:
-        verify(step_dir, read_progress(step_dir)["files"])
-    except (OSError, ValueError) as error:
-        raise UserError(f"damaged checkpoint {step_dir}: {error}") from error
-    reader = HuggingFaceStorageReader(str(step_dir))
+        read_state(path)
+        files.verify(path)
+        reader, saved = open_reader(path)
+    except (OSError, DamagedError) as error:
+        raise UserError(f"damaged checkpoint {path}: {error}") from error
+    check_weights(path, saved, own_tensors(model))
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        for name, entry in saved.items()
         if name.startswith("model.")
     }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    model.load_state_dict(weights, assign=True, strict=False)  # tied ones have other names too
 
 
-def read_progress(path: Path) -> dict:
-    """progress.json of one checkpoint.
+def begin(folder: Path, step: int, stack: ExitStack, report: Callable[[str], None]) -> Path:
+    """Returns the directory into which to write a checkpoint; it gets its name when the stack is closed.
 
-    Raises:
-        OSError, ValueError: if it is missing or not what was written.
-    """
-    progress = json.loads((path / "progress.json").read_text())
-    if not isinstance(progress, dict) or not {"step", "files"} <= progress.keys():
-        raise ValueError("progress.json is not complete")
-    return progress
-
-
-def describe(path: Path) -> dict[str, int]:
-    """Size and checksum of a file, for progress.json."""
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            value = zlib.crc32(block, value)
-    return {"bytes": path.stat().st_size, "crc32": value}
-
-
-def verify(path: Path, files: dict[str, dict[str, int]]) -> None:
-    """Compare files of one checkpoint with their descriptions.
+    Whatever has that name and is no intact checkpoint is reported and set aside.
 
     Raises:
-        OSError, ValueError: if one is missing or differs.
+        UserError: if it cannot be made.
     """
-    for name, expected in files.items():
-        size = (path / name).stat().st_size
-        if size != expected["bytes"]:
-            raise ValueError(f"{name} has {size} bytes instead of {expected['bytes']}")
-        if describe(path / name) != expected:
-            raise ValueError(f"{name} was altered: its checksum differs")
+    path = folder / f"step-{step}"
+    try:
+        files.check_output(path, KIND, "checkpoint")
+    except UserError:
+        with files.writing(path):
+            report(f"{path} is no intact checkpoint and in the way of one; renamed to {files.set_aside(path).name}")
+    return stack.enter_context(files.replacing_directory(path, KIND, "checkpoint"))
 
 
-def begin(folder: Path, step: int) -> Path:
-    """Make the folder into which to write a checkpoint; clears away what killed processes left."""
-    clear(folder)
-    temporary = folder / f".step-{step}.tmp"
-    temporary.mkdir(parents=True)
-    return temporary
-
-
-def complete(temporary: Path, progress: dict) -> None:
-    """Write progress.json, and give the folder that `begin` made its final name when all of it is on disk.
+def complete(path: Path, state: RunState, written: dict[str, dict[str, int]]) -> None:
+    """Write the run state and the manifest.
 
     Args:
-        temporary: the folder; its other files are on disk already.
-        progress: what progress.json says, "step" and "files" included.
+        path: what `begin` returned.
+        state: the run's.
+        written: `files.describe` of each file of tensors by its name; they are on disk already.
 
     Raises:
-        OSError: if it cannot be written, or a file that another process wrote is not here.
+        OSError: if that is not possible, or a file that another process wrote is not here.
     """
-    for name, expected in progress["files"].items():
-        if (temporary / name).stat().st_size != expected["bytes"]:
-            raise OSError(f"{name} is not as it was written")
-    with (temporary / "progress.json").open("w") as file:
-        json.dump(progress, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    _flush_folder(temporary)
-    final = temporary.with_name(f"step-{progress['step']}")
-    if final.exists():
-        _hide(final)
-    os.rename(temporary, final)
-    _flush_folder(final.parent)
+    (path / STATE).write_text(state.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    files.flush(path / STATE)
+    files.seal(path, KIND, {**written, STATE: files.describe(path / STATE)})
 
 
 def prune(folder: Path, keep: int, keep_every: int | None) -> None:
-    """Delete old checkpoints.
+    """Delete old checkpoints, except those with a file in them that this program did not write.
 
     Args:
         folder: where they are.
@@ -125,31 +191,20 @@ def prune(folder: Path, keep: int, keep_every: int | None) -> None:
     """
     for step in list_steps(folder)[:-keep]:
         if keep_every is None or step % keep_every:
-            _hide(folder / f"step-{step}")
-    clear(folder)
+            files.delete_directory(folder / f"step-{step}")
 
 
-def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint to step-N.damaged, where a person can look at it."""
-    aside = path.with_name(f"{path.name}.damaged")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(path, aside)
+def _manifest(path: Path) -> dict[str, dict[str, int]]:
+    manifest = files.read_manifest(path)
+    if manifest["kind"] != KIND:
+        raise DamagedError(f"{files.MANIFEST} is of a {manifest['kind']}")
+    return manifest["files"]
 
 
-def clear(folder: Path) -> None:
-    """Delete the hidden folders: what no longer counts, or was not completed before a process was killed."""
-    for path in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _hide(path: Path) -> None:
-    """Rename a checkpoint that `clear` shall delete: a half deleted one must not look complete."""
-    os.rename(path, path.with_name(f".{path.name}.old"))
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _has_parts(path: Path) -> bool:
+    """Whether some file of a checkpoint is there; of a directory that cannot be read, it is assumed."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        names = os.listdir(path)
+    except OSError:
+        return True
+    return any(name in (files.MANIFEST, STATE) or name.endswith(".safetensors") for name in names)

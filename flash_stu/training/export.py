@@ -1,12 +1,11 @@
 """From a training checkpoint to a transformers model directory."""
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
+from flash_stu import files
 from flash_stu.data import Tokenizer, load_tokenizer
 from flash_stu.errors import UserError
 from flash_stu.model import FlashSTUForCausalLM
@@ -43,7 +42,7 @@ def load_checkpoint(path: str | Path) -> tuple[FlashSTUForCausalLM, Tokenizer]:
     """
     path = Path(path)
     config_file = path.resolve().parent.parent / "config.yaml"
-    if not (path / "progress.json").is_file() or not config_file.is_file():
+    if not path.is_dir() or not config_file.is_file():
         raise UserError(f"{path} is not a checkpoint of a training run; expected RUN/checkpoints/step-N")
     config = load_config(config_file)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -51,37 +50,30 @@ def load_checkpoint(path: str | Path) -> tuple[FlashSTUForCausalLM, Tokenizer]:
     architecture.eos_token_id = tokenizer.eos_token_id
     with torch.device("meta"):
         model = FlashSTUForCausalLM(architecture)
-    model.load_state_dict(load_weights(path), assign=True, strict=False)
+    load_weights(path, model)
     model.tie_weights()
     return model.eval(), tokenizer
 
 
-def export_checkpoint(path: str | Path, output: str | Path) -> None:
+def export_checkpoint(path: str | Path, output: str | Path, label: str = "--output") -> None:
     """Write the model of a checkpoint and its tokenizer as a transformers directory, whole or not at all.
 
     Args:
         path: see load_checkpoint.
-        output: replaced if it is a model directory already.
+        output: replaced if it is a model directory that this program wrote.
+        label: what a message calls it.
 
     Raises:
         UserError: as load_checkpoint; if output is something else, or cannot be written.
     """
-    output = Path(output)
-    if output.exists() and not (output / "config.json").is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is not a model directory; choose another --output")
+    files.check_output(output, "model", label)
     model, tokenizer = load_checkpoint(path)
-    temporary = output.with_name(f".{output.name}.tmp")
     progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(temporary)
-        tokenizer.to_transformers().save_pretrained(temporary)
-        shutil.rmtree(output, ignore_errors=True)
-        os.rename(temporary, output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror or error}") from error
+        with files.replacing_directory(output, "model", label) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.to_transformers().save_pretrained(temporary)
     finally:
         if progress:
             logging.enable_progress_bar()

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +13,13 @@ from types import TracebackType
 import torch
 from tqdm import tqdm
 
+from flash_stu import files
 from flash_stu.errors import UserError
 from flash_stu.training.config import RunConfig
 
 # What differs between two equal runs; all else is the same to the last bit on a CPU.
 MEASURED = ("tokens_per_second", "mfu", "memory_gib", "data_wait", "time")
+_LARGEST = 1 << 63  # integers from here on are no values of ours, and too large for a float or a plot
 
 
 class Metrics:
@@ -41,7 +44,7 @@ class Metrics:
     """
 
     def __init__(self, config: RunConfig, folder: Path, steps: int, start: int, run_id: str, enabled: bool) -> None:
-        """Open the log.
+        """Prepare; nothing is written yet.
 
         Args:
             config: the run's.
@@ -51,26 +54,32 @@ class Metrics:
             run_id: wandb's name for the run, the same after a restart.
             enabled: whether this is the main process.
         """
+        self.config, self.path, self.start, self.run_id = config, folder / "metrics.jsonl", start, run_id
         self.steps, self.every, self.enabled = steps, config.train.log_every, enabled
         self.file = self.bar = self.wandb = None
-        if not enabled:
-            return
-        path = folder / "metrics.jsonl"
-        keep_lines_up_to(path, start)
-        self.file = path.open("a", encoding="utf-8", buffering=1)
-        self.wandb = start_wandb(config, folder, run_id)
+        self.failure: OSError | None = None  # of the first line that could not be written; all later ones are dropped
+
+    def open(self) -> None:
+        """Open the log on the main process.
+
+        Raises:
+            UserError: if it cannot be written, or wandb does not start.
+        """
+        keep_lines_up_to(self.path, self.start)
+        with files.writing(self.path):
+            self.file = self.path.open("ab", buffering=0)
+        self.wandb = start_wandb(self.config, self.path.parent, self.run_id)
         if sys.stderr.isatty():
             self.bar = tqdm(
-                total=steps, initial=start, unit="step", desc="training", dynamic_ncols=True, smoothing=0.05
+                total=self.steps, initial=self.start, unit="step", desc="training", dynamic_ncols=True, smoothing=0.05
             )
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not self.enabled:
-            return
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:
@@ -120,14 +129,26 @@ class Metrics:
             tqdm.write(text) if self.bar is not None else print(text, flush=True)
 
     def sync(self) -> None:
-        """Put all lines on disk: before a checkpoint, since a resumed run relies on them."""
-        if self.enabled:
+        """Put all lines of the main process on disk: before a checkpoint, since a resumed run relies on them.
+
+        Raises:
+            UserError: if one could not be written.
+        """
+        with files.writing(self.path):
+            if self.failure:
+                raise self.failure
             os.fsync(self.file.fileno())
 
     def _write(self, record: dict[str, float]) -> None:
         # JSON has no NaN
         finite = {k: v if v is not None and math.isfinite(v) else None for k, v in record.items()}
-        self.file.write(json.dumps(finite) + "\n")
+        if self.failure is None:
+            try:
+                line = (json.dumps(finite) + "\n").encode()
+                while line:
+                    line = line[self.file.write(line) :]
+            except OSError as error:
+                self.failure = error
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=record["step"])
 
@@ -144,23 +165,50 @@ def _percent(mfu: float | None) -> str:
     return "" if mfu is None else f", MFU {mfu:.1%}"
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, without a last line that was cut short; none if there is no file."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+def read_metrics(path: Path) -> list[dict[str, int | float | None]]:
+    """Returns the records of a metrics.jsonl, each with its step; lines that hold none are left out.
+
+    There are none if there is no file.
+    """
+    return files.read_records(path, _is_record)[0]
 
 
 def keep_lines_up_to(path: Path, step: int) -> None:
-    """Drop the records of later steps from a metrics.jsonl; of all, if step is 0."""
-    kept = [json.dumps(record) + "\n" for record in read_metrics(path) if 0 < step >= record["step"]]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    """Drop the records of later steps from a metrics.jsonl; of all, if step is 0.
+
+    A last line that was cut short is dropped. With any other unreadable line the file is kept as metrics.jsonl.damaged,
+    and a line says so.
+
+    Raises:
+        UserError: if that is not possible.
+    """
+    with files.writing(path):
+        records, unreadable = files.read_records(path, _is_record)
+        if unreadable:
+            lines = path.read_bytes().split(b"\n")
+            if unreadable != [len(lines)]:
+                copy = files.damaged_name(path)
+                with files.replacing_file(copy) as temporary:
+                    shutil.copyfile(path, temporary)
+                print(f"{path}: {len(unreadable)} lines cannot be read; the file as it was is {copy.name}", flush=True)
+        kept = [json.dumps(record) + "\n" for record in records if 0 < step >= record["step"]]
+        files.write_text(path, "".join(kept))
+
+
+def _is_record(record: dict) -> bool:
+    """Whether something is a record of metrics.jsonl: a step, and numbers or null."""
+    step = record.get("step")
+    return type(step) is int and 0 <= step < _LARGEST and all(map(_is_value, record.values()))
+
+
+def _is_value(value: object) -> bool:
+    if isinstance(value, bool):
+        return False
+    return (
+        value is None
+        or (isinstance(value, int) and abs(value) < _LARGEST)
+        or (isinstance(value, float) and math.isfinite(value))
+    )
 
 
 def check_wandb(mode: str) -> str:
@@ -178,19 +226,26 @@ def check_wandb(mode: str) -> str:
 
 
 def start_wandb(config: RunConfig, folder: Path, run_id: str):
-    """Start a wandb run, or return None where it is disabled. Its files go to the run directory."""
+    """Start a wandb run, or return None where it is disabled. Its files go to the run directory.
+
+    Raises:
+        UserError: if it does not start.
+    """
     mode = check_wandb(config.wandb.mode)
     if mode == "disabled":
         return None
     import wandb  # optional, and slow to import
 
-    return wandb.init(
-        mode=mode,
-        project=config.wandb.project,
-        name=config.wandb.name or folder.name,
-        dir=folder,
-        id=run_id,
-        resume="allow" if mode == "online" else None,  # an offline run cannot be resumed; sync appends by id
-        config=config.model_dump(mode="json"),
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+    try:
+        return wandb.init(
+            mode=mode,
+            project=config.wandb.project,
+            name=config.wandb.name or folder.name,
+            dir=folder,
+            id=run_id,
+            resume="allow" if mode == "online" else None,  # an offline run cannot be resumed; sync appends by id
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except (OSError, wandb.Error) as error:
+        raise UserError(f"wandb does not start: {files.reason(error)}; or use wandb.mode=disabled") from error

@@ -7,12 +7,13 @@ grid (HSDP): each row of it shards one whole model, and the rows average their g
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,9 +26,13 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from flash_stu.errors import UserError
 from flash_stu.ops import kept
+from flash_stu.orphans import end_with_launcher
 from flash_stu.training.config import ParallelConfig, RunConfig
 from flash_stu.training.initialization import initialize, read_initial_weights
 
+T = TypeVar("T")
+
+_PAUSE = 1.0  # seconds
 _KEPT_BYTES = 8 << 30  # of gathered parameters: a tenth of an H100's memory
 _DDP_LIMIT = 10**9  # parameters; with their gradients and AdamW's moments, 16 GB in float32
 
@@ -64,6 +69,27 @@ class World:
             dist.broadcast_object_list(shared, src=0, device=self.device)
         return shared[0]
 
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do something on the main process alone; returns its result on every process.
+
+        Raises:
+            Exception: on the main process, whatever the work raised.
+            SystemExit: on the others, if it raised anything: they end with status 2, and one message is enough.
+        """
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        result, failed = self.from_main((result, failure is not None))
+        if failed and not self.is_main:
+            time.sleep(_PAUSE)  # torchrun ends all as soon as one ends: let the main process finish its message
+            raise SystemExit(2)
+        if failed:
+            raise failure
+        return result
+
 
 def world_size() -> int:
     """How many processes torchrun started; 1 without torchrun."""
@@ -74,11 +100,12 @@ def world_size() -> int:
 def join_world(config: RunConfig) -> Iterator[World]:
     """Join the processes that torchrun started, or be alone; leave them at the end.
 
-    Each process takes the GPU of its local rank, or the CPU where there is none.
+    Each process takes the GPU of its local rank, or the CPU where there is none, and ends when torchrun has died.
 
     Raises:
         UserError: if there are several processes but no strategy for them, or fewer GPUs than processes.
     """
+    end_with_launcher()
     size, rank, local_rank = (
         world_size(),
         int(os.environ.get("RANK", "0")),

@@ -4,13 +4,18 @@
 - metrics.jsonl: one record per step and per validation
 - checkpoints/step-N/: see flash_stu.training.checkpoint
 - final/: the trained model, a transformers directory
+- .lock: held by the main process as long as it trains
 """
 
-import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from flash_stu import files
 from flash_stu.errors import UserError
 from flash_stu.training.config import RunConfig, changed_keys, load_config
+from flash_stu.training.export import export_checkpoint
 from flash_stu.training.metrics import read_metrics
 
 # Settings that do not change what is computed, up to rounding; a run may be continued with others.
@@ -34,6 +39,7 @@ _FREE = {
     "optimizer.fused",
 }
 _FREE_SECTIONS = ("evaluation.", "parallel.", "wandb.")
+_FINAL_LABEL = "the run's model directory"
 
 
 class RunDirectory:
@@ -59,13 +65,16 @@ class RunDirectory:
             UserError: if it is not empty and holds no run, or a run with other settings, which are named.
         """
         if not self.config_file.is_file():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if self.path.exists() and (not self.path.is_dir() or not files.is_empty(self.path)):
                 raise UserError(f"output_dir {self.path} exists and is not a run directory; choose another")
             return
         try:
             before = load_config(self.config_file)
-        except UserError as error:
-            raise UserError(f"output_dir {self.path} holds a run of another version: {error}") from None
+        except ValueError as error:
+            raise UserError(
+                f"output_dir {self.path} holds a run whose config.yaml is damaged or of another version: "
+                f"{files.reason(error)}"
+            ) from None
         free = _FREE | ({"train.steps", "train.epochs"} if self.config.optimizer.schedule == "constant" else set())
         changed = [
             key for key in changed_keys(before, self.config) if key not in free and not key.startswith(_FREE_SECTIONS)
@@ -78,19 +87,57 @@ class RunDirectory:
 
     def is_finished(self, steps: int) -> bool:
         """Whether the run's last step was trained and the model exported."""
+        try:
+            exported = files.read_manifest(self.final)["files"]
+        except (OSError, files.DamagedError):
+            return False
         records = read_metrics(self.metrics_file)
-        return self.final.is_dir() and bool(records) and records[-1]["step"] >= steps
+        return (
+            all((self.final / name).is_file() for name in exported) and bool(records) and records[-1]["step"] >= steps
+        )
 
-    def create(self) -> None:
-        """Make the directory and write the resolved config into it.
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Hold the directory for one start of the run, and write the resolved config into it.
+
+        What this start has made is removed again if the block fails before the first step.
 
         Raises:
-            UserError: if that is not possible.
+            UserError: if another process holds it, `check` refuses it, final/ is not one that this program wrote, or it
+                cannot be written.
         """
-        temporary = self.path / ".config.yaml.tmp"
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        is_new = files.is_empty(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(self.config.to_yaml(), encoding="utf-8")
-            os.replace(temporary, self.config_file)
-        except OSError as error:
-            raise UserError(f"output_dir {self.path} cannot be written: {error.strerror or error}") from error
+            with files.holding(self.path, "output_dir"):
+                try:
+                    self.check()
+                    files.check_output(self.final, "model", _FINAL_LABEL)  # not after days of training
+                    files.sweep(self.path)
+                    files.write_text(self.config_file, self.config.to_yaml())
+                    yield
+                except BaseException:
+                    if is_new and not any(record["step"] for record in read_metrics(self.metrics_file)):
+                        self._remove()
+                    raise
+        except BaseException:
+            with suppress(OSError):  # the first that is not empty ends it
+                for path in missing:
+                    path.rmdir()
+            raise
+
+    def _remove(self) -> None:
+        """Remove what a start writes before the first step."""
+        shutil.rmtree(self.path / "wandb", ignore_errors=True)
+        with suppress(OSError):
+            for path in (self.config_file, self.metrics_file, self.path / files.LOCK):
+                path.unlink(missing_ok=True)
+            self.checkpoints.rmdir()
+
+    def export(self, checkpoint: Path) -> None:
+        """Write the model of a checkpoint to final/.
+
+        Raises:
+            UserError: see export_checkpoint.
+        """
+        export_checkpoint(checkpoint, self.final, _FINAL_LABEL)

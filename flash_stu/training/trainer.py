@@ -20,10 +20,10 @@ from flash_stu.config import FlashSTUConfig
 from flash_stu.data import BatchLoader, Prefetcher, TokenDataset, load_tokenizer, prepare
 from flash_stu.errors import UserError
 from flash_stu.model import FlashSTUForCausalLM
-from flash_stu.training.checkpoint import Checkpointer
+from flash_stu.training.checkpoint import Checkpointer, RunState
 from flash_stu.training.config import RunConfig
 from flash_stu.training.evaluation_hook import TaskEvaluation
-from flash_stu.training.export import export_checkpoint, find_checkpoint
+from flash_stu.training.export import find_checkpoint
 from flash_stu.training.flops import peak_flops, train_flops
 from flash_stu.training.health import SkippedSteps, SpikeDetector
 from flash_stu.training.metrics import Metrics, check_wandb, peak_memory, read_metrics
@@ -86,29 +86,33 @@ class Trainer:
         Returns:
             True when the run is finished; False when a signal ended it early, with a checkpoint to go on from.
         """
-        if self.world.from_main(self.directory.is_finished(self.steps)):
+        if self.world.on_main(lambda: self.directory.is_finished(self.steps)):
             self._say(f"{self.directory.path} is finished: {self.steps} steps, model in {self.directory.final}")
             return True
-        self._announce()
+        with ExitStack() as stack:
+            self.world.on_main(lambda: stack.enter_context(self.directory.holding()))
+            self._announce()
+            self._train()
+            if self.step < self.steps:
+                self._say(f"stopped at step {self.step} of {self.steps}; the same command continues from there")
+                return False
+            self.world.on_main(self._export)
+        return True
+
+    def _train(self) -> None:
+        """Train to the last step or a signal."""
         with ExitStack() as stack:
             stack.enter_context(self._stop_on_signal())
             self.watchdog = stack.enter_context(Watchdog(self.world, 60 * self.config.parallel.timeout_minutes))
             self.checkpoints = stack.enter_context(self._open_checkpoints())
             self._resume()
-            self.metrics = stack.enter_context(self._open_metrics())
+            self.metrics = stack.enter_context(self._metrics())
+            self.world.on_main(self.metrics.open)
             self.spikes = SpikeDetector(r["loss"] for r in read_metrics(self.directory.metrics_file) if "loss" in r)
             self.batches = stack.enter_context(
                 Prefetcher(self.loader, self.step, self.steps - 1, pin_memory=self.world.device.type == "cuda")
             )
             self._loop()
-        if self.step < self.steps:
-            self._say(f"stopped at step {self.step} of {self.steps}; the same command continues from there")
-            return False
-        if self.world.is_main:
-            export_checkpoint(find_checkpoint(self.directory.path, self.steps), self.directory.final)
-            self._say(f"model written to {self.directory.final}")
-        self.world.barrier()
-        return True
 
     def _loop(self) -> None:
         """The steps, with what happens between them."""
@@ -158,7 +162,11 @@ class Trainer:
         set_learning_rate(self.optimizers, rate)
         loss = self._accumulate_gradients(batch)
         norm = clip_gradients(self.model, self.config.train.max_grad_norm)
-        loss, terminated = self.world.sum(loss / self.world.size, float(self.terminated))
+        loss, terminated, unwritten = self.world.sum(
+            loss / self.world.size, float(self.terminated), float(self.metrics.failure is not None)
+        )
+        if unwritten:
+            self.world.on_main(self.metrics.sync)  # raises
         self.stopping = terminated > 0  # one process's signal stops all of them, after the same step
         if not self.skipped.count(loss, norm):
             for optimizer in self.optimizers:
@@ -217,31 +225,34 @@ class Trainer:
         self._say(f"run directory: {self.directory.path.resolve()}")
 
     def _resume(self) -> None:
-        if self.world.is_main:
-            self.directory.create()
-        progress = self.checkpoints.resume()
-        if progress:
-            if progress["data"] != self.data_digest:
+        state = self.checkpoints.resume()
+        if state:
+            if state.data != self.data_digest:
                 raise UserError(
                     f"the text of data.dataset {self.config.data.dataset} is not what {self.directory.path} "
                     "was trained on so far; restore it, or choose another output_dir"
                 )
-            self.step, self.seconds, self.run_id = progress["step"], progress["seconds"], progress["run_id"]
-            self.skipped.total, self.skipped.in_a_row = progress["skipped"], progress["skipped_in_a_row"]
+            self.step, self.seconds, self.run_id = state.step, state.seconds, state.run_id
+            self.skipped.total, self.skipped.in_a_row = state.skipped, state.skipped_in_a_row
             self._say(f"continuing {self.directory.path} after step {self.step} of {self.steps}")
 
     def _save(self) -> None:
         """Begin to write a checkpoint; the steps go on meanwhile."""
         self.watchdog.mark(f"step {self.step}: checkpoint")
-        self.metrics.sync()
-        progress = {
-            "seconds": self.seconds,
-            "run_id": self.run_id,
-            "data": self.data_digest,
-            "skipped": self.skipped.total,
-            "skipped_in_a_row": 0 if self.skipped.too_many else self.skipped.in_a_row,
-        }
-        self.checkpoints.save(self.step, progress)
+        self.world.on_main(self.metrics.sync)
+        state = RunState(
+            step=self.step,
+            seconds=self.seconds,
+            run_id=self.run_id,
+            data=self.data_digest,
+            skipped=self.skipped.total,
+            skipped_in_a_row=0 if self.skipped.too_many else self.skipped.in_a_row,
+        )
+        self.checkpoints.save(state)
+
+    def _export(self) -> None:
+        self.directory.export(find_checkpoint(self.directory.path, self.steps))
+        self._say(f"model written to {self.directory.final}")
 
     def _steps_of_epochs(self, tokens: int, sequences: int) -> int:
         windows = (tokens - 1) // self.config.train.sequence_length
@@ -265,7 +276,7 @@ class Trainer:
             report=self._say,
         )
 
-    def _open_metrics(self) -> Metrics:
+    def _metrics(self) -> Metrics:
         return Metrics(self.config, self.directory.path, self.steps, self.step, self.run_id, enabled=self.world.is_main)
 
     @contextmanager

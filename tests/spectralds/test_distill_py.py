@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash_stu.data import load_tokenizer
 from flash_stu.loading import load_model
-from flash_stu.training.checkpoint import Checkpointer
+from flash_stu.training.checkpoint import Checkpointer, RunState
 from flash_stu.training.parallel import World
 
 REPOSITORY = Path(__file__).parents[2]
@@ -124,7 +124,7 @@ def test_a_training_checkpoint_is_distilled_and_an_unfinished_run_says_so(comman
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     world = World(rank=0, size=1, device=torch.device("cpu"))
     with Checkpointer(run / "checkpoints", model, [torch.optim.SGD(model.parameters())], world, keep=1) as checkpointer:
-        checkpointer.save(3, {})
+        checkpointer.save(RunState(step=3, seconds=0.0, run_id="0", data="", skipped=0, skipped_in_a_row=0))
     status, _, stderr = command("--checkpoint", run, "--output", tmp_path / "distilled")
     step = run / "checkpoints" / "step-3"
     assert status == 2 and stderr.endswith(f"has no final/ yet; a checkpoint of it can be distilled: {step}\n")

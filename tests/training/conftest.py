@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_run import run_settings
+from tiny_run import training_settings
 
 from flash_stu.training import RunConfig, Trainer, join_world, load_config
 
@@ -32,10 +32,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture
 def settings(corpus, tmp_path) -> dict:
     """The settings of a tiny hybrid run with validations and checkpoints."""
-    settings = run_settings(tmp_path / "run", corpus / "text.jsonl", corpus / "cache") | {"seed": 1}
-    settings["train"] |= {"validation_every": 3, "validation_tokens": 240, "checkpoint_every": 2, "log_every": 1}
-    settings["optimizer"] = {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_steps": 2}
-    return settings
+    return training_settings(tmp_path / "run", corpus)
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from toy_checkpoints import alter, assert_equal, build, checkpointer, save, train, trained, truncate, whole
+from toy_checkpoints import alter, assert_equal, build, checkpointer, save, state, train, trained, truncate, whole
 
 from flash_stu import UserError
+from flash_stu.files import read_manifest
 from flash_stu.training import checkpoint, checkpoint_folder
 from flash_stu.training.checkpoint import list_steps, load_weights
 
@@ -26,18 +27,18 @@ def folder(tmp_path) -> Path:
     with checkpointer(tmp_path / "checkpoints", model, optimizers) as saver:
         for number in (1, 2, 3):
             train(model, optimizers)
-            saver.save(number, {"note": f"after {number}"})
+            saver.save(state(number, f"after {number}"))
     return tmp_path / "checkpoints"
 
 
 def resume(folder: Path):
-    """Load into a fresh model and return it after one more step, with the progress and the reports."""
+    """Load into a fresh model; returns its weights after one more step, the run state and the reports."""
     reports = []
     model, optimizers = build(2)
     with checkpointer(folder, model, optimizers, report=reports.append) as saver:
-        progress = saver.resume()
+        resumed = saver.resume()
     train(model, optimizers)
-    return whole(model), progress, reports
+    return whole(model), resumed, reports
 
 
 def file_of(path: Path) -> Path:
@@ -46,24 +47,24 @@ def file_of(path: Path) -> Path:
 
 
 def test_the_newest_is_resumed_exactly(folder):
-    state, progress, reports = resume(folder)
-    assert progress == {"note": "after 3", "step": 3}
+    weights, resumed, reports = resume(folder)
+    assert resumed == state(3, "after 3")
     assert reports == []
-    assert_equal(state, trained(4))
+    assert_equal(weights, trained(4))
 
 
 def test_nothing_to_resume(tmp_path):
-    state, progress, reports = resume(tmp_path / "checkpoints")
-    assert progress is None and reports == []
+    weights, resumed, reports = resume(tmp_path / "checkpoints")
+    assert resumed is None and reports == []
     model, optimizers = build(2)
     train(model, optimizers)
-    assert_equal(state, whole(model))
+    assert_equal(weights, whole(model))
 
 
 def test_saving_changes_nothing_before_the_first_step(tmp_path):
     model, optimizers = build(1)
     with checkpointer(tmp_path, model, optimizers) as saver:
-        saver.save(0, {})
+        saver.save(state(0))
     assert not any(optimizer.state for optimizer in optimizers)
     assert not any("optimizer" in name for name in names_in(tmp_path / "step-0"))
     assert_equal(resume(tmp_path)[0], trained(1))
@@ -88,7 +89,7 @@ def test_muon_is_resumed_exactly(tmp_path):
     model, optimizers = start(1)
     train(model, optimizers, 2)
     with checkpointer(tmp_path, model, optimizers) as saver:
-        saver.save(2, {})
+        saver.save(state(2))
     train(model, optimizers, 2)
     other, optimizers = start(2)
     with checkpointer(tmp_path, other, optimizers) as saver:
@@ -116,7 +117,7 @@ def names_in(path: Path) -> list[str]:
 
 def test_tied_weights_are_written_once_and_nothing_is_pickled(folder):
     path = folder / "step-3"
-    assert sorted(file.suffix for file in path.iterdir()) == [".json", ".safetensors"]
+    assert sorted(file.suffix for file in path.iterdir()) == [".json", ".json", ".safetensors"]
     names = names_in(path)
     assert [name for name in names if name.startswith("model.")] == [
         "model.first.bias",
@@ -125,18 +126,22 @@ def test_tied_weights_are_written_once_and_nothing_is_pickled(folder):
         "model.table",
     ]
     assert {"optimizer.first.weight.max_exp_avg_sq", "optimizer.second.bias.momentum_buffer"} < set(names)
-    assert json.loads((path / "progress.json").read_text())["step"] == 3
+    assert json.loads((path / "state.json").read_text())["step"] == 3
     content = file_of(path).read_bytes()
     assert content[8:9] == b"{" and not content.startswith((b"PK", b"\x80"))
 
 
-def test_whole_weights_without_a_model(folder):
-    assert_equal(load_weights(folder / "step-3"), trained(3))
+def test_whole_weights_for_a_model_that_is_not_trained(folder):
+    model, _ = build(2)
+    load_weights(folder / "step-3", model)
+    assert_equal(whole(model), trained(3))
+    with pytest.raises(UserError, match="step-3 is another model's: they differ in model"):
+        load_weights(folder / "step-3", nn.Linear(5, 5))
     alter(file_of(folder / "step-3"))
     with pytest.raises(UserError, match="damaged checkpoint .*step-3: .*checksum"):
-        load_weights(folder / "step-3")
+        load_weights(folder / "step-3", model)
     with pytest.raises(UserError, match="damaged checkpoint .*step-4"):
-        load_weights(folder / "step-4")
+        load_weights(folder / "step-4", model)
 
 
 def test_files_of_a_limited_size(tmp_path, monkeypatch):
@@ -144,10 +149,11 @@ def test_files_of_a_limited_size(tmp_path, monkeypatch):
     model, optimizers = build(1)
     train(model, optimizers, 2)
     with checkpointer(tmp_path, model, optimizers) as saver:
-        saver.save(2, {})
+        saver.save(state(2))
     files = list((tmp_path / "step-2").glob("*.safetensors"))
     assert len(files) > 3
-    assert json.loads((tmp_path / "step-2" / "progress.json").read_text())["files"].keys() == {f.name for f in files}
+    manifest = read_manifest(tmp_path / "step-2")
+    assert manifest["files"].keys() == {file.name for file in files} | {"state.json"}
     assert_equal(resume(tmp_path)[0], trained(3))
 
 
@@ -155,13 +161,13 @@ def test_the_newest_stay_and_every_so_many(tmp_path):
     model, optimizers = build(1)
     with checkpointer(tmp_path, model, optimizers, keep=2, keep_every=4) as saver:
         for step in range(1, 12):
-            saver.save(step, {})
+            saver.save(state(step))
     assert list_steps(tmp_path) == [4, 8, 10, 11]
     assert len(list(tmp_path.iterdir())) == 4
     with checkpointer(tmp_path, model, optimizers, keep=1) as saver:
-        saver.save(11, {"again": True})
+        saver.save(state(11, "again"))
     assert list_steps(tmp_path) == [11]
-    assert resume(tmp_path)[1] == {"again": True, "step": 11}
+    assert resume(tmp_path)[1] == state(11, "again")
 
 
 # In the background -----------------------------------------------------------------------------------------------
@@ -178,9 +184,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     model, optimizers = build(1)
     train(model, optimizers, 2)
     with checkpointer(tmp_path, model, optimizers) as saver:
-        progress = {"note": "then"}
-        saver.save(2, progress)
-        progress["note"] = "now"
+        saver.save(state(2, "then"))
         train(model, optimizers, 3)
         with torch.no_grad():
             model.table.zero_()
@@ -188,9 +192,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         changed.set()
         saver.wait()
         assert list_steps(tmp_path) == [2]
-    state, progress, _ = resume(tmp_path)
-    assert progress["note"] == "then"
-    assert_equal(state, trained(3))
+    weights, resumed, _ = resume(tmp_path)
+    assert resumed == state(2, "then")
+    assert_equal(weights, trained(3))
 
 
 def test_a_failing_write_is_an_error_of_the_next_call(folder, monkeypatch):
@@ -200,11 +204,11 @@ def test_a_failing_write_is_an_error_of_the_next_call(folder, monkeypatch):
     model, optimizers = build(1)
     with checkpointer(folder, model, optimizers) as saver, monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        saver.save(4, {})
-        with pytest.raises(UserError, match="checkpoint of step 4 cannot be written to .*checkpoints: disk full"):
-            saver.save(5, {})
-        saver.save(6, {})
-        with pytest.raises(UserError, match="checkpoint of step 6 cannot be written"):
+        saver.save(state(4))
+        with pytest.raises(UserError, match="checkpoints/step-4 cannot be written: disk full$"):
+            saver.save(state(5))
+        saver.save(state(6))
+        with pytest.raises(UserError, match="step-6 cannot be written"):
             saver.wait()
         saver.wait()
     assert list_steps(folder) == [1, 2, 3]
@@ -218,38 +222,15 @@ def test_leaving_waits_and_raises_but_hides_no_other_error(folder, monkeypatch):
 
     reports = []
     monkeypatch.setattr(checkpoint_folder, "complete", fail)
-    with pytest.raises(UserError, match="step 4 .*disk full"):
+    with pytest.raises(UserError, match="step-4 .*disk full"):
         save(folder, 4)
     with pytest.raises(KeyError), checkpointer(folder, *build(1), report=reports.append) as saver:
-        saver.save(4, {})
+        saver.save(state(4))
         raise KeyError
     assert len(reports) == 1 and "disk full" in reports[0]
 
 
 # Damage ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("suffix", "damage", "words"),
-    [
-        (".safetensors", truncate, "bytes instead of"),
-        (".safetensors", alter, "checksum"),
-        (".safetensors", Path.unlink, "safetensors"),
-        (".json", truncate, "damaged checkpoint"),
-        (".json", Path.unlink, "progress.json"),
-        (".json", lambda path: path.write_text("[]"), "progress.json"),
-        (".json", lambda path: path.write_text("{}"), "progress.json"),
-    ],
-)
-def test_a_damaged_newest_is_named_and_the_one_before_used(folder, suffix, damage, words):
-    (file,) = (folder / "step-3").glob(f"*{suffix}")
-    damage(file)
-    state, progress, reports = resume(folder)
-    assert progress == {"note": "after 2", "step": 2}
-    assert_equal(state, trained(3))
-    assert len(reports) == 1 and "step-3" in reports[0] and words in reports[0]
-    assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-2", "step-3.damaged"]
-    assert resume(folder)[2] == []  # it is not tried again
 
 
 def test_all_damaged_is_an_error_and_nothing_is_touched(folder):
@@ -261,11 +242,11 @@ def test_all_damaged_is_an_error_and_nothing_is_touched(folder):
 
 
 def test_what_a_killed_process_left_is_ignored_and_cleared_away(folder):
-    shutil.copytree(folder / "step-3", folder / ".step-4.tmp")
-    shutil.copytree(folder / "step-3", folder / ".step-2.old")
-    assert resume(folder)[1]["step"] == 3
+    shutil.copytree(folder / "step-3", folder / ".step-4.flash_stu-0123abcd.tmp")
+    shutil.copytree(folder / "step-3", folder / ".step-2.flash_stu-0123abcd.old")
+    assert resume(folder)[1].step == 3
     assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-2", "step-3"]
-    shutil.copytree(folder / "step-3", folder / ".step-5.tmp")
+    shutil.copytree(folder / "step-3", folder / ".step-5.flash_stu-0123abcd.tmp")
     save(folder, 5, keep=2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-3", "step-5"]
 
@@ -292,7 +273,7 @@ def test_whenever_the_power_is_cut_the_newest_complete_checkpoint_is_intact(fold
         train(model, optimizers, 5)
         saver = checkpointer(place, model, optimizers, keep=2)
         try:
-            saver.save(5, {"note": "after 5"})
+            saver.save(state(5, "after 5"))
             saver.wait()
         except (PowerCut, UserError):  # torch.distributed.checkpoint catches whatever happens within it
             return False
@@ -307,10 +288,10 @@ def test_whenever_the_power_is_cut_the_newest_complete_checkpoint_is_intact(fold
             for module, name in [(os, "fsync"), (os, "rename"), (os, "unlink"), (os, "rmdir"), (os, "mkdir")]:
                 patch.setattr(module, name, counted(getattr(module, name)))
             finished = attempt(place)
-        state, progress, reports = resume(place)
-        assert reports == [] and progress["step"] in (3, 5)
-        assert_equal(state, trained(progress["step"] + 1))
-        outcomes.append(progress["step"])
+        weights, resumed, reports = resume(place)
+        assert reports == [] and resumed.step in (3, 5)
+        assert_equal(weights, trained(resumed.step + 1))
+        outcomes.append(resumed.step)
         if finished:
             break
     assert outcomes == sorted(outcomes) and outcomes.count(3) > 3 and outcomes.count(5) > 3

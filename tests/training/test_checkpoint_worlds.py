@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_processes
-from toy_checkpoints import alter, assert_equal, build, checkpointer, train, trained, whole
+from toy_checkpoints import alter, assert_equal, build, checkpointer, state, train, trained, whole
 
-from flash_stu import UserError
-from flash_stu.training import checkpoint, checkpoint_folder
+from flash_stu import UserError, files
+from flash_stu.training import checkpoint
 from flash_stu.training.checkpoint import load_weights
 from flash_stu.training.parallel import World
 
@@ -26,13 +26,13 @@ def go_on(folder: Path, strategy: str, steps: int, seed: int):
     with torch.no_grad():
         model(torch.ones(1, 5))  # leaves the weights gathered, with FSDP
     with checkpointer(folder, model, optimizers, world=world) as saver:
-        progress = saver.resume()
+        resumed = saver.resume()
         train(model, optimizers, steps)
-        saver.save((progress or {"step": 0})["step"] + steps, {"by": strategy})
+        saver.save(state((resumed.step if resumed else 0) + steps, strategy))
         train(model, optimizers)  # communicates while the thread does
-    state = whole(model)
+    weights = whole(model)
     dist.destroy_process_group()
-    return state, progress
+    return weights, resumed
 
 
 @pytest.mark.parametrize(
@@ -46,16 +46,18 @@ def go_on(folder: Path, strategy: str, steps: int, seed: int):
     ],
 )
 def test_any_world_takes_over_from_any_other(tmp_path, first, second):
-    progress = None
+    expected = None
     for steps, ((strategy, size), seed) in enumerate(zip((first, second), (1, 2), strict=True)):
         results = run_processes(size, go_on, tmp_path, strategy, 2, seed)
-        for state, resumed in results:
-            assert resumed == progress
-            assert_equal(state, trained(2 * steps + 3))
-        progress = {"by": strategy, "step": 2 * steps + 2}
+        for weights, resumed in results:
+            assert resumed == expected
+            assert_equal(weights, trained(2 * steps + 3))
+        expected = state(2 * steps + 2, strategy)
         path = tmp_path / f"step-{2 * steps + 2}"
         assert len(list(path.glob("*.safetensors"))) == size
-        assert_equal(load_weights(path), trained(2 * steps + 2))
+        model, _ = build(3)
+        load_weights(path, model)
+        assert_equal(whole(model), trained(2 * steps + 2))
 
 
 def fail_on_one(folder: Path):
@@ -65,26 +67,26 @@ def fail_on_one(folder: Path):
     train(model, optimizers)
     heard, errors = [], []
     with checkpointer(folder, model, optimizers, world=world, report=heard.append) as saver:
-        saver.save(1, {})
+        saver.save(state(1))
         saver.wait()
-        for step, place in [(2, (checkpoint._Writer, "write_data")), (3, (checkpoint_folder, "describe"))]:
+        for step, place in [(2, (checkpoint._Writer, "write_data")), (3, (files, "describe"))]:
             original = getattr(*place)
             if world.rank == 1:
                 setattr(*place, unwritable)
-            saver.save(step, {})
+            saver.save(state(step))
             try:
                 saver.wait()
             except UserError as error:
                 errors.append(str(error))
             setattr(*place, original)
-        saver.save(4, {})
+        saver.save(state(4))
         saver.wait()
         if world.is_main:
             alter(max((folder / "step-4").glob("*.safetensors")))
         dist.barrier()
-        progress = saver.resume()
+        resumed = saver.resume()
     dist.destroy_process_group()
-    return errors, heard, progress
+    return errors, heard, resumed.step
 
 
 def unwritable(*_):
@@ -92,10 +94,10 @@ def unwritable(*_):
 
 
 def test_what_fails_on_one_process_is_known_to_all(tmp_path):
-    for rank, (errors, heard, progress) in enumerate(run_processes(2, fail_on_one, tmp_path)):
+    for rank, (errors, heard, step) in enumerate(run_processes(2, fail_on_one, tmp_path)):
         assert len(errors) == 2
         assert all("step" in error and "disk full" in error and "\n" not in error for error in errors)
         assert len(heard) == (rank == 0)
         assert all("step-4" in line and "checksum" in line for line in heard)
-        assert progress == {"step": 1}
+        assert step == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-4.damaged"]

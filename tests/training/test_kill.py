@@ -52,9 +52,9 @@ class Assassin:
             self.until(lambda: self.sees("checkpoints/.step-*.tmp"), child)
             time.sleep(self.random.uniform(0, 0.015))
         elif moment == "deleting":
-            self.until(lambda: self.sees("checkpoints/.step-*.old"), child)
+            self.until(lambda: self.sees("checkpoints/.step-*.deleted"), child)
         elif moment == "exporting":
-            self.until(lambda: self.sees(".final.tmp"), child)
+            self.until(lambda: self.sees(".final.flash_stu-*.tmp"), child)
 
     def until(self, happened, child: Child) -> None:
         while not happened():

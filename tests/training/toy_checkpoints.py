@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from flash_stu.training.checkpoint import Checkpointer
+from flash_stu.training.checkpoint import Checkpointer, RunState
 from flash_stu.training.parallel import World
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -72,6 +72,10 @@ def assert_equal(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def state(step: int, data: str = "") -> RunState:
+    return RunState(step=step, seconds=0.0, run_id="0", data=data, skipped=0, skipped_in_a_row=0)
+
+
 def checkpointer(folder, model, optimizers, keep=3, **options) -> Checkpointer:
     return Checkpointer(folder, model, optimizers, options.pop("world", ALONE), keep, **options)
 
@@ -79,7 +83,7 @@ def checkpointer(folder, model, optimizers, keep=3, **options) -> Checkpointer:
 def save(folder: Path, step: int, **options) -> None:
     """Save a new model as the checkpoint of a step."""
     with checkpointer(folder, *build(1), **options) as saver:
-        saver.save(step, {})
+        saver.save(state(step))
 
 
 def truncate(path: Path) -> None:
