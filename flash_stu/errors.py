@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import NoReturn
 
 from safetensors import SafetensorError
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries written in Rust end a message
 _BROKEN_PIPE = 141  # what a shell reports of a program ended by SIGPIPE
 
 
@@ -73,6 +75,8 @@ def reason(error: BaseException) -> str:
         return error.cause
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if match := _OS_ERROR.search(str(error)):
+        return os.strerror(int(match[1]))
     lines = str(error).split("\n")
     return " ".join(lines[0].split()) or type(error).__name__
 
@@ -87,8 +91,8 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # the tokenizers library raises Exception itself
-        if isinstance(error, OSError | SafetensorError | WriteError) or type(error) is Exception:
+        of_tokenizers = type(error) is Exception and _OS_ERROR.search(str(error))
+        if isinstance(error, OSError | SafetensorError | WriteError) or of_tokenizers:
             raise WriteError(path, reason(error)) from error
         raise
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from flash_stu.errors import UserError, writing
-from flash_stu.locks import lock
+from flash_stu.locks import lock, unlock
 
 MANIFEST = ".flash_stu.json"
 LOCK = ".lock"
@@ -379,7 +379,7 @@ def holding(directory: Path, label: str) -> Iterator[None]:
                 path.unlink()
         _remove_empty(made)
         if descriptor is not None:
-            os.close(descriptor)
+            unlock(descriptor)
 
 
 def flush(path: Path) -> None:

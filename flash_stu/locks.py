@@ -17,8 +17,8 @@ def lock(path: Path, wait: bool = False) -> int | None:
         wait: for the process that has the lock.
 
     Returns:
-        a descriptor, to be closed; the lock is released then, or when this process dies. None if another process has
-        the lock.
+        a descriptor for `unlock`; the lock ends with this process, and its forks, at the latest. None if another
+        process has the lock.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -42,3 +42,10 @@ def lock(path: Path, wait: bool = False) -> int | None:
             os.close(descriptor)
             raise
         os.close(descriptor)  # its last holder has deleted it
+
+
+def unlock(descriptor: int) -> None:
+    """Release what `lock` returned."""
+    with suppress(OSError):  # closing alone leaves it to processes that were forked meanwhile
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
