@@ -123,7 +123,7 @@ def replacing_directory(path: str | Path, kind: str, label: str = "output") -> I
     """
     path = Path(path)
     check_output(path, kind, label)
-    with writing(path):
+    with writing(f"{label} {path}"):
         place = _place(path)
         with _temporary(place) as temporary:
             yield temporary
@@ -273,7 +273,20 @@ def check_growing(path: str | Path, kind: str, label: str = "output", names: Ite
     path = Path(path)
     manifest = _manifest_of_output(path, kind, label)
     if manifest is not None:
-        _refuse_changed(path, {*names, *manifest["files"]}, manifest, label)
+        check_files(path, {*names, *manifest["files"]}, label)
+
+
+def check_files(directory: Path, names: Iterable[str], label: str = "output") -> None:
+    """Refuse files of a directory with a manifest that are there and not as this program wrote them.
+
+    Raises:
+        UserError: naming the directory and the first such file.
+        OSError, DamagedError: if it has no intact manifest.
+    """
+    manifest = read_manifest(directory)
+    for name in sorted(names):
+        if os.path.lexists(directory / name) and not _is_ours(directory, name, manifest):
+            raise UserError(_changed(label, directory, name))
 
 
 @contextmanager
@@ -315,7 +328,7 @@ def adding_files(path: str | Path, label: str = "output") -> Iterator[Path]:
         yield temporary
         added = _flushed(temporary)
         manifest = read_manifest(directory)
-        _refuse_changed(directory, added, manifest, label)
+        check_files(directory, added, label)
         # Until all are renamed both the old and the new content is ours.
         before = {name: describe(directory / name) for name in added if (directory / name).exists()}
         write_object(directory / MANIFEST, {**manifest, "files": manifest["files"] | added, "replaced": before})
@@ -482,7 +495,7 @@ def _check_path(path: Path) -> None:
 
 def _manifest_of_output(path: Path, kind: str, label: str) -> dict[str, Any] | None:
     """The manifest of a directory that is to be written to; None if nothing is there yet."""
-    with writing(path):
+    with writing(f"{label} {path}"):
         place = _place(path)
         above = next((parent for parent in place.parents if parent.exists()), place)
         if not above.is_dir():
@@ -507,12 +520,6 @@ def _manifest_of_output(path: Path, kind: str, label: str) -> dict[str, Any] | N
 def _is_of_writers(name: str) -> bool:
     """Whether a name in a directory is of a lock, or of a manifest that was being written."""
     return name == LOCK or name.startswith(_hidden_prefix(Path(MANIFEST)))
-
-
-def _refuse_changed(directory: Path, names: Iterable[str], manifest: dict[str, Any], label: str) -> None:
-    for name in sorted(names):
-        if os.path.lexists(directory / name) and not _is_ours(directory, name, manifest):
-            raise UserError(_changed(label, directory, name))
 
 
 def _changed(label: str, directory: Path, name: str) -> str:

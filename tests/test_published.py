@@ -170,8 +170,11 @@ def test_command_line_with_the_filters_it_was_trained_with(tmp_path):
     torch.testing.assert_close(logits.double(), reference_logits(weights, ids, phi, 6), atol=1e-4, rtol=0)
 
     again = run("--checkpoint", checkpoint, "--config", config_path, "--output", out)
-    assert again.returncode == 2
-    assert again.stderr.strip() == f"error: {out} exists already; choose another --output"
+    assert (again.returncode, again.stderr) == (0, "")  # an earlier conversion is replaced, and nothing else
+    (out / "notes.txt").touch()
+    refused = run("--checkpoint", checkpoint, "--config", config_path, "--output", out)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: --output {out} holds notes.txt, which this program did not write")
 
 
 def test_bad_checkpoints_are_refused_by_name(tmp_path):
