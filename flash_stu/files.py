@@ -419,11 +419,13 @@ def sweep(path: Path) -> None:
                     shutil.rmtree(other, ignore_errors=True)
                 finally:
                     os.close(descriptor)
-        elif other.suffix == ".old" and (other / MANIFEST).is_file():
-            if path.exists():
-                _delete(other)
-            else:
-                os.rename(other, path)
+        elif other.suffix == ".old":
+            _remove_empty([other])  # all but deleted
+            if (other / MANIFEST).is_file():
+                if path.exists():
+                    _delete(other)
+                else:
+                    os.rename(other, path)
 
 
 @contextmanager
