@@ -5,10 +5,10 @@ A directory of shards holds, for one split of a corpus,
     *.bin            token ids and nothing else, little-endian uint16 or uint32; whole documents, each ended
                      by the end-of-text token
     manifest.json    the shards in order, their counts and checksums, and the tokenizer that made them
-    verified.json    which shards passed their checksum and how they looked then; a cache, may be missing
+    verified.json    which shards passed which checksum and how they looked then; a cache, may be missing or damaged
 
-Shards are written one at a time. The manifest comes last, at once: a directory with a manifest is complete, and
-one without is not read. Several writers may fill one directory under different
+Shards are written one at a time. The manifest is written last, atomically: a directory with a manifest is complete,
+and one without is not read. Several writers may fill one directory under different
 prefixes; whoever knows all their shards writes the manifest.
 """
 

@@ -6,7 +6,8 @@ Beside the cache entry that it will become lies, hidden, a staging directory:
     part-0000.json ...     how far each part has come, see flash_stu.data.tokenise
     train/ validation/     the shards, without their manifests
 
-Whoever finishes the last part writes the manifests and gives the directory the name of the entry.
+Whoever finishes the last part writes the manifests and gives the directory the name of the entry, or moves into the
+entry the split that somebody has deleted there. Files are deleted by their names, and only such as are written here.
 """
 
 import os
@@ -156,11 +157,13 @@ class Staging:
             raise
         for split in SPLITS:
             write_manifest(self._path / split, self._tokenizer, shards[split])
-        self._directory.mkdir(exist_ok=True)
-        for split in SPLITS:  # one of them is there already if somebody deleted the other
-            with suppress(FileNotFoundError):  # a process that our lock does not reach was faster
+        try:
+            os.rename(self._path, self._directory)
+        except OSError:  # the entry is there, or a process that our lock does not reach was faster
+            for split in SPLITS:
                 if not (self._directory / split / MANIFEST).is_file():
                     os.rename(self._path / split, self._directory / split)
+        _delete([*_parts(self._directory), self._directory / "job.json"])
         for split in SPLITS:
             TokenDataset(self._directory / split)  # compute checksums once, before the others open it
         if self._progress:
@@ -191,13 +194,9 @@ class Staging:
     def _discard(self) -> None:
         """Delete what has been written here, and the directory unless something else is in it."""
         directories = [self._path / split for split in SPLITS]
-        parts = sorted(self._path.glob("part-????.json"))
         tokens = [path for directory in directories for path in directory.glob("shard-*.bin")]
         manifests = [directory / MANIFEST for directory in directories]
-        for path in [*parts, *tokens, *manifests, self._path / "job.json"]:  # without their job the others mean nothing
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-                sweep(path)
+        _delete([*_parts(self._path), *tokens, *manifests, self._path / "job.json"])  # in which the others have meaning
         for directory in [*directories, self._path]:
             with suppress(OSError):
                 directory.rmdir()
@@ -222,6 +221,18 @@ class Staging:
 def is_complete(directory: Path) -> bool:
     """Say whether a directory holds the tokens of both splits."""
     return all((directory / split / MANIFEST).is_file() for split in SPLITS)
+
+
+def _parts(directory: Path) -> list[Path]:
+    return sorted(directory.glob("part-????.json"))
+
+
+def _delete(paths: list[Path]) -> None:
+    """Delete files in this order, and what writers of them that were killed have left."""
+    for path in paths:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+            sweep(path)
 
 
 def _num_bytes(units: list[Unit]) -> int | None:
