@@ -1,16 +1,38 @@
-"""Errors that a user can cause or mend, and how the command lines report them."""
+"""Errors that a user can cause or mend, failures to write among them, and how the command lines report them."""
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
+from safetensors import SafetensorError
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries written in Rust end a message
 _BROKEN_PIPE = 141  # what a shell reports of a program ended by SIGPIPE
 
 
 class UserError(ValueError):
     """Bad input. The message is one line that names the thing, its value and what is allowed."""
+
+
+class WriteError(UserError):
+    """A file or directory cannot be written.
+
+    Args:
+        path: which, as a message calls it.
+        cause: why, in one line.
+    """
+
+    def __init__(self, path: str | Path, cause: str):
+        super().__init__(path, cause)
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return "{} cannot be written: {}".format(*self.args)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -45,6 +67,34 @@ def run_cli(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def reason(error: BaseException) -> str:
+    """Returns the cause of a failed read or write in one line, without the path that it usually repeats."""
+    if isinstance(error, WriteError):
+        return error.cause
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if match := _OS_ERROR.search(str(error)):
+        return os.strerror(int(match[1]))
+    lines = str(error).split("\n")
+    return " ".join(lines[0].split()) or type(error).__name__
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn a failure to write into one line that names the target; of nested ones, the outermost.
+
+    Raises:
+        WriteError: for an OSError or an error of safetensors or tokenizers in the block.
+    """
+    try:
+        yield
+    except Exception as error:
+        of_tokenizers = type(error) is Exception and _OS_ERROR.search(str(error))
+        if isinstance(error, OSError | SafetensorError | WriteError) or of_tokenizers:
+            raise WriteError(path, reason(error)) from error
+        raise
 
 
 def _fail(message: str) -> int:

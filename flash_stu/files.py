@@ -1,9 +1,12 @@
 """Files and directories on disk: written whole or not at all, verified when read, deleted only if written by us.
 
 A file or directory is written under a hidden temporary name beside its place, flushed to disk, and renamed. Every
-directory written here ends with a manifest, .flash_stu.json: what kind of directory it is and the size and checksum of
+directory written here holds a manifest, .flash_stu.json: what kind of directory it is and the size and checksum of
 each of its files. The manifest decides two things: whether the directory is intact, and whether it holds anything that
 this program did not write, in which case it is never replaced or deleted.
+
+A directory is written at once (`replacing_directory`) or grows by files (`growing_directory`, `adding_files`). In one
+that grows other files may lie beside ours; of ours, one that somebody changed is never replaced.
 """
 
 import errno
@@ -21,42 +24,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-
-from flash_stu.errors import UserError
+from flash_stu.errors import UserError, reason, writing
+from flash_stu.locks import lock, unlock
 
 MANIFEST = ".flash_stu.json"
+LOCK = ".lock"
 _FORMAT = 1
 _READ_BYTES = 1 << 24
 _NAME_BYTES = 200  # of the readable part of a temporary name; file systems refuse names of more than 255
 _HIDDEN = re.compile(r"\.(.*)\.flash_stu-[0-9a-f]{8}\.(tmp|old|deleted)", re.DOTALL)
-LOCK, _HOLDER = ".lock", ".lock.holder"
+_NO_FLUSH = {errno.EINVAL, errno.ENOTSUP}  # from file systems that cannot flush a directory
 
 
 class DamagedError(ValueError):
     """Something on disk is not what was written there; the message is one line that names the file."""
-
-
-def reason(error: BaseException) -> str:
-    """Returns the cause of a failed read or write in one line, without the path that it usually repeats."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).split("\n")
-    return " ".join(lines[0].split()) or type(error).__name__
-
-
-@contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Turn a failure to write into one line that names the target.
-
-    Raises:
-        UserError: for an OSError or an error of safetensors in the block.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written: {reason(error)}") from error
 
 
 @contextmanager
@@ -70,14 +51,13 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
         a temporary path with the same name, to be written in the block.
 
     Raises:
-        UserError: if it cannot be written, or is a device or another special file; nothing is left behind.
+        UserError: if it cannot be written; nothing is left behind.
     """
     path = Path(path)
     with writing(path):
-        place = path.resolve()  # a symbolic link stays one
-        if place.exists() and not place.is_file():
-            raise UserError(f"{path} exists and is not a regular file; choose another")
-        place.parent.mkdir(parents=True, exist_ok=True)
+        place = _place(path)  # a symbolic link stays one
+        if place.exists() and not place.is_file():  # renaming would replace a device
+            raise OSError(errno.EINVAL, "it exists and is not a regular file")
         with _temporary(place) as directory:
             temporary = directory / place.name
             yield temporary
@@ -90,6 +70,44 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all, in UTF-8; see `replacing_file`."""
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_object(path: str | Path, content: dict[str, Any]) -> None:
+    """Write a JSON object with its checksum; see `read_object`."""
+    write_text(path, json.dumps(with_checksum(content), indent=1) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read what `write_object` wrote.
+
+    Raises:
+        OSError: if there is none.
+        DamagedError: if it is not what was written.
+    """
+    _require_regular(path)
+    try:
+        content = without_checksum(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError):
+        content = None
+    if content is None:
+        raise DamagedError(f"{path} is damaged")
+    return content
+
+
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns an object of JSON values with its checksum as entry "crc32"."""
+    return {**content, "crc32": _digest(content)}
+
+
+def without_checksum(record: Any) -> dict[str, Any] | None:
+    """Returns the content of an object that `with_checksum` made; None if this is not what it made."""
+    if not isinstance(record, dict):
+        return None
+    content = {key: value for key, value in record.items() if key != "crc32"}
+    try:
+        return content if record.get("crc32") == _digest(content) else None
+    except RecursionError:
+        return None
 
 
 @contextmanager
@@ -111,9 +129,8 @@ def replacing_directory(path: str | Path, kind: str, label: str = "output") -> I
     """
     path = Path(path)
     check_output(path, kind, label)
-    with writing(path):
-        place = path.resolve()
-        place.parent.mkdir(parents=True, exist_ok=True)
+    with writing(f"{label} {path}"):
+        place = _place(path)
         with _temporary(place) as temporary:
             yield temporary
             if not (temporary / MANIFEST).exists():
@@ -129,17 +146,18 @@ def replace_directory(temporary: Path, place: Path) -> None:
         OSError: if that is not possible; the old directory is then back in its place.
     """
     aside = _hidden_name(place, ".old")
-    exists = place.exists()
+    exists = place.exists() and any(place.iterdir())  # an empty one is replaced by the renaming
     if exists:
         os.rename(place, aside)
     try:
         os.rename(temporary, place)
-    except OSError:
+    except BaseException:
         if exists:
             os.rename(aside, place)
         raise
     flush(place.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    if exists:
+        _delete(aside)
 
 
 def check_output(path: str | Path, kind: str, label: str = "output") -> None:
@@ -149,44 +167,28 @@ def check_output(path: str | Path, kind: str, label: str = "output") -> None:
         UserError: naming the path and what stands in the way.
     """
     path = Path(path)
-    with writing(path):
-        if not path.exists():
-            return
-        if not path.is_dir():
-            raise UserError(f"{label} {path} exists and is not a directory; choose another")
-        if not any(path.iterdir()):
-            return
-    try:
-        found = read_manifest(path)
-    except (OSError, DamagedError):
-        raise UserError(f"{label} {path} exists and was not written by this program; choose another") from None
-    if found["kind"] != kind:
-        raise UserError(f"{label} {path} holds a {found['kind']}, not a {kind}; choose another, or remove it")
-    with writing(path):
-        foreign = foreign_files(path)
-    if foreign:
-        raise UserError(
-            f"{label} {path} holds {foreign[0]}, which this program did not write or somebody changed; "
-            "move it away, or choose another"
-        )
+    if _manifest_of_output(path, kind, label) and (foreign := foreign_files(path)):
+        raise UserError(_changed(label, path, foreign[0]))
 
 
-def delete_directory(path: Path) -> bool:
+def delete_directory(path: Path, contents: bool = True) -> bool:
     """Delete a directory that this program wrote, with everything in it; one with other files in it stays.
 
-    Files are compared by name and size: their contents may be many gigabytes.
+    Args:
+        path: the directory.
+        contents: compare checksums, not only sizes: they may be of many gigabytes.
 
     Returns:
         whether it was deleted.
     """
     try:
-        if path.is_symlink() or foreign_files(path, contents=False):
+        if path.is_symlink() or foreign_files(path, contents):
             return False
     except (OSError, DamagedError):
         return False
     aside = _hidden_name(path, ".deleted")  # a half deleted directory must not look complete
     os.rename(path, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    _delete(aside)
     return True
 
 
@@ -200,38 +202,23 @@ def foreign_files(directory: Path, contents: bool = True) -> list[str]:
     Raises:
         OSError, DamagedError: if it has no intact manifest, or cannot be read in full.
     """
-    files = read_manifest(directory)["files"]
-
-    def is_ours(path: Path, name: str) -> bool:
-        if name not in files or path.is_symlink() or not path.is_file():
-            return False
-        return describe(path) == files[name] if contents else path.stat().st_size == files[name]["bytes"]
 
     def fail(error: OSError) -> None:
         raise error
 
-    foreign = []
+    manifest, foreign = read_manifest(directory), []
     for folder, directories, names in os.walk(directory, onerror=fail):
         links = [name for name in directories if os.path.islink(os.path.join(folder, name))]
         for path in (Path(folder, name) for name in names + links):
             name = path.relative_to(directory).as_posix()
-            if name != MANIFEST and not is_ours(path, name):
+            if name != MANIFEST and not _is_ours(directory, name, manifest, contents):
                 foreign.append(name)
     return sorted(foreign)
 
 
 def is_empty(directory: Path) -> bool:
     """Returns whether a directory is missing, or holds only locks and temporary files of this program."""
-    return not directory.exists() or all(
-        path.name in (LOCK, _HOLDER) or _HIDDEN.fullmatch(path.name) for path in directory.iterdir()
-    )
-
-
-def sweep(directory: Path) -> None:
-    """Remove what writers that were killed have left in a directory, and put back what one had moved aside."""
-    for path in list(directory.iterdir()) if directory.is_dir() else []:
-        if hidden := _HIDDEN.fullmatch(path.name):
-            _sweep(path, directory / hidden[1])
+    return not directory.exists() or all(name == LOCK or _HIDDEN.fullmatch(name) for name in os.listdir(directory))
 
 
 def set_aside(path: Path) -> Path:
@@ -267,15 +254,12 @@ def seal(directory: Path, kind: str, files: dict[str, dict[str, int]] | None = N
         OSError: if that is not possible, or a file named is not there as it was written.
     """
     if files is None:
-        paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-        for path in paths:
-            flush(path)
-        files = {path.relative_to(directory).as_posix(): describe(path) for path in paths}
+        files = _flushed(directory)
     for name, entry in files.items():
         if (directory / name).stat().st_size != entry["bytes"]:
             raise OSError(errno.EIO, f"{name} is not as it was written")
     content = {"format": _FORMAT, "kind": kind, "files": files}
-    (directory / MANIFEST).write_text(json.dumps({**content, "crc32": _digest(content)}, indent=1) + "\n")
+    (directory / MANIFEST).write_text(json.dumps(with_checksum(content), indent=1) + "\n")
     flush(directory / MANIFEST)
     flush(directory)
 
@@ -287,16 +271,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         OSError: if it has no manifest, or it cannot be read.
         DamagedError: if the manifest is not what was written.
     """
-    path = directory / MANIFEST
-    _require_regular(path)
-    try:
-        content = json.loads(path.read_bytes())
-        expected = content.pop("crc32")
-        intact = expected == _digest(content) and content["format"] == _FORMAT
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-        intact = False
-    if not intact:
-        raise DamagedError(f"{path} is damaged")
+    content = read_object(directory / MANIFEST)
+    if content.get("format") != _FORMAT or not isinstance(content.get("files"), dict) or "kind" not in content:
+        raise DamagedError(f"{directory / MANIFEST} is damaged")
     return content
 
 
@@ -333,6 +310,87 @@ def describe(path: Path) -> dict[str, int]:
         return {"bytes": file.tell(), "crc32": value}
 
 
+def check_growing(path: str | Path, kind: str, label: str = "output", names: Iterable[str] = ()) -> None:
+    """Refuse a directory to which files cannot be added.
+
+    Args:
+        path: the directory; it may be missing or empty.
+        kind: what its manifest must call it.
+        label: what a message calls the path.
+        names: files that will be added.
+
+    Raises:
+        UserError: naming the path and what stands in the way: it is something else, or one of the files to be added
+            or added before is not as this program wrote it.
+    """
+    path = Path(path)
+    manifest = _manifest_of_output(path, kind, label)
+    if manifest is not None:
+        check_files(path, {*names, *manifest["files"]}, label)
+
+
+def check_files(directory: Path, names: Iterable[str], label: str = "output") -> None:
+    """Refuse files of a directory with a manifest that are there and not as this program wrote them.
+
+    Raises:
+        UserError: naming the directory and the first such file.
+        OSError, DamagedError: if it has no intact manifest.
+    """
+    manifest = read_manifest(directory)
+    for name in sorted(names):
+        if os.path.lexists(directory / name) and not _is_ours(directory, name, manifest):
+            raise UserError(_changed(label, directory, name))
+
+
+@contextmanager
+def growing_directory(path: str | Path, kind: str, label: str = "output", names: Iterable[str] = ()) -> Iterator[None]:
+    """Hold a directory to which `adding_files` adds, against other processes; see `check_growing` and `holding`.
+
+    One that was made for nothing is removed again.
+    """
+    directory, names = Path(path), list(names)
+    check_growing(directory, kind, label, names)
+    with holding(directory, label):
+        check_growing(directory, kind, label, names)
+        if not (directory / MANIFEST).exists():
+            write_object(directory / MANIFEST, {"format": _FORMAT, "kind": kind, "files": {}})
+        try:
+            yield
+        finally:
+            with suppress(OSError, DamagedError):
+                if not read_manifest(directory)["files"] and {*os.listdir(directory)} <= {MANIFEST, LOCK}:
+                    (directory / MANIFEST).unlink()
+
+
+@contextmanager
+def adding_files(path: str | Path, label: str = "output") -> Iterator[Path]:
+    """Add files to a directory that is being held, or replace files added before, each whole or not at all.
+
+    Args:
+        path: see `growing_directory`.
+        label: what a message calls the path.
+
+    Yields:
+        an empty temporary directory, to be filled in the block with files as they will be called.
+
+    Raises:
+        UserError: if they cannot be written, or one would replace what somebody else wrote or changed.
+    """
+    directory = Path(path)
+    with writing(f"{label} {directory}"), _temporary(directory / MANIFEST) as temporary:
+        yield temporary
+        added = _flushed(temporary)
+        manifest = read_manifest(directory)
+        check_files(directory, added, label)
+        # Until all are renamed both the old and the new content is ours.
+        before = {name: describe(directory / name) for name in added if (directory / name).exists()}
+        write_object(directory / MANIFEST, {**manifest, "files": manifest["files"] | added, "replaced": before})
+        for name in added:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / name, directory / name)
+            flush((directory / name).parent)
+
+
 def read_records(
     path: Path, is_valid: Callable[[dict[str, Any]], bool] = lambda record: True
 ) -> tuple[list[dict[str, Any]], list[int]]:
@@ -365,31 +423,35 @@ def read_records(
 def holding(directory: Path, label: str) -> Iterator[None]:
     """Hold a directory against other processes; the operating system lets go when this one dies, however it does.
 
+    A file system without locks (ENOSYS, ENOLCK) holds nobody off.
+
     Args:
-        directory: made if needed. Its .lock is the lock and stays; .lock.holder names who has it.
+        directory: made if needed, and removed again if the block fails and leaves nothing in it. Its .lock, there as
+            long as it is held, names who has it.
         label: what a message calls the directory.
 
     Raises:
         UserError: if another process holds it, naming its host and process, or the lock cannot be made.
     """
-    holder = directory / _HOLDER
-    with writing(f"{label} {directory}"):
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            with suppress(OSError):
-                raise UserError(f"{label} {directory} is in use by {holder.read_text().strip()}") from None
-            raise UserError(f"{label} {directory} is in use by another process") from None
+    path, made, descriptor = Path(directory) / LOCK, [], None
     try:
-        with suppress(UserError):  # it serves a message only
-            write_text(holder, f"process {os.getpid()} on host {socket.gethostname()}\n")
+        with writing(f"{label} {directory}"):
+            _check_path(path)
+            made = _make_directories(path)
+            descriptor = lock(path)
+            if descriptor is None:
+                raise UserError(f"{label} {directory} is in use by {_holder(path)}")
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
         yield
+        made = []
     finally:
-        with suppress(OSError):
-            holder.unlink()
-        lock.release()
+        if descriptor is not None:
+            with suppress(OSError):
+                path.unlink()
+        _remove_empty(made)
+        if descriptor is not None:
+            unlock(descriptor)
 
 
 def flush(path: Path) -> None:
@@ -397,22 +459,60 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
     finally:
         os.close(descriptor)
+
+
+def sweep(path: Path) -> None:
+    """Remove what writers of a file or directory that were killed have left, and put back what one had moved aside."""
+    prefix = _hidden_prefix(path)
+    for hidden in [hidden for hidden in path.parent.iterdir() if hidden.name.startswith(prefix)]:
+        _sweep(hidden, path)
+
+
+def sweep_directory(directory: Path) -> None:
+    """`sweep` everything in a directory."""
+    for hidden in list(directory.iterdir()) if directory.is_dir() else []:
+        if match := _HIDDEN.fullmatch(hidden.name):
+            _sweep(hidden, directory / match[1])
+
+
+def _sweep(hidden: Path, path: Path) -> None:
+    if hidden.suffix == ".tmp":
+        with suppress(OSError):
+            descriptor = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(hidden, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+    elif hidden.suffix in (".old", ".deleted"):
+        _remove_empty([hidden])  # all but deleted
+        if (hidden / MANIFEST).is_file():
+            if hidden.suffix == ".deleted" or path.exists():
+                _delete(hidden)
+            else:
+                os.rename(hidden, path)
 
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """A hidden directory beside a path, locked while it is in use, removed at the end."""
-    prefix = _hidden_prefix(path)
-    for other in [other for other in path.parent.iterdir() if other.name.startswith(prefix)]:
-        _sweep(other, path)
-    temporary, descriptor = _locked_directory(path)
+    made = _make_directories(path)
     try:
-        yield temporary
+        sweep(path)
+        temporary, descriptor = _locked_directory(path)
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(descriptor)
+        made = []
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(descriptor)
+        _remove_empty(made)
 
 
 def _locked_directory(path: Path) -> tuple[Path, int]:
@@ -428,20 +528,84 @@ def _locked_directory(path: Path) -> tuple[Path, int]:
             os.close(descriptor)
 
 
-def _sweep(hidden: Path, path: Path) -> None:
-    """Remove a hidden directory that a writer of a path left when it was killed, or put back what it moved aside."""
-    if hidden.suffix == ".tmp":
+def _make_directories(path: Path) -> list[Path]:
+    """Make the directories above a path; returns those that were missing, the innermost first."""
+    made = [parent for parent in path.parents if not parent.exists()]
+    if path.parent.exists() and not path.parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def _remove_empty(directories: Iterable[Path]) -> None:
+    for directory in directories:
         with suppress(OSError):
-            descriptor = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(hidden, ignore_errors=True)
-            finally:
-                os.close(descriptor)
-    elif hidden.suffix == ".deleted" or (hidden.suffix == ".old" and path.exists()):
-        shutil.rmtree(hidden, ignore_errors=True)
-    elif hidden.suffix == ".old":
-        os.rename(hidden, path)
+            directory.rmdir()
+
+
+def _holder(path: Path) -> str:
+    """Whom a lock file names."""
+    text = ""
+    with suppress(OSError):
+        text = " ".join(path.read_text(encoding="utf-8", errors="replace").split())
+    return text or "another process"
+
+
+def _place(path: Path) -> Path:
+    """Returns where a path leads, symbolic links followed."""
+    _check_path(path)
+    try:
+        return path.resolve()
+    except RuntimeError:  # Python's word for it
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
+
+
+def _check_path(path: Path) -> None:
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "a path holds no NUL characters")
+
+
+def _manifest_of_output(path: Path, kind: str, label: str) -> dict[str, Any] | None:
+    """The manifest of a directory that is to be written to; None if nothing is there yet."""
+    with writing(f"{label} {path}"):
+        place = _place(path)
+        above = next((parent for parent in place.parents if parent.exists()), place)
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if not place.exists():
+            return None
+        if not place.is_dir():
+            raise UserError(f"{label} {path} exists and is not a directory; choose another")
+        if all(_is_of_writers(name) for name in os.listdir(place)):
+            return None
+    try:
+        found = read_manifest(path)
+    except (OSError, DamagedError):
+        raise UserError(f"{label} {path} exists and was not written by this program; choose another") from None
+    if found["kind"] != kind:
+        raise UserError(f"{label} {path} holds a {found['kind']}, not a {kind}; choose another, or remove it")
+    return found
+
+
+def _is_of_writers(name: str) -> bool:
+    """Whether a name in a directory is of a lock, or of a manifest that was being written."""
+    return name == LOCK or name.startswith(_hidden_prefix(Path(MANIFEST)))
+
+
+def _changed(label: str, directory: Path, name: str) -> str:
+    what = "which this program did not write or somebody changed; move it away, or choose another"
+    return f"{label} {directory} holds {name}, {what}"
+
+
+def _is_ours(directory: Path, name: str, manifest: dict[str, Any], contents: bool = True) -> bool:
+    """Whether a file is what a manifest says of it, byte for byte or in size."""
+    path = directory / name
+    known = [manifest[key][name] for key in ("files", "replaced") if name in manifest.get(key, {})]
+    if not known or path.is_symlink() or not path.is_file():
+        return False
+    return describe(path) in known if contents else path.stat().st_size in [entry["bytes"] for entry in known]
 
 
 def _require_regular(path: Path) -> None:
@@ -450,13 +614,40 @@ def _require_regular(path: Path) -> None:
         raise DamagedError(f"{path.name} is not a regular file")
 
 
+def _flushed(directory: Path) -> dict[str, dict[str, int]]:
+    """Flush all files of a directory; returns `describe` of each by its name."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    for path in paths:
+        flush(path)
+    return {path.relative_to(directory).as_posix(): describe(path) for path in paths}
+
+
+def _delete(directory: Path) -> None:
+    """Delete the files of a directory that its manifest names, the manifest last, and the directory if that is all."""
+    with suppress(OSError, DamagedError):
+        files = read_manifest(directory)["files"]
+        for folder, _, names in os.walk(directory, topdown=False):
+            for path in (Path(folder, name) for name in names):
+                if path.relative_to(directory).as_posix() in files:
+                    path.unlink()
+            if Path(folder) != directory:
+                _remove_empty([Path(folder)])
+        if os.listdir(directory) == [MANIFEST]:
+            (directory / MANIFEST).unlink()
+            directory.rmdir()
+
+
 def _hidden_name(path: Path, suffix: str) -> Path:
-    return path.with_name(f"{_hidden_prefix(path)}{secrets.token_hex(4)}{suffix}")
+    return path.parent / f"{_hidden_prefix(path)}{secrets.token_hex(4)}{suffix}"
 
 
 def _hidden_prefix(path: Path) -> str:
-    return f".{os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])}.flash_stu-"
+    name = os.fsencode(path.name)
+    if len(name) > _NAME_BYTES:
+        name = name[:_NAME_BYTES] + f"-{zlib.crc32(name):08x}".encode()
+    return f".{os.fsdecode(name)}.flash_stu-"
 
 
 def _digest(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    """The checksum of JSON values as they will be read: with strings as keys."""
+    return zlib.crc32(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode())

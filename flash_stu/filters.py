@@ -17,16 +17,17 @@ Source: Agarwal et al. 2023, Spectral State Space Models (arXiv 2312.06837), sec
 
 import hashlib
 import math
-import os
-import tempfile
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
-from flash_stu.errors import UserError
+from flash_stu.errors import UserError, WriteError
+from flash_stu.files import replacing_file
 from flash_stu.lags import CompressedLags
 
 BASES = ("hankel", "hankel_l")
@@ -60,7 +61,7 @@ def spectral_filters(seq_len: int, num_filters: int, basis: str = "hankel") -> t
     if seq_len < 1 or not 1 <= num_filters <= seq_len:
         raise UserError(f"num_filters is {num_filters} for filters of length {seq_len}; allowed: 1 to the length")
     path = _cache_path(seq_len, num_filters, basis)
-    cached = _read_cache(path)
+    cached = _read_cache(path, seq_len, num_filters)
     if cached is None:
         cached = compute_filters(seq_len, num_filters, basis)
         _write_cache(path, *cached)
@@ -118,20 +119,23 @@ def _cache_path(seq_len: int, num_filters: int, basis: str) -> Path:
     return Path(platformdirs.user_cache_dir("flash_stu")) / "filters" / name
 
 
-def _read_cache(path: Path) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _read_cache(path: Path, seq_len: int, num_filters: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Read an entry; None if there is none or it is not, bit for bit, what was written."""
     try:
-        tensors = load_file(path)
-        return tensors["sigma"], tensors["phi"]
-    except (OSError, SafetensorError, KeyError):
-        return None  # absent or damaged: computing again is cheap
+        tensors = load(path.read_bytes())
+        sigma, phi, checksum = tensors["sigma"], tensors["phi"], int(tensors["checksum"])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
+        return None
+    shaped = sigma.shape == (num_filters,) and phi.shape == (seq_len, num_filters)
+    typed = sigma.dtype == phi.dtype == torch.float64
+    finite = all(bool(tensor.isfinite().all()) for tensor in (sigma, phi))
+    return (sigma, phi) if shaped and typed and finite and checksum == _checksum(sigma, phi) else None
 
 
 def _write_cache(path: Path, sigma: torch.Tensor, phi: torch.Tensor) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
-        save_file({"sigma": sigma, "phi": phi}, temporary)
-        os.replace(temporary, path)
-    except OSError:
-        pass  # a read-only home: the filters are computed each time
+    with suppress(WriteError), replacing_file(path) as temporary:  # else the filters are computed each time
+        save_file({"sigma": sigma, "phi": phi, "checksum": torch.tensor(_checksum(sigma, phi))}, temporary)
+
+
+def _checksum(sigma: torch.Tensor, phi: torch.Tensor) -> int:
+    return zlib.crc32(phi.contiguous().numpy(), zlib.crc32(sigma.contiguous().numpy()))

@@ -7,30 +7,30 @@ The result gives the published logits, quirks included (see flash_stu/published.
 standard rotary positions instead.
 """
 
-import shutil
-from pathlib import Path
-
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from flash_stu.data import load_tokenizer
 from flash_stu.errors import ArgumentParser, UserError, run_cli
+from flash_stu.files import check_output, replacing_directory
 from flash_stu.published import POSITIONS, convert, read_config
+
+_KIND = "converted model"
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help=".safetensors file")
     parser.add_argument("--config", required=True, help="its config.json, in the published layout")
-    parser.add_argument("--output", required=True, help="model directory to write; must not exist")
+    parser.add_argument("--output", required=True, help="model directory to write; replaces an earlier conversion")
     parser.add_argument("--filters", help=".npy (seq_len, num_filters): the filters it was trained with")
     parser.add_argument("--positions", choices=POSITIONS, default="published")
     parser.add_argument("--tokenizer", help="tokenizer to put beside the weights, such as tiktoken:o200k_base")
     args = parser.parse_args()
 
-    output = Path(args.output)
-    if output.exists():
-        raise UserError(f"{output} exists already; choose another --output")
+    logging.disable_progress_bar()
+    check_output(args.output, _KIND, "--output")
     config = read_config(args.config, args.positions)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     filters = None if args.filters is None else _read_filters(args.filters)
@@ -43,13 +43,11 @@ def main() -> None:
     if tokenizer is not None:
         model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
 
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    if tokenizer is not None:
-        tokenizer.to_transformers().save_pretrained(temporary)
-    temporary.rename(output)
-    print(f"wrote {output}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}")
+    with replacing_directory(args.output, _KIND, "--output") as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.to_transformers().save_pretrained(temporary)
+    print(f"wrote {args.output}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}")
 
 
 def _read_filters(path: str) -> torch.Tensor:

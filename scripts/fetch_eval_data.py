@@ -3,10 +3,9 @@
     python scripts/fetch_eval_data.py --tasks paper --output eval_data
 
 The folder has <data set>/<configuration or default>/<split>.jsonl, with the splits that the tasks score and draw
-examples from. What is there already is not fetched again, so a download that was stopped goes on.
+examples from. What is there already is not fetched again, so a download that was stopped resumes.
 """
 
-import os
 from pathlib import Path
 
 import datasets
@@ -15,6 +14,9 @@ from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.evaluation.definitions import Definitions, quiet, shots_of
 from flash_stu.evaluation.local_data import Dataset, data_of, file_of
 from flash_stu.evaluation.suite import resolve_tasks
+from flash_stu.files import adding_files, growing_directory
+
+_KIND, _LABEL = "mirror of evaluation data", "--output"
 
 
 def fetch(tasks: str, output: Path, include_path: Path | None = None) -> list[Path]:
@@ -29,39 +31,40 @@ def fetch(tasks: str, output: Path, include_path: Path | None = None) -> list[Pa
         the files, old and new.
 
     Raises:
-        UserError: for unknown tasks, tasks without a hub data set, or data that cannot be had.
+        UserError: for unknown tasks, tasks without a hub data set, data that cannot be had or written, or a folder
+            that this program did not write or in which somebody changed a file.
     """
-    definitions, files = Definitions(include_path), []
+    definitions = Definitions(include_path)
     specs, _ = resolve_tasks(tasks)
+    wanted: dict[str, tuple[Dataset, str, dict]] = {}  # by file
     for spec in specs:
         definitions.require(spec.name)
         for name in sorted(definitions.leaves(spec.name)):
             definition = definitions[name].cfg
             dataset, _, splits = data_of(name, definition, shots_of(spec, definition))
             for split in splits:
-                path = file_of(output, dataset, split)
-                if not path.is_file():
-                    rows = _download(dataset, split, definition.get("dataset_kwargs") or {}, path)
-                    print(f"{path}: {rows:,} rows", flush=True)
-                files.append(path)
-    return list(dict.fromkeys(files))
+                file = file_of(Path(), dataset, split).as_posix()
+                wanted.setdefault(file, (dataset, split, definition.get("dataset_kwargs") or {}))
+    with growing_directory(output, _KIND, _LABEL, wanted):
+        for file, source in wanted.items():
+            if not (output / file).is_file():
+                rows = _download(*source)
+                with adding_files(output, _LABEL) as temporary, quiet():
+                    (temporary / file).parent.mkdir(parents=True)
+                    rows.to_json(temporary / file, force_ascii=False)
+                print(f"{output / file}: {len(rows):,} rows", flush=True)
+    return [output / file for file in wanted]
 
 
-def _download(dataset: Dataset, split: str, options: dict, path: Path) -> int:
-    """Write one split of a hub data set, whole or not at all; returns its number of rows."""
+def _download(dataset: Dataset, split: str, options: dict) -> datasets.Dataset:
+    """The rows of one split of a hub data set."""
     name, configuration = dataset
     try:
-        rows = datasets.load_dataset(name, configuration, split=split, **options)
+        return datasets.load_dataset(name, configuration, split=split, **options)
     except Exception as error:  # the hub, its cache and the files fail in as many ways
         reason = " ".join(str(error).split())
         what = name if configuration is None else f"{name} ({configuration})"
         raise UserError(f"split {split} of {what} cannot be had: {type(error).__name__}: {reason}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with quiet():
-        rows.to_json(temporary, force_ascii=False)
-    os.replace(temporary, path)
-    return len(rows)
 
 
 def main() -> None:

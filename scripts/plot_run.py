@@ -1,6 +1,5 @@
 """Draw the loss curves of one or several runs: python scripts/plot_run.py RUN [RUN ...] --output loss.png"""
 
-import os
 from pathlib import Path
 
 import matplotlib
@@ -8,8 +7,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from flash_stu.errors import ArgumentParser, UserError, run_cli
+from flash_stu.figures import check_figure_path, save_figure
 from flash_stu.training.config import load_config
 from flash_stu.training.metrics import read_metrics
+
+_LARGEST = 1e300  # what a plot has no place for: larger numbers, infinite ones, NaN
 
 
 def plot_runs(runs: list[str | Path], output: str | Path) -> Path:
@@ -23,9 +25,11 @@ def plot_runs(runs: list[str | Path], output: str | Path) -> Path:
         output, as a path.
 
     Raises:
-        UserError: for a directory without metrics, or a format matplotlib does not know.
+        UserError: for a directory without metrics, an ending that names no image format, or an image that cannot be
+            written.
     """
     output = Path(output)
+    check_figure_path(output, "--output")
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.subplots()
     for index, (run, name) in enumerate(zip(runs, _labels([Path(run) for run in runs]), strict=True)):
@@ -51,13 +55,7 @@ def plot_runs(runs: list[str | Path], output: str | Path) -> Path:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".tmp-{output.name}")
-    try:
-        figure.savefig(temporary)
-    except ValueError as error:
-        raise UserError(f"--output {output}: {str(error).splitlines()[0]}") from None
-    os.replace(temporary, output)
+    save_figure(figure, output)
     return output
 
 
@@ -68,13 +66,14 @@ def read_losses(run: Path) -> tuple[list[tuple[int, float]], list[tuple[int, flo
         UserError: if the directory holds no run that has begun.
     """
     records = read_metrics(run / "metrics.jsonl")
-    if not any("loss" in record for record in records):
-        raise UserError(f"{run} is not a run directory with metrics; expected {run / 'metrics.jsonl'}")
-    per_step = load_config(run / "config.yaml").train.global_batch_size
-    return tuple(
-        [(record["step"] * per_step, record[key]) for record in records if record.get(key) is not None]
+    training, validation = (
+        [(record["step"], record[key]) for record in records if _are_numbers(record, "step", key)]
         for key in ("loss", "validation_loss")
     )
+    if not training:
+        raise UserError(f"{run} is not a run directory with metrics; expected {run / 'metrics.jsonl'}")
+    per_step = load_config(run / "config.yaml").train.global_batch_size
+    return tuple([(step * per_step, loss) for step, loss in points] for points in (training, validation))
 
 
 def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -85,6 +84,10 @@ def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
         values = [y for _, y in points[max(0, index - reach) : index + reach + 1]]
         smoothed.append((x, sum(values) / len(values)))
     return smoothed
+
+
+def _are_numbers(record: dict, *keys: str) -> bool:
+    return all(isinstance(record.get(key), int | float) and abs(record[key]) < _LARGEST for key in keys)
 
 
 def _labels(runs: list[Path]) -> list[str]:

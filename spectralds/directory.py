@@ -1,15 +1,13 @@
 """Distill a model on disk into a model directory: model, tokenizer, report and figure, all of it or nothing."""
 
 import json
-import os
-import shutil
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from flash_stu.errors import UserError
+from flash_stu.files import check_output, replacing_directory
 from flash_stu.loading import default_device
 from spectralds.curve import error_curve
 from spectralds.distill import model_filters, replace_stu_layers
@@ -19,6 +17,7 @@ from spectralds.report import compare_generation, compare_layers, compare_models
 from spectralds.source import Source, find_source, open_source
 from spectralds.text import ComparisonText, comparison_text
 
+_KIND, _LABEL = "distilled model", "--output"
 REPORT, FIGURE = "distillation.json", "distillation.png"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VERIFY_TOLERANCE = 1e-3
@@ -41,8 +40,8 @@ def distill_directory(
         checkpoint: a transformers model directory with STU layers, a training run with final/, or a training
             checkpoint RUN/checkpoints/step-N.
         output: directory to write: the distilled model and its tokenizer, distillation.json,
-            distillation.png. An earlier distillation there is replaced once the new one is complete; the same
-            arguments write the same files.
+            distillation.png. An earlier distillation there, if nobody changed it, is replaced once the new one is
+            complete; the same arguments write the same files.
         state_dim, method, tolerance: see `fit_lds`.
         dtype: "float32" or "bfloat16", of the weights written; None: as they are. Decays and readouts of the LDS
             layers are float32 in any case.
@@ -65,7 +64,9 @@ def distill_directory(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     directory, output = find_source(checkpoint), Path(output)
-    _check_output(output, directory)
+    check_output(output, _KIND, _LABEL)
+    if directory.resolve().is_relative_to(output.resolve()):
+        raise UserError(f"{_LABEL} {output} holds the model to distill, {directory}; choose another directory")
     seconds, lap = {}, _stopwatch()
     source = open_source(directory)
     model, bank = source.model, model_filters(source.model)
@@ -91,7 +92,7 @@ def distill_directory(
         "curve": curve,
         **dict.fromkeys(("layers", "comparison", "generation", "verified")),
     }
-    with _replacing(output) as temporary:
+    with replacing_directory(output, _KIND, _LABEL) as temporary:
         distilled.save_pretrained(temporary)
         source.copy_tokenizer(temporary)
         seconds["save"] = lap()
@@ -160,15 +161,6 @@ def _compare(model, distilled, sample: ComparisonText, allowed: float, say) -> d
     }
 
 
-def _check_output(output: Path, source: Path) -> None:
-    """Refuse to write over anything but an earlier distillation, and over what is to be distilled."""
-    free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not free and not (output / REPORT).is_file():
-        raise UserError(f"--output {output} exists and is not a distillation; choose another directory")
-    if source.resolve().is_relative_to(output.resolve()):
-        raise UserError(f"--output {output} holds the model to distill, {source}; choose another directory")
-
-
 def _stopwatch():
     """A function that returns the seconds since its last call."""
     last = time.perf_counter()
@@ -179,21 +171,3 @@ def _stopwatch():
         return last - before
 
     return lap
-
-
-@contextmanager
-def _replacing(output: Path):
-    """A temporary directory beside `output`: it takes its place if the block ends well, or is removed."""
-    temporary = output.parent / f".{output.name}.tmp-{os.getpid()}"
-    previous = temporary.with_suffix(".previous")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if output.exists():
-            os.rename(output, previous)
-        os.rename(temporary, output)
-        shutil.rmtree(previous, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

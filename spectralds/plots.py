@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from flash_stu.figures import save_figure
 from spectralds.bank import FilterBank
 from spectralds.exponentials import powers
 from spectralds.fit import METHODS, LDSFit
@@ -39,7 +40,7 @@ def plot_fit(bank: FilterBank, fit: LDSFit, curve: dict[str, list], path: str | 
         axes.set_title(f"({letter})  {title}", loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2, linewidth=0.6)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _draw_filters(axes, bank: FilterBank, fit: LDSFit) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flash_stu.errors import UserError, run_cli
+from flash_stu.files import write_text
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "scripts" / "bench"
@@ -137,7 +138,7 @@ def test_figures_of_a_table(scripts, results):
 @pytest.fixture
 def tables_page(scripts, results, tmp_path, monkeypatch, capsys):
     """A page with two places and the results of one: runs tables.py, which says its status, output and errors."""
-    scripts["measuring"].write(tmp_path / "results/cpu/loss.json", json.dumps(results["loss"]))
+    write_text(tmp_path / "results/cpu/loss.json", json.dumps(results["loss"]))
     places = (
         "<!-- results: cpu/loss -->\nold\n<!-- end -->\n\nbetween\n\n<!-- results: gpu/loss -->\nnot yet\n<!-- end -->"
     )

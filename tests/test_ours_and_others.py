@@ -56,7 +56,7 @@ def test_devices_and_pipes_are_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "null").symlink_to(os.devnull)
     for name in ("pipe", "null"):
-        with pytest.raises(UserError, match=f"{name} exists and is not a regular file"):
+        with pytest.raises(UserError, match=f"{name} cannot be written: it exists and is not a regular file"):
             files.write_text(tmp_path / name, "text")
     assert sorted(os.listdir(tmp_path)) == ["null", "pipe"] and not os.path.isfile(os.devnull)
 
@@ -65,12 +65,14 @@ def test_what_killed_writers_left_is_swept_and_what_they_moved_put_back(tmp_path
     for name in (".new.flash_stu-00000000.tmp", ".gone.flash_stu-00000000.deleted", ".old.flash_stu-00000000.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
+        if not name.endswith(".tmp"):
+            files.seal(tmp_path / name, "model")
     assert files.is_empty(tmp_path)
-    files.sweep(tmp_path)
+    files.sweep_directory(tmp_path)
     assert os.listdir(tmp_path) == ["old"] and not files.is_empty(tmp_path)
     (tmp_path / ".old.flash_stu-00000001.old").mkdir()
-    files.sweep(tmp_path)
-    files.sweep(tmp_path / "missing")
+    files.sweep_directory(tmp_path)
+    files.sweep_directory(tmp_path / "missing")
     assert os.listdir(tmp_path) == ["old"]
 
 

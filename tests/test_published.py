@@ -1,10 +1,13 @@
 """Converted checkpoints against an independent, naive rendering of what the published code computes."""
 
+import io
 import json
 import math
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,8 +16,10 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from flash_stu import UserError
+from flash_stu.errors import run_cli
 from flash_stu.loading import load_model
 from flash_stu.published import convert, published_filters, read_config
+from scripts.convert_checkpoint import main
 
 NEWER = {
     "dim": 32,
@@ -151,8 +156,12 @@ def test_full_stu(tmp_path):
 
 
 def run(*arguments):
-    command = [sys.executable, "scripts/convert_checkpoint.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    """Run the script's command line in this process; returns exit status, stdout and stderr."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    command = mock.patch.object(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
+    with command, redirect_stdout(stdout), redirect_stderr(stderr):
+        status = run_cli(main)
+    return SimpleNamespace(returncode=status, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
 @torch.no_grad()
@@ -170,8 +179,11 @@ def test_command_line_with_the_filters_it_was_trained_with(tmp_path):
     torch.testing.assert_close(logits.double(), reference_logits(weights, ids, phi, 6), atol=1e-4, rtol=0)
 
     again = run("--checkpoint", checkpoint, "--config", config_path, "--output", out)
-    assert again.returncode == 2
-    assert again.stderr.strip() == f"error: {out} exists already; choose another --output"
+    assert (again.returncode, again.stderr) == (0, "")  # an earlier conversion is replaced, and nothing else
+    (out / "notes.txt").touch()
+    refused = run("--checkpoint", checkpoint, "--config", config_path, "--output", out)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: --output {out} holds notes.txt, which this program did not write")
 
 
 def test_bad_checkpoints_are_refused_by_name(tmp_path):

@@ -5,30 +5,30 @@ A directory of shards holds, for one split of a corpus,
     *.bin            token ids and nothing else, little-endian uint16 or uint32; whole documents, each ended
                      by the end-of-text token
     manifest.json    the shards in order, their counts and checksums, and the tokenizer that made them
-    verified.json    which shards passed their checksum and how they looked then; a cache, may be missing
+    verified.json    which shards passed which checksum and how they looked then; a cache, may be missing or damaged
 
-Shards are written one at a time. The manifest comes last, at once: a directory with a manifest is complete, and
-one without is not read. Several writers may fill one directory under different
+Shards are written one at a time. The manifest is written last, atomically: a directory with a manifest is complete,
+and one without is not read. Several writers may fill one directory under different
 prefixes; whoever knows all their shards writes the manifest.
 """
 
 import hashlib
 import json
 import os
-import secrets
 from bisect import bisect_right
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flash_stu.data.tokenizer import Tokenizer
-from flash_stu.errors import UserError
+from flash_stu.errors import UserError, WriteError, reason
+from flash_stu.files import write_text
 
 MANIFEST = "manifest.json"
 _VERIFIED = "verified.json"
@@ -37,32 +37,48 @@ SHARD_TOKENS = 2**27  # 512 MiB of uint32
 _BLOCK = 2**20  # bytes read at a time
 
 
+Count = Annotated[int, Field(ge=0)]
+
+
 class Shard(BaseModel):
     """One shard file as the manifest records it.
 
     num_bytes counts the UTF-8 text; sha256 covers the file and is empty as long as that is being written.
     """
 
-    name: str
-    num_tokens: int
-    num_documents: int
-    num_bytes: int
+    model_config = ConfigDict(strict=True)
+
+    name: str = Field(pattern=r"^[\w-]+\.bin$")
+    num_tokens: Count
+    num_documents: Count
+    num_bytes: Count
     sha256: str
 
 
 class Manifest(BaseModel):
     """What is in a directory of shards."""
 
+    model_config = ConfigDict(strict=True)
+
     format: int
     dtype: Literal["uint16", "uint32"]
     tokenizer: str
     tokenizer_fingerprint: str
-    vocab_size: int
-    eos_token_id: int
-    num_tokens: int
-    num_documents: int
-    num_bytes: int
+    vocab_size: Count
+    eos_token_id: Count
+    num_tokens: Count
+    num_documents: Count
+    num_bytes: Count
     shards: list[Shard]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Manifest":
+        for key in ("num_tokens", "num_documents", "num_bytes"):
+            if getattr(self, key) != sum(getattr(shard, key) for shard in self.shards):
+                raise ValueError(f"{key} is not the sum over the shards")
+        if len({shard.name for shard in self.shards}) < len(self.shards):
+            raise ValueError("two shards have the same name")
+        return self
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -191,7 +207,7 @@ def write_manifest(directory: Path, tokenizer: Tokenizer, shards: Iterable[Shard
         num_bytes=sum(shard.num_bytes for shard in shards),
         shards=shards,
     )
-    replace_text(directory / MANIFEST, manifest.model_dump_json(indent=1))
+    write_text(directory / MANIFEST, manifest.model_dump_json(indent=1))
     return manifest
 
 
@@ -216,12 +232,8 @@ class TokenDataset:
     def __init__(self, directory: str | Path, tokenizer: Tokenizer | None = None):
         self.directory = Path(directory)
         self.manifest = _read_manifest(self.directory)
-        made_by = self.manifest.tokenizer_fingerprint
-        if tokenizer is not None and tokenizer.fingerprint != made_by:
-            raise UserError(
-                f"token shards in {self.directory} were made by tokenizer {self.manifest.tokenizer!r} "
-                f"(fingerprint {made_by[:12]}), not by {tokenizer.spec!r} ({tokenizer.fingerprint[:12]})"
-            )
+        if tokenizer is not None:
+            self._check_tokenizer(tokenizer)
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._ends = list(accumulate((shard.num_tokens for shard in self.manifest.shards), initial=0))
         self._maps: dict[int, np.ndarray] = {}
@@ -276,6 +288,19 @@ class TokenDataset:
             self._maps[index] = np.asarray(np.memmap(path, dtype=self._dtype, mode="r"))  # slices faster
         return self._maps[index]
 
+    def _check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        made_by = self.manifest.tokenizer_fingerprint
+        if tokenizer.fingerprint != made_by:
+            raise UserError(
+                f"token shards in {self.directory} were made by tokenizer {self.manifest.tokenizer!r} "
+                f"(fingerprint {made_by[:12]}), not by {tokenizer.spec!r} ({tokenizer.fingerprint[:12]})"
+            )
+        if self.manifest.eos_token_id != tokenizer.eos_token_id:  # which the fingerprint covers
+            raise UserError(
+                f"token shard manifest {self.directory / MANIFEST} is damaged (eos_token_id is "
+                f"{self.manifest.eos_token_id}, not {tokenizer.eos_token_id}); {self._remedy}"
+            )
+
     def _check_size(self, shard: Shard) -> None:
         path = self.directory / shard.name
         expected = shard.num_tokens * self._dtype.itemsize
@@ -287,23 +312,29 @@ class TokenDataset:
     def _verify_changed(self) -> None:
         """Check the shards that have changed since their last check."""
         record = self.directory / _VERIFIED
-        verified = {}
-        with suppress(OSError, ValueError):
-            verified = json.loads(record.read_text())
-        stamps = {shard.name: _stamp(self.directory / shard.name) for shard in self.manifest.shards}
+        verified = None
+        with suppress(OSError, ValueError, RecursionError):
+            verified = json.loads(record.read_bytes())
+        if not isinstance(verified, dict):
+            verified = {}
+        stamps = {shard.name: self._stamp(shard) for shard in self.manifest.shards}
         changed = [shard for shard in self.manifest.shards if verified.get(shard.name) != stamps[shard.name]]
         if changed:
             self._verify(changed)
-            with suppress(OSError):  # a read-only directory: the next process checks again
-                replace_text(record, json.dumps(stamps, indent=1))
+            with suppress(WriteError):  # a read-only directory: the next process checks again
+                write_text(record, json.dumps(stamps, indent=1))
 
     def _verify(self, shards: list[Shard]) -> None:
         with ThreadPoolExecutor() as pool:
             digests = pool.map(lambda shard: _sha256(self.directory / shard.name), shards)
             for shard, digest in zip(shards, digests, strict=True):
+                path = self.directory / shard.name
                 if digest != shard.sha256:
-                    path = self.directory / shard.name
                     raise UserError(f"token shard {path} is damaged (its checksum differs); {self._remedy}")
+
+    def _stamp(self, shard: Shard) -> list[str | int]:
+        status = (self.directory / shard.name).stat()
+        return [shard.sha256, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
     @property
     def _remedy(self) -> str:
@@ -316,28 +347,20 @@ def _read_manifest(directory: Path) -> Manifest:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"no token shards in {directory}: it has no complete {MANIFEST}") from error
-    except (OSError, ValidationError) as error:
-        raise UserError(f"token shard manifest {path} is damaged; delete {directory} to tokenise again") from error
+    except OSError as error:
+        raise UserError(f"token shard manifest {path} cannot be read: {reason(error)}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        what = " ".join(f"{where + ': ' if where else ''}{first['msg']}".split())
+        raise UserError(
+            f"token shard manifest {path} is damaged ({what}); delete {directory} to tokenise again"
+        ) from error
     if manifest.format != FORMAT:
         raise UserError(f"token shard manifest {path} has format {manifest.format}; this version reads {FORMAT}")
     return manifest
 
 
-def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -6,27 +6,28 @@ Beside the cache entry that it will become lies, hidden, a staging directory:
     part-0000.json ...     how far each part has come, see flash_stu.data.tokenise
     train/ validation/     the shards, without their manifests
 
-Whoever finishes the last part writes the manifests and gives the directory the name of the entry.
+Whoever finishes the last part writes the manifests and gives the directory the name of the entry, or moves into the
+entry the split that somebody has deleted there. Files are deleted by their names, and only such as are written here.
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from flash_stu.data.config import DataConfig
 from flash_stu.data.corpus import Source
 from flash_stu.data.progress import Progress
-from flash_stu.data.shards import MANIFEST, Shard, TokenDataset, replace_text, write_manifest
+from flash_stu.data.shards import MANIFEST, Shard, TokenDataset, write_manifest
 from flash_stu.data.tokenise import SPLITS, Part, State
 from flash_stu.data.tokenizer import Tokenizer
 from flash_stu.data.unit import Unit, divide
-from flash_stu.errors import UserError
+from flash_stu.errors import UserError, writing
+from flash_stu.files import DamagedError, read_object, sweep, write_object
+from flash_stu.locks import lock, unlock
 
 
 class Job(BaseModel):
@@ -68,14 +69,15 @@ class Staging:
                 many, a split comes out empty, or tokens cannot be written.
         """
         try:
-            with self._writing(), self._lock(f"part-{index:04d}"):
+            with writing(f"token shards in {self._directory}"), self._lock(f"part-{index:04d}"):
+                self._refuse_remains()
                 remaining = [] if is_complete(self._directory) else self._tokenise(index, parts)
         except UserError:
             if not is_complete(self._directory):  # as a process that our lock does not reach may have made it
                 raise
             remaining = []
         if not remaining:
-            shutil.rmtree(self._path, ignore_errors=True)
+            self._discard()
         return remaining
 
     def _tokenise(self, index: int, parts: int) -> list[int]:
@@ -85,7 +87,7 @@ class Staging:
             state = self._do(Part(self._path, index, job.parts[index]), job)
         except BaseException:
             if parts == 1 and not list(self._path.glob("part-*")):  # there is nothing to go on from
-                shutil.rmtree(self._path, ignore_errors=True)
+                self._discard()
             raise
         with self._lock("job"):
             if is_complete(self._directory):
@@ -102,8 +104,8 @@ class Staging:
         path = self._path / "job.json"
         if path.exists():
             try:
-                job = Job.model_validate_json(path.read_bytes())
-            except ValidationError as error:
+                job = Job.model_validate(read_object(path))
+            except (DamagedError, ValidationError) as error:
                 raise UserError(f"{path} is damaged; delete {self._path} to start again") from error
             if len(job.parts) != parts:
                 raise UserError(self._other_parts(job, parts))
@@ -117,8 +119,7 @@ class Staging:
                 f"{len(units)} file(s) or parquet row group(s){cut_off}"
             )
         job = Job(parts=divide(units, parts), commit=commit)
-        self._path.mkdir(parents=True, exist_ok=True)
-        replace_text(path, job.model_dump_json())
+        write_object(path, job.model_dump())
         return job
 
     def _other_parts(self, job: Job, parts: int) -> str:
@@ -152,20 +153,17 @@ class Staging:
         try:
             self._refuse_empty(shards)
         except UserError:
-            shutil.rmtree(self._path, ignore_errors=True)
+            self._discard()
             raise
         for split in SPLITS:
             write_manifest(self._path / split, self._tokenizer, shards[split])
         try:
             os.rename(self._path, self._directory)
-        except OSError:
-            if not is_complete(self._directory):
-                shutil.rmtree(self._directory, ignore_errors=True)  # someone deleted a split of it
-                os.rename(self._path, self._directory)
-        left_by_killed_processes = self._directory.rglob("*.tmp")
-        locks = self._directory.parent.glob(f".{self._directory.name}.part-*.lock")
-        for file in [*self._directory.glob("*.json"), *left_by_killed_processes, *locks]:
-            file.unlink(missing_ok=True)
+        except OSError:  # the entry is there, or a process that our lock does not reach was faster
+            for split in SPLITS:
+                if not (self._directory / split / MANIFEST).is_file():
+                    os.rename(self._path / split, self._directory / split)
+        _delete([*_parts(self._directory), self._directory / "job.json"])
         for split in SPLITS:
             TokenDataset(self._directory / split)  # compute checksums once, before the others open it
         if self._progress:
@@ -187,35 +185,54 @@ class Staging:
                     f"({self._config.validation_fraction}) or data.max_documents"
                 )
 
+    def _refuse_remains(self) -> None:
+        """Refuse an entry of which somebody has deleted a part; a split that is gone altogether is made again."""
+        for path in (self._directory / split for split in SPLITS):
+            if path.is_dir() and not (path / MANIFEST).is_file() and any(path.iterdir()):
+                raise UserError(f"{path} has no {MANIFEST} and is not empty; delete it to tokenise again")
+
+    def _discard(self) -> None:
+        """Delete what has been written here, and the directory unless something else is in it."""
+        directories = [self._path / split for split in SPLITS]
+        tokens = [path for directory in directories for path in directory.glob("shard-*.bin")]
+        manifests = [directory / MANIFEST for directory in directories]
+        _delete([*_parts(self._path), *tokens, *manifests, self._path / "job.json"])  # in which the others have meaning
+        for directory in [*directories, self._path]:
+            with suppress(OSError):
+                directory.rmdir()
+
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         """Hold a lock beside the entry; the one of a part gives the right to work on it."""
-        self._directory.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._directory.with_name(f".{self._directory.name}.{name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        path = self._directory.with_name(f".{self._directory.name}.{name}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = lock(path)
+        if descriptor is None:
             if self._progress:
                 print(f"waiting for another process to write {self._directory}", file=sys.stderr)
-            lock.acquire()
+            descriptor = lock(path, wait=True)
         try:
             yield
         finally:
-            lock.release()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turn a failure to write into one line."""
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"token shards cannot be written to {self._directory}: {reason}") from error
+            path.unlink(missing_ok=True)
+            unlock(descriptor)
 
 
 def is_complete(directory: Path) -> bool:
     """Say whether a directory holds the tokens of both splits."""
     return all((directory / split / MANIFEST).is_file() for split in SPLITS)
+
+
+def _parts(directory: Path) -> list[Path]:
+    return sorted(directory.glob("part-????.json"))
+
+
+def _delete(paths: list[Path]) -> None:
+    """Delete files in this order, and what writers of them that were killed have left."""
+    for path in paths:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+            sweep(path)
 
 
 def _num_bytes(units: list[Unit]) -> int | None:

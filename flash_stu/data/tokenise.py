@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flash_stu.data.corpus import assign_splits
 from flash_stu.data.progress import Progress
-from flash_stu.data.shards import SHARD_TOKENS, Shard, ShardWriter, replace_text
+from flash_stu.data.shards import SHARD_TOKENS, Shard, ShardWriter
 from flash_stu.data.tokenizer import Tokenizer
 from flash_stu.data.unit import Unit
 from flash_stu.errors import UserError
+from flash_stu.files import DamagedError, read_object, write_object
 
 SPLITS = ("train", "validation")
 _CHUNK = 2**18  # characters of text that one thread tokenises at a time
@@ -61,6 +62,8 @@ class Encoded:
 class State(BaseModel):
     """What a part has safely on disk: all documents before a position, in the shards of each split."""
 
+    model_config = ConfigDict(strict=True)
+
     unit: int
     document: int = 0
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
@@ -95,10 +98,10 @@ class Part:
             UserError: naming the file, if it is damaged.
         """
         try:
-            return State.model_validate_json(self._path.read_bytes())
+            return State.model_validate(read_object(self._path))
         except FileNotFoundError:
             return State(unit=self.first)
-        except ValidationError as error:
+        except (DamagedError, ValidationError) as error:
             raise UserError(f"{self._path} is damaged; {self._remedy}") from error
 
     def tokenise(self, units: list[Unit], tokenizer: Tokenizer, fraction: float, meter: Progress) -> State:
@@ -153,7 +156,7 @@ class Part:
 
     def _commit(self, position: Position, shards: dict[str, list[Shard]], finished: bool = False) -> State:
         state = State(unit=position.unit, document=position.document, shards=shards, finished=finished)
-        replace_text(self._path, state.model_dump_json(indent=1))
+        write_object(self._path, state.model_dump())
         return state
 
 

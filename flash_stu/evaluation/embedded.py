@@ -4,15 +4,21 @@ Their definitions are the YAML files in tasks/; their data are made here from th
 and laid out like any local mirror of data sets (see local_data.py).
 """
 
+import atexit
+import functools
 import hashlib
 import json
-import os
 import random
+import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
+
+from flash_stu.errors import WriteError
+from flash_stu.files import write_text
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 TASK_NAMES = tuple(sorted(path.stem for path in TASK_FOLDER.glob("*.yaml")))
@@ -97,12 +103,13 @@ def _cuts(text: str) -> list[int]:
 
 
 def write_embedded_data(documents: Sequence[str], cache_dir: Path | None = None) -> Path:
-    """Write both tasks' data, unless this very content is there already.
+    """Write both tasks' data where they are not there already, byte for byte.
 
     Args:
         documents: the corpus' validation documents.
         cache_dir: default the user's cache directory. The harness keeps its own converted copy per path, so a
-            lasting path keeps that from growing with every run.
+            lasting path keeps that from growing with every run. One that cannot be written is replaced by a temporary
+            directory.
 
     Returns:
         a folder in the layout of a local mirror: flash_stu/embedded/<bpb or cloze>/validation.jsonl.
@@ -112,19 +119,27 @@ def write_embedded_data(documents: Sequence[str], cache_dir: Path | None = None)
         for name, rows in (("bpb", bpb_documents(documents)), ("cloze", cloze_items(documents)))
     }
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
-    parent = cache_dir or Path(platformdirs.user_cache_dir("flash_stu")) / "evaluation"
-    folder = parent / digest
-    if folder.is_dir():
-        return folder
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as scratch:
-        for name, text in files.items():
-            path = Path(scratch, "data", name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        try:
-            os.replace(Path(scratch, "data"), folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster: same name, same content
-                raise
+    folder = (cache_dir or Path(platformdirs.user_cache_dir("flash_stu")) / "evaluation") / digest
+    try:
+        _complete(folder, files)
+    except WriteError:  # a read-only home
+        folder = Path(_scratch(), digest)
+        _complete(folder, files)
     return folder
+
+
+def _complete(folder: Path, files: dict[str, str]) -> None:
+    """Write those of the files that are not there as they should be."""
+    for name, text in files.items():
+        with suppress(OSError):
+            if (folder / name).read_bytes() == text.encode():
+                continue
+        write_text(folder / name, text)
+
+
+@functools.cache
+def _scratch() -> str:
+    """A directory that is removed when this process ends."""
+    path = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path

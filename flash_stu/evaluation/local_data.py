@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from flash_stu.errors import UserError
+from flash_stu.files import write_text
 
 Dataset = tuple[str, str | None]  # id on the hub, configuration
 
@@ -49,7 +50,7 @@ def write_local_task(
         **absent,
     }
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(override, sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(override, sort_keys=False))
     return path
 
 

@@ -1,12 +1,12 @@
 """Results as pictures: bars per task with error bars, and the loss by position."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from flash_stu.evaluation.report import average_accuracy, columns_of
+from flash_stu.figures import save_figure
 
 _GREYS = ("0.45", "0.65", "0.8", "0.9")
 
@@ -58,7 +58,7 @@ def draw_table(results: dict[str, Any], output: Path) -> bool:
     if limit is not None:
         axes.set_title(f"first {limit} items of each task only", fontsize="medium", color="0.3")
     figure.legend(loc="outside upper center", ncols=min(len(bars), 3), frameon=False)
-    _save(figure, output)
+    save_figure(figure, output)
     return True
 
 
@@ -91,11 +91,4 @@ def draw_positions(found: dict[str, dict], trained: dict[str, int], title: str, 
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    _save(figure, output)
-
-
-def _save(figure: Figure, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{os.getpid()}.{output.name}")
-    figure.savefig(temporary)
-    os.replace(temporary, output)
+    save_figure(figure, output)

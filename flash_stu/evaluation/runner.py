@@ -5,6 +5,7 @@ import logging
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from flash_stu.evaluation.model_directory import check_model_dir, config_hash, c
 from flash_stu.evaluation.processes import Processes, join_processes
 from flash_stu.evaluation.progress import Progress
 from flash_stu.evaluation.report import format_report, warning
-from flash_stu.evaluation.results import write_results
-from flash_stu.evaluation.store import Store
+from flash_stu.evaluation.results import result_files, write_results
+from flash_stu.evaluation.store import Store, item_file
 from flash_stu.evaluation.suite import resolve_tasks
 from flash_stu.loading import default_dtype
 
@@ -69,7 +70,10 @@ def evaluate(
     files = [Path(path) for path in texts]
     _check_settings(directories, limit, data_dir, include_path, batch_size, files, text_length)
     store = Store(None if output is None else Path(output))
-    store.check()
+    names = [spec.name for spec in specs] + [path.name for path in files]
+    written = result_files(path.name for path in files)
+    written += [item_file(label, name) for label in labels for name in names]
+    store.check(written)
 
     with join_processes(device) as (processes, chosen):
         # The harness takes seconds to import, so this waits until the arguments are known to be good.
@@ -102,21 +106,19 @@ def evaluate(
         jobs += [_text_job(path, text_column, text_length, limit) for path in files]
         items: dict[str, dict[str, list]] = {}
         evaluation = _Evaluation(store, processes, chosen, batch_size, progress, results["versions"])
-        for label, directory in zip(labels, directories, strict=True):
-            evaluation.find_all(label, directory, jobs)
-        if processes.is_main:
-            store.begin()
-        for label in labels:
-            model, items[label] = evaluation.models[label], {}
-            results["models"][label] = model
-            for job in jobs:
-                new = evaluation.do(label, job, items[label])
-                _compare_all(results, items)
-                if new and output is not None and processes.is_main:
-                    write_results(Path(output), results)
-            evaluation.close_model()
-        if output is not None and processes.is_main:
-            write_results(Path(output), results)
+        with store.holding(written) if processes.is_main else nullcontext():
+            for label, directory in zip(labels, directories, strict=True):
+                evaluation.find_all(label, directory, jobs)
+            for label in labels:
+                model, items[label] = evaluation.models[label], {}
+                results["models"][label] = model
+                for job in jobs:
+                    new = evaluation.do(label, job, items[label])
+                    _compare_all(results, items)
+                    if new:
+                        evaluation.write(results)
+                evaluation.close_model()
+            evaluation.write(results)
         say(f"\n{format_report(results)}")
     return results
 
@@ -214,6 +216,12 @@ class _Evaluation:
         if journal is not None:
             journal.close()
         return result
+
+    def write(self, results: dict[str, Any]) -> None:
+        """Write the tables and pictures of what is known so far."""
+        if self.store.folder is not None and self.processes.is_main:
+            with self.store.adding() as folder:
+                write_results(folder, results)
 
     def close_model(self) -> None:
         """Let go of the model in memory."""

@@ -131,7 +131,7 @@ class Checkpointer:
             UserError: if there are checkpoints but none is intact, or they are another model's.
             OSError: if the folder cannot be read or changed.
         """
-        self._on_main(lambda: files.sweep(self.folder))
+        self._on_main(lambda: files.sweep_directory(self.folder))
         steps = self._on_main(lambda: list_steps(self.folder))
         if not steps:
             return None

@@ -191,7 +191,7 @@ def prune(folder: Path, keep: int, keep_every: int | None) -> None:
     """
     for step in list_steps(folder)[:-keep]:
         if keep_every is None or step % keep_every:
-            files.delete_directory(folder / f"step-{step}")
+            files.delete_directory(folder / f"step-{step}", contents=False)
 
 
 def _manifest(path: Path) -> dict[str, dict[str, int]]:

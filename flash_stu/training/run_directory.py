@@ -113,7 +113,7 @@ class RunDirectory:
                 try:
                     self.check()
                     files.check_output(self.final, "model", _FINAL_LABEL)  # not after days of training
-                    files.sweep(self.path)
+                    files.sweep_directory(self.path)
                     files.write_text(self.config_file, self.config.to_yaml())
                     yield
                 except BaseException:

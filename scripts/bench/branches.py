@@ -15,6 +15,7 @@ from plots import panels
 from trained import CONFIG, STRETCH, train
 
 from flash_stu.errors import ArgumentParser, run_cli
+from flash_stu.figures import save_figure
 from flash_stu.loading import default_device
 
 KINDS = {"hybrid": ["linear_attention", "sliding_attention"], "STU only": ["linear_attention"]}
@@ -54,7 +55,7 @@ def plot(results: dict, path: Path) -> None:
     axes.set(xlabel="step", ylabel="training loss, nats per byte")
     axes.set_title("circles: validation loss at the end", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def main() -> None:

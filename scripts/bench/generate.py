@@ -30,6 +30,7 @@ from plots import panels
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
 from flash_stu.errors import ArgumentParser, UserError, run_cli
+from flash_stu.figures import save_figure
 from flash_stu.filters import spectral_filters
 from flash_stu.generation import generate_tokens
 from flash_stu.layers import LDS, STU, SlidingWindowAttention
@@ -289,7 +290,7 @@ def plot(results: dict, path: Path) -> None:
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

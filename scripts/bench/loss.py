@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from flash_stu.backends import why_not
 from flash_stu.errors import ArgumentParser, UserError, run_cli
+from flash_stu.files import replacing_file
 from flash_stu.loading import default_device
 from flash_stu.ops.cross_entropy import linear_cross_entropy
 
@@ -70,7 +71,8 @@ def measure(args) -> dict:
     gradients = (hidden.numel() + weight.numel()) * weight.itemsize
     result = {"seconds": taken, "bytes": peak_bytes(device) - before - gradients, "loss": losses[-1]}
     if args.save:
-        save_file({"hidden": hidden.grad, "weight": weight.grad}, args.save)
+        with replacing_file(args.save) as temporary:
+            save_file({"hidden": hidden.grad, "weight": weight.grad}, temporary)
     return result
 
 

@@ -6,7 +6,6 @@ that tables.py renders the file as the script rendered what it had measured.
 """
 
 import json
-import os
 import platform
 import statistics
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from flash_stu.backends import why_not
+from flash_stu.files import write_text
 
 
 def environment(device: torch.device) -> dict:
@@ -126,7 +126,7 @@ def finish(name: str, results: dict, render: Callable, plot: Callable, output: s
     if output is None:
         return
     path = Path(output) / f"{name}.json"
-    write(path, as_json(results))
+    write_text(path, as_json(results))
     plot(results, path.with_suffix(".png"))
     print(f"\nwritten to {path} and {path.with_suffix('.png').name}")
 
@@ -140,14 +140,6 @@ def as_json(results: dict) -> str:
             shown = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
         entries.append(f" {json.dumps(key)}: {shown}")
     return "{\n" + ",\n".join(entries) + "\n}\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file and its folder, all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _wait(device: torch.device) -> None:

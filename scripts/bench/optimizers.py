@@ -15,6 +15,7 @@ from plots import panels
 from trained import CONFIG, train
 
 from flash_stu.errors import ArgumentParser, run_cli
+from flash_stu.figures import save_figure
 from flash_stu.loading import default_device
 
 OPTIMIZERS = ("adamw", "muon")
@@ -57,7 +58,7 @@ def plot(results: dict, path: Path) -> None:
     curve.set_title("at the best rate", loc="left", fontsize=10)
     for axes in (sweep, curve):
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from flash_stu.figures import save_figure
+
 
 def panels(count: int = 1, width: float = 6.4, height: float = 4.6) -> tuple[Figure, list]:
     """A figure with `count` axes beside each other, of so many inches each."""
@@ -39,7 +41,7 @@ def against_length(rows: list[dict], kind: str, path: Path, title: str, limits: 
     axes.minorticks_off()
     axes.set_title(title, loc="left", fontsize=10)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def bars(groups: dict[str, dict[str, list[float]]], path: Path, log: bool = False) -> None:
@@ -53,7 +55,7 @@ def bars(groups: dict[str, dict[str, list[float]]], path: Path, log: bool = Fals
         axes.grid(visible=False, axis="y")
         axes.set_xscale("log" if log else "linear")
         axes.set_title(title, loc="left", fontsize=10)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _range(samples: list[list[float]]) -> tuple[list[float], list[list[float]]]:

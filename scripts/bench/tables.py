@@ -14,9 +14,8 @@ import re
 from importlib import import_module
 from pathlib import Path
 
-from measuring import write
-
 from flash_stu.errors import ArgumentParser, UserError, run_cli
+from flash_stu.files import write_text
 
 BENCHMARKS = (
     "branches",
@@ -85,7 +84,7 @@ def main() -> int:
     if args.check:
         return int(not same)
     if not same:
-        write(path, after)
+        write_text(path, after)
     return 0
 
 

@@ -196,7 +196,7 @@ def test_empty_corpus(tmp_path, config):
 
 def test_cache_that_cannot_be_written(tmp_path, config):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="token shards cannot be written to .*file"):
+    with pytest.raises(UserError, match="token shards in .*file.* cannot be written"):
         prepare(config.model_copy(update={"cache_dir": str(tmp_path / "file")}), progress=False)
 
 

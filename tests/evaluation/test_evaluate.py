@@ -41,7 +41,7 @@ def test_results_of_two_models_equal_those_of_the_harness_alone(
         f"warning: embedded_cloze: {name}: 80 of 80" for name in ("stu", "llama")
     ]
     assert list(results["models"]) == ["stu", "llama"]
-    files = ["items", "results.json", "table.csv", "table.md", "table.png"]
+    files = [".flash_stu.json", "items", "results.json", "table.csv", "table.md", "table.png"]
     assert sorted(path.name for path in output.iterdir()) == files
     assert results["versions"]["lm_eval"] == lm_eval.__version__
 
@@ -269,8 +269,8 @@ def test_a_damaged_model_directory_is_refused(damage, message, stu_dir, no_model
         (["--include-path", "nowhere"], "--include-path nowhere is not a directory"),
         (["--text", "nowhere.txt"], "--text nowhere.txt: no such file"),
         (["--text", "config.json", "--text-length", "0"], "--text-length is 0; it must be at least 1"),
-        (["--output", "config.json"], "--output config.json is not a directory"),
-        (["--output", "."], "--output . is not empty and holds no evaluation"),
+        (["--output", "config.json"], "--output config.json exists and is not a directory"),
+        (["--output", "."], "--output . exists and was not written by this program"),
         (["--model", "."], "is given twice"),
     ],
 )

@@ -144,18 +144,19 @@ def test_an_earlier_distillation_is_replaced_and_nothing_else(command, model_dir
     text = ("--verify", "--text", model_dir / "config.json")
     assert command(*arguments, "--state-dim", 40, *text)[0] == 0
     assert json.loads((output / "distillation.json").read_text())["comparison"]["text"] == str(text[-1])
-    (output / "leftover").touch()
+    (output / "notes.txt").touch()
+    status, stdout, stderr = command(*arguments, "--state-dim", 24)
+    assert (status, stdout) == (2, "") and f"--output {output} holds notes.txt, which this program did not" in stderr
+    (output / "notes.txt").unlink()
     assert command(*arguments, "--state-dim", 24, "--method", "balanced")[0] == 0
     report = json.loads((output / "distillation.json").read_text())
     assert (report["state_dim"], report["method"]) == (24, "balanced")
     assert load_model(output).config.lds_state_dim == 24
-    assert not (output / "leftover").exists()
-    for taken in (model_dir, tmp_path, model_dir / "config.json"):
+    others = {model_dir: "was not written by this program", tmp_path: "was not written by this program"}
+    for taken, why in (others | {model_dir / "config.json": "is not a directory"}).items():
         status, stdout, stderr = command("--checkpoint", model_dir, "--output", taken)
-        assert (status, stdout) == (2, "")
-        assert stderr == f"error: --output {taken} exists and is not a distillation; choose another directory\n"
-    shutil.copytree(model_dir, output / "inside")
-    status, _, stderr = command("--checkpoint", output / "inside", "--output", output)
+        assert (status, stdout, stderr) == (2, "", f"error: --output {taken} exists and {why}; choose another\n")
+    status, _, stderr = command("--checkpoint", output, "--output", output)
     assert status == 2 and f"--output {output} holds the model to distill" in stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["distilled", "model"]
 
@@ -231,7 +232,7 @@ def test_dtype_of_the_weights_written(command, model_dir, tmp_path, tiny_model, 
         (["--checkpoint", "."], "not a model directory"),
         (["--verify", "--text", "/nowhere.txt"], "--text /nowhere.txt: No such file or directory"),
         (["--verify", "--text", "."], "--text .: Is a directory"),
-        (["--output", "model/config.json/x"], "--output model/config.json/x: Not a directory"),
+        (["--output", "model/config.json/x"], "--output model/config.json/x cannot be written: Not a directory"),
     ],
 )
 def test_bad_input_is_exit_code_2_and_one_line(command, model_dir, tmp_path, monkeypatch, arguments, message):

@@ -42,7 +42,7 @@ def finished(load, fit, tmp_path):
 
 
 def test_run_directory_of_a_finished_run(finished, fit, load, capsys):
-    assert sorted(os.listdir(finished)) == [".lock", "checkpoints", "config.yaml", "final", "metrics.jsonl"]
+    assert sorted(os.listdir(finished)) == ["checkpoints", "config.yaml", "final", "metrics.jsonl"]
     assert sorted(os.listdir(Path(finished) / "checkpoints")) == ["step-4", "step-6"]  # two are kept
     records = read_metrics(Path(finished) / "metrics.jsonl")
     assert [(r["step"], "loss" in r) for r in records] == [
