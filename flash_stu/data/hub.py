@@ -6,7 +6,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from flash_stu.data.config import DataConfig
-from flash_stu.data.files import text_column
+from flash_stu.data.formats import text_column
 from flash_stu.data.unit import Unit
 from flash_stu.errors import UserError
 
@@ -57,7 +57,8 @@ def hub_units(config: DataConfig, commit: str | None) -> list[Unit]:
 
 def _files(config: DataConfig, rows: "datasets.IterableDataset", split: str | None) -> list[Unit]:  # noqa: F821
     def unit(index: int) -> Unit:
-        return Unit(split, lambda: _texts(config, rows.shard(rows.num_shards, index)), None)
+        name = f"data.dataset {config.dataset!r}, file {index + 1} of {rows.num_shards}"
+        return Unit(name, split, lambda: _texts(config, rows.shard(rows.num_shards, index)), None)
 
     return [unit(index) for index in range(rows.num_shards)]
 
