@@ -190,7 +190,7 @@ def test_end_of_text_ends_the_text(make, tokenizer):
     [
         (torch.arange(9)[None], {"count": 82}, "91 together; this model's spectral filters end at 90"),
         (torch.zeros(2, 0, dtype=torch.long), {}, "the prompt is empty"),
-        (torch.ones(2, 3).long(), {"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}, "padded on the right"),
+        (torch.ones(2, 3).long(), {"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "every token of row 1"),
     ],
 )
 def test_bad_prompts(make, ids, settings, message):
