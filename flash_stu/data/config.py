@@ -1,9 +1,11 @@
 """What a run says about its data."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from flash_stu.settings import Count, Section
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """The text to train on and how it becomes tokens.
 
     Attributes:
@@ -19,8 +21,6 @@ class DataConfig(BaseModel):
         max_documents: read at most this many documents of the training files and of the validation files.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     dataset: str = "embedded"
     subset: str | None = None
     revision: str | None = None
@@ -28,4 +28,4 @@ class DataConfig(BaseModel):
     tokenizer: str = "bytes"
     cache_dir: str | None = None
     validation_fraction: float = Field(default=0.01, gt=0, lt=1)
-    max_documents: int | None = Field(default=None, ge=1)
+    max_documents: Count | None = None
