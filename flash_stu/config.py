@@ -155,6 +155,10 @@ class FlashSTUConfig(PreTrainedConfig):
             reason = " ".join(str(error.__cause__ or error).split())
             raise UserError(f"model: {reason.split('. Errors:')[0][:_LONGEST_REASON]}") from None
 
+    def to_user(self) -> dict:
+        """Returns all entries that `from_user` takes."""
+        return {key: getattr(self, key) for key in type(self).__annotations__}
+
     @property
     def stu_dilation(self) -> int:
         """Distance between the lags an STU layer mixes, in tokens: 2 if its branches are shared."""

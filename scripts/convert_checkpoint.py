@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from flash_stu.arguments import input_file, output_directory, printable
 from flash_stu.data import load_tokenizer
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.published import POSITIONS, convert, read_config
@@ -20,12 +21,16 @@ from flash_stu.published import POSITIONS, convert, read_config
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help=".safetensors file")
-    parser.add_argument("--config", required=True, help="its config.json, in the published layout")
-    parser.add_argument("--output", required=True, help="model directory to write; must not exist")
-    parser.add_argument("--filters", help=".npy (seq_len, num_filters): the filters it was trained with")
+    parser.add_argument("--checkpoint", type=input_file, required=True, help=".safetensors file")
+    parser.add_argument("--config", type=input_file, required=True, help="its config.json, in the published layout")
+    parser.add_argument(
+        "--output", type=output_directory, required=True, help="model directory to write; must not exist"
+    )
+    parser.add_argument(
+        "--filters", type=input_file, help=".npy (seq_len, num_filters): the filters it was trained with"
+    )
     parser.add_argument("--positions", choices=POSITIONS, default="published")
-    parser.add_argument("--tokenizer", help="tokenizer to put beside the weights, such as tiktoken:o200k_base")
+    parser.add_argument("--tokenizer", type=printable, help="to put beside the weights, such as tiktoken:o200k_base")
     args = parser.parse_args()
 
     output = Path(args.output)

@@ -28,7 +28,9 @@ class TrainConfig(Section):
     global_batch_size: int = Field(ge=1, le=_LARGEST_BATCH, description="tokens per optimizer step, over all processes")
     micro_batch_size: int = Field(default=1, ge=1, le=2**20, description="sequences per process and forward pass")
     steps: Count | None = Field(default=None, description="optimizer steps; or set epochs")
-    epochs: float | None = Field(default=None, gt=0, le=1e6, description="passes over the training tokens; or set steps")
+    epochs: float | None = Field(
+        default=None, gt=0, le=1e6, description="passes over the training tokens; or set steps"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of the matrix products")
     compile: bool = Field(default=False, description="torch.compile every block")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
@@ -149,8 +151,7 @@ class RunConfig(Section):
     @field_validator("model")
     @classmethod
     def _resolve_model(cls, model: dict) -> dict:
-        config = FlashSTUConfig.from_user(model)
-        return {key: getattr(config, key) for key in FlashSTUConfig.__annotations__}
+        return FlashSTUConfig.from_user(model).to_user()
 
     def architecture(self) -> FlashSTUConfig:
         """The model section as a new config of the model's own class."""
