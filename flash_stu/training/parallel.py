@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from flash_stu.distributed import process_group, read_launch
+from flash_stu.distributed import process_group, read_launch, world_size
 from flash_stu.errors import UserError
 from flash_stu.training.config import ParallelConfig, RunConfig
 from flash_stu.training.initialization import initialize, read_initial_weights
@@ -72,19 +72,19 @@ def join_world(config: RunConfig) -> Iterator[World]:
     Raises:
         UserError: if there are several processes but no strategy for them, or fewer GPUs than processes.
     """
-    launch = read_launch()
-    size, rank, local_rank = launch.size, launch.rank, launch.local_rank
+    size = world_size()
     if size > 1 and config.parallel.strategy == "none":
         raise UserError(f"parallel.strategy is 'none' for {size} processes; allowed: 'auto', 'ddp', 'fsdp'")
+    launch = read_launch()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        if launch.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"process {local_rank} of this node has no GPU; only {torch.cuda.device_count()} are visible"
+                f"process {launch.local_rank} of this node has no GPU; only {torch.cuda.device_count()} are visible"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
-    world = World(rank, size, device)
+    world = World(launch.rank, size, device)
     if size == 1 and config.parallel.strategy in ("auto", "none"):
         yield world
         return
