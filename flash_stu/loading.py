@@ -103,12 +103,14 @@ def weight_files(directory: Path) -> list[Path]:
     """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if not single.is_file() and index.is_file():
-        places = read_json(index).get("weight_map")
-        names = set(places.values()) if isinstance(places, dict) and places else {None}
-        for name in names:
+        content = read_json(index)
+        places, metadata = content.get("weight_map"), content.get("metadata")
+        if not isinstance(places, dict) or not isinstance(metadata, dict) or not places:
+            raise UserError(f"{index}: weight_map, of tensors to files, and metadata are needed")
+        for name in places.values():
             if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
                 raise UserError(f"{index}: weight_map names {shown(name)}; allowed: .safetensors files beside it")
-        files = [directory / name for name in sorted(names)]
+        files = [directory / name for name in sorted(set(places.values()))]
     else:
         files = [single]
     for file in files:
@@ -117,11 +119,16 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def check_tensors(directory: Path, config: PreTrainedConfig) -> None:
+def check_tensors(directory: Path, config: PreTrainedConfig) -> bool:
     """Compare names, shapes and dtypes of a directory's tensors with the model of its configuration; loads nothing.
 
+    Returns:
+        whether they agree. Of another kind of model than ours that is no verdict: transformers may rename and merge its
+        tensors as it loads them.
+
     Raises:
-        UserError: naming the first tensor that is missing, misshapen, unknown or not of floating point.
+        UserError: if the directory has no causal language model, or one of ours whose tensors do not fit, naming the
+            first that is missing, misshapen, unknown or not of floating point.
     """
     found = find_tensors(directory)
     try:
@@ -129,21 +136,28 @@ def check_tensors(directory: Path, config: PreTrainedConfig) -> None:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{directory}: no causal language model: {_one_line(error)}") from None
-    if not isinstance(model, FlashSTUForCausalLM):  # transformers may rename and merge others' tensors as it loads them
-        return
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    problem = _difference(found, model, config)
+    if problem and isinstance(model, FlashSTUForCausalLM):
+        raise UserError(f"{directory}: {problem}")
+    return problem is None
+
+
+def _difference(found: dict[str, StoredTensor], model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
+    """The first thing in which stored tensors are not a model's."""
+    tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     for name, shape in expected.items():
-        optional = any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing)
+        optional = any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
         if name not in found and not optional:
-            raise UserError(f"{directory}: the weights have no tensor {name}")
+            return f"the weights have no tensor {name}"
         if name in found and found[name].shape != shape:
-            raise UserError(f"{directory}: {name} has shape {found[name].shape}; config.json asks for {shape}")
+            return f"{name} has shape {found[name].shape}; config.json asks for {shape}"
     for name, tensor in found.items():
         if name not in expected and name not in tied:
-            raise UserError(f"{directory}: {name} has no place in the model of config.json")
+            return f"{name} has no place in the model of config.json"
         if tensor.dtype not in _FLOATING:
-            raise UserError(f"{directory}: {name} has dtype {tensor.dtype}; allowed: {', '.join(_FLOATING)}")
+            return f"{name} has dtype {tensor.dtype}; allowed: {', '.join(_FLOATING)}"
+    return None
 
 
 def load_model(

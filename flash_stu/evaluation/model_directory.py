@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flash_stu.errors import UserError
-from flash_stu.loading import check_tensors, load_model_tokenizer, read_model_config, resolve_model_dir, weight_files
+from flash_stu.loading import (
+    check_tensors,
+    load_model,
+    load_model_tokenizer,
+    read_model_config,
+    resolve_model_dir,
+    weight_files,
+)
 
 
 def check_model_dir(path: str | Path) -> Path:
@@ -16,8 +23,9 @@ def check_model_dir(path: str | Path) -> Path:
             than its config.json describes.
     """
     directory = resolve_model_dir(path)
-    check_tensors(directory, read_model_config(directory))
     load_model_tokenizer(directory)
+    if not check_tensors(directory, read_model_config(directory)):
+        load_model(directory)  # which decides
     return directory
 
 
