@@ -1,6 +1,5 @@
 """Paths as users write them: `~` and `~user` stand for a home directory, wherever a path can be given."""
 
-import argparse
 import os
 from typing import Annotated
 
@@ -19,14 +18,6 @@ def expand(path: str) -> str:
     if expanded.startswith("~"):
         raise UserError(f"{path}: there is no home directory {path.split('/')[0]}; write ./{path} for a name with ~")
     return expanded
-
-
-def path_argument(path: str) -> str:
-    """`expand` as the type of a command-line argument."""
-    try:
-        return expand(path)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 ExpandedPath = Annotated[str, AfterValidator(expand)]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 
+from flash_stu.arguments import input_directory, output_directory
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.evaluation.definitions import Definitions, quiet, shots_of
 from flash_stu.evaluation.local_data import Dataset, data_of, file_of
@@ -69,10 +70,16 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--tasks", default="paper", metavar="LIST", help="tasks, groups and suites, comma-separated (%(default)s)")
-    add("--output", required=True, type=Path, metavar="DIR", help="where the data go")
-    add("--include-path", type=Path, metavar="DIR", help="task definitions of your own, in lm-eval's YAML format")
+    add("--output", required=True, type=output_directory, metavar="DIR", help="where the data go")
+    add(
+        "--include-path",
+        type=input_directory,
+        metavar="DIR",
+        help="task definitions of your own, in lm-eval's YAML format",
+    )
     arguments = parser.parse_args()
-    files = fetch(arguments.tasks, arguments.output, arguments.include_path)
+    include_path = None if arguments.include_path is None else Path(arguments.include_path)
+    files = fetch(arguments.tasks, Path(arguments.output), include_path)
     print(f"{len(files)} files; python evaluate.py --tasks {arguments.tasks} --data-dir {arguments.output} ...")
 
 

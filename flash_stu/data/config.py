@@ -1,11 +1,12 @@
 """What a run says about its data."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from flash_stu.paths import ExpandedPath
+from flash_stu.settings import Count, Section
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """The text to train on and how it becomes tokens.
 
     Attributes:
@@ -22,8 +23,6 @@ class DataConfig(BaseModel):
         max_documents: read at most this many documents of the training files and of the validation files.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     dataset: ExpandedPath = "embedded"
     subset: str | None = None
     revision: str | None = None
@@ -31,4 +30,4 @@ class DataConfig(BaseModel):
     tokenizer: ExpandedPath = "bytes"
     cache_dir: ExpandedPath | None = None
     validation_fraction: float = Field(default=0.01, gt=0, lt=1)
-    max_documents: int | None = Field(default=None, ge=1)
+    max_documents: Count | None = None

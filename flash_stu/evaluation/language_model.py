@@ -68,11 +68,6 @@ class EvaluatedLM(HFLM):
         """
         tokenizer = load_model_tokenizer(directory)
         model = load_model(directory, device, default_dtype(torch.device(device)))
-        if len(tokenizer) > model.config.vocab_size:
-            raise UserError(
-                f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary "
-                f"{model.config.vocab_size}"
-            )
         if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
             raise UserError(f"{directory}: the tokenizer has no end-of-text token to start a text with")
         return cls(model, tokenizer, batch_size, processes)

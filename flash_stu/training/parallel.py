@@ -6,7 +6,6 @@ and then for the rest, or DistributedDataParallel, or nothing. With several repl
 grid (HSDP): each row of it shards one whole model, and the rows average their gradients.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from flash_stu.distributed import process_group, read_launch, world_size
 from flash_stu.errors import UserError
 from flash_stu.training.config import ParallelConfig, RunConfig
 from flash_stu.training.initialization import initialize, read_initial_weights
@@ -63,11 +63,6 @@ class World:
         return shared[0]
 
 
-def world_size() -> int:
-    """How many processes torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextmanager
 def join_world(config: RunConfig) -> Iterator[World]:
     """Join the processes that torchrun started, or be alone; leave them at the end.
@@ -77,38 +72,27 @@ def join_world(config: RunConfig) -> Iterator[World]:
     Raises:
         UserError: if there are several processes but no strategy for them, or fewer GPUs than processes.
     """
-    size, rank, local_rank = (
-        world_size(),
-        int(os.environ.get("RANK", "0")),
-        int(os.environ.get("LOCAL_RANK", "0")),
-    )
+    size = world_size()
     if size > 1 and config.parallel.strategy == "none":
         raise UserError(f"parallel.strategy is 'none' for {size} processes; allowed: 'auto', 'ddp', 'fsdp'")
+    launch = read_launch()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        if launch.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"process {local_rank} of this node has no GPU; only {torch.cuda.device_count()} are visible"
+                f"process {launch.local_rank} of this node has no GPU; only {torch.cuda.device_count()} are visible"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
-    world = World(rank, size, device)
+    world = World(launch.rank, size, device)
     if size == 1 and config.parallel.strategy in ("auto", "none"):
         yield world
         return
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.HashStore() if size == 1 else None,
-        rank=rank if size == 1 else -1,
-        world_size=size if size == 1 else -1,
-        # later than the watchdog's, which knows who is to blame
-        timeout=timedelta(minutes=2 * config.parallel.timeout_minutes + 1),
-        device_id=device if device.type == "cuda" else None,
-    )
-    try:
+    gpu = device if device.type == "cuda" else None
+    # later than the watchdog's, which knows who is to blame
+    timeout = timedelta(minutes=2 * config.parallel.timeout_minutes + 1)
+    with process_group(launch, "gloo" if gpu is None else "nccl", timeout, gpu):
         yield world
-    finally:
-        dist.destroy_process_group()
 
 
 def resolve_strategy(parallel: ParallelConfig, processes: int, parameters: int) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from measuring import write
 
+from flash_stu.arguments import input_directory, input_file
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 
 BENCHMARKS = (
@@ -69,13 +70,11 @@ def _tables(results: Path, name: str) -> str | None:
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", default="results", metavar="DIR")
-    parser.add_argument("--readme", default="README.md", metavar="FILE")
+    parser.add_argument("--results", type=input_directory, default="results", metavar="DIR")
+    parser.add_argument("--readme", type=input_file, default="README.md", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if something would change")
     args = parser.parse_args()
     path = Path(args.readme)
-    if not path.is_file():
-        raise UserError(f"--readme {path}: no such file")
     before = path.read_text()
     after, missing = fill(before, Path(args.results))
     for name in missing:

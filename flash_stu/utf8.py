@@ -1,8 +1,6 @@
-"""Text files from outside: UTF-8, with or without a byte order mark."""
+"""Text from outside is UTF-8; the encodings of other systems are recognised and refused by name."""
 
 import codecs
-import sys
-from pathlib import Path
 
 from flash_stu.errors import UserError
 
@@ -31,27 +29,3 @@ def check_utf8(beginning: bytes, where: str) -> None:
         found = "UTF-32"
     if found is not None:
         raise UserError(f"{where}: the text is {found}; allowed: UTF-8 (iconv -f {found} -t UTF-8 converts it)")
-
-
-def read_text(path: str | Path, label: str) -> str:
-    """Returns the text of a file, without a byte order mark, its line ends as they are.
-
-    Args:
-        path: the file; "-" is standard input.
-        label: what a message calls it.
-
-    Raises:
-        UserError: if it cannot be read or is not UTF-8.
-    """
-    try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{label}: {error.strerror or error}") from None
-    except ValueError as error:  # a path with a NUL in it
-        raise UserError(f"{label}: {error}") from None
-    check_utf8(data[:4], label)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{label}, line {line}: not UTF-8 text ({error.reason})") from None
