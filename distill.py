@@ -8,7 +8,7 @@ from functools import partial
 
 from transformers.utils import logging
 
-from flash_stu.arguments import integer, number, output_directory, printable
+from flash_stu.arguments import any_path, integer, number, output_directory
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from spectralds.directory import DTYPES, FIGURE, REPORT, VERIFY_TOLERANCE, distill_directory, summary
 from spectralds.fit import AUTO, MAX_STATE_DIM, METHODS, TOLERANCE
@@ -18,7 +18,7 @@ def main() -> int:
     """Parse the command line, distill, and say what it did to the model."""
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--checkpoint", type=printable, required=True, metavar="DIR",
+    add("--checkpoint", type=any_path, required=True, metavar="DIR",
         help="transformers model directory, training run, or its checkpoints/step-N")  # fmt: skip
     add("--output", type=output_directory, required=True, metavar="DIR", help="where the distilled model goes")
     add("--state-dim", type=state_dim, default=160, metavar="N",
@@ -31,7 +31,7 @@ def main() -> int:
         help="compare logits, validation loss and generated tokens "
         "with the original's; exit with 1 if the logits' relative difference exceeds T "
         "(default: %(const)s)")  # fmt: skip
-    add("--text", type=printable, metavar="FILE", help="for --verify: what to compare on, or 'embedded'; "
+    add("--text", type=any_path, metavar="FILE", help="for --verify: what to compare on, or 'embedded'; "
         "default: the validation split of the run, else the embedded corpus")  # fmt: skip
     args = parser.parse_args()
     if args.text is not None and args.verify is None:

@@ -4,7 +4,7 @@ python evaluate.py --model DIR [--model DIR ...] [--tasks LIST] [--limit N] [--d
     [--text FILE ...]; or torchrun --nproc-per-node GPUS evaluate.py ...
 """
 
-from flash_stu.arguments import input_directory, input_file, integer, output_directory, printable
+from flash_stu.arguments import any_path, input_directory, input_file, integer, output_directory, printable
 from flash_stu.distributed import read_launch
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.evaluation import evaluate
@@ -14,8 +14,8 @@ def main() -> None:
     """Parse the command line, evaluate, and say where the results are."""
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--model", type=printable, action="append", required=True, metavar="DIR",
-        help="model or training run; repeatable")  # fmt: skip
+    add("--model", type=any_path, action="append", required=True, metavar="DIR",
+        help="model directory, training run, or its checkpoints/step-N; repeatable")  # fmt: skip
     add("--tasks", metavar="LIST", help="tasks and groups of lm-eval, suites of configs/eval such as paper, "
         "comma-separated; default: embedded_bpb,embedded_cloze, which need no download")  # fmt: skip
     add("--include-path", type=input_directory, metavar="DIR",

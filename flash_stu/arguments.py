@@ -55,7 +55,7 @@ def printable(value: str) -> str:
     return value
 
 
-def path(value: str) -> str:
+def any_path(value: str) -> str:
     """The path of anything; `~` stands for the home directory."""
     try:
         return expand(printable(value))
@@ -65,7 +65,7 @@ def path(value: str) -> str:
 
 def input_file(value: str) -> str:
     """The path of a file that is there and can be read."""
-    place = path(value)
+    place = any_path(value)
     if not os.path.isfile(place):
         raise ArgumentTypeError(f"{place} {'is not a regular file' if os.path.exists(place) else 'does not exist'}")
     return _readable(place)
@@ -73,7 +73,7 @@ def input_file(value: str) -> str:
 
 def input_directory(value: str) -> str:
     """The path of a directory that is there and can be read."""
-    place = path(value)
+    place = any_path(value)
     if not os.path.isdir(place):
         raise ArgumentTypeError(f"{place} {'is not a directory' if os.path.exists(place) else 'does not exist'}")
     return _readable(place)
@@ -81,7 +81,7 @@ def input_directory(value: str) -> str:
 
 def output_directory(value: str) -> str:
     """The path of a directory that is there, or can be made."""
-    place = path(value)
+    place = any_path(value)
     if os.path.lexists(place) and not os.path.isdir(place):
         raise ArgumentTypeError(f"{place} exists and is not a directory")
     return _writable(place)
@@ -89,7 +89,7 @@ def output_directory(value: str) -> str:
 
 def output_file(value: str) -> str:
     """The path of a file that is there, or can be made."""
-    place = path(value)
+    place = any_path(value)
     if os.path.lexists(place) and not os.path.isfile(place):
         raise ArgumentTypeError(f"{place} exists and is not a regular file")
     return _writable(place)

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from flash_stu.errors import UserError
-from flash_stu.utf8 import check_utf8
+from flash_stu.utf8 import decode
 
 MANIFEST = ".flash_stu.json"
 _FORMAT = 1
@@ -101,11 +101,7 @@ def read_text(path: str | Path, label: str = "", largest: int = LARGEST_TEXT) ->
             raise UserError(f"{named}: not a regular file")
         if os.path.getsize(path) > largest:
             raise UserError(f"{named}: larger than {largest:,} bytes")
-        data = Path(path).read_bytes()
-        check_utf8(data[:4], named)
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{named}: not UTF-8 text at byte {error.start}") from None
+        return decode(Path(path).read_bytes(), named)
     except OSError as error:
         raise UserError(f"{named}: {reason(error)}") from None
 

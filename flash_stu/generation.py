@@ -42,8 +42,8 @@ def generate_tokens(
         the next token of every row, (batch,).
 
     Raises:
-        UserError: for another kind of model, an empty prompt, a mask that cannot be, when prompt and new tokens together
-            are longer than an undistilled model's filters, or for logits that are not finite after the prompt.
+        UserError: for another kind of model, an empty prompt, a mask that cannot be, when prompt and new tokens
+            together are longer than an undistilled model's filters, or for logits that are not finite after the prompt.
     """
     _check_prompt(model, input_ids, max_new_tokens)
     cache = FlashSTUCache(model.config.num_hidden_layers)

@@ -29,3 +29,17 @@ def check_utf8(beginning: bytes, where: str) -> None:
         found = "UTF-32"
     if found is not None:
         raise UserError(f"{where}: the text is {found}; allowed: UTF-8 (iconv -f {found} -t UTF-8 converts it)")
+
+
+def decode(data: bytes, where: str) -> str:
+    """Returns the text in the bytes of a file, without a byte order mark, its line ends as they are.
+
+    Raises:
+        UserError: if they are not UTF-8.
+    """
+    check_utf8(data[:4], where)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{where}: not UTF-8 text at byte {error.start}, in line {line}") from None

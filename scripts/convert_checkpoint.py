@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flash_stu.arguments import input_file, output_directory, printable
+from flash_stu.arguments import any_path, input_file, output_directory
 from flash_stu.data import load_tokenizer
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.files import reason
@@ -32,7 +32,7 @@ def main() -> None:
         "--filters", type=input_file, help=".npy (seq_len, num_filters): the filters it was trained with"
     )
     parser.add_argument("--positions", choices=POSITIONS, default="published")
-    parser.add_argument("--tokenizer", type=printable, help="to put beside the weights, such as tiktoken:o200k_base")
+    parser.add_argument("--tokenizer", type=any_path, help="to put beside the weights, such as tiktoken:o200k_base")
     args = parser.parse_args()
 
     output = Path(args.output)

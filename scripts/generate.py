@@ -8,12 +8,14 @@ import time
 
 import torch
 
-from flash_stu.arguments import SEED, integer, number, printable
+from flash_stu.arguments import SEED, any_path, integer, number
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.files import read_text
 from flash_stu.generation import generate_text
-from flash_stu.loading import choose_device, default_dtype, load_model, load_model_tokenizer
+from flash_stu.loading import choose_device, default_dtype
 from flash_stu.sampling import Sampling
+from flash_stu.source import load_source
+from flash_stu.utf8 import decode
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -29,8 +31,7 @@ def main() -> None:
             raise UserError(f"{text!r} is not UTF-8 text")
     device = choose_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
-    tokenizer = load_model_tokenizer(args.model)
-    model = load_model(args.model, device, dtype)
+    model, tokenizer = load_source(args.model, device, dtype)
 
     alone = len(prompts) == 1
     texts = list(prompts)
@@ -52,9 +53,9 @@ def main() -> None:
 def parse():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", type=printable, required=True, help="model directory or training run")
+    add("--model", type=any_path, required=True, help="model directory, training run, or its checkpoints/step-N")
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
-    add("--prompt-file", metavar="FILE", help="one prompt per line; - reads standard input")
+    add("--prompt-file", type=any_path, metavar="FILE", help="one prompt per line; - reads standard input")
     add("--max-new-tokens", type=integer(), default=200, metavar="N")
     add("--temperature", type=number(0, 1e6), default=0.8, metavar="T",
         help="0 takes the most likely token; default 0.8")  # fmt: skip
@@ -73,16 +74,13 @@ def parse():
 
 
 def read_prompts(name: str) -> list[str]:
-    """The lines of a file, blank ones left out.
+    """The lines of a file, blank ones left out; a line ends at a newline and nowhere else.
 
     Raises:
         UserError: for a file that cannot be read or holds no prompt.
     """
-    try:
-        text = sys.stdin.read() if name == "-" else read_text(name, "--prompt-file")
-    except UnicodeDecodeError:
-        raise UserError("--prompt-file -: not UTF-8 text") from None
-    prompts = [line for line in text.splitlines() if line.strip()]
+    text = decode(sys.stdin.buffer.read(), "--prompt-file -") if name == "-" else read_text(name, "--prompt-file")
+    prompts = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"--prompt-file {name}: no prompt in it; needed: one per line")
     return prompts

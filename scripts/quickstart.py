@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from flash_stu.arguments import printable
+from flash_stu.arguments import any_path
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.training.config import load_config
 
@@ -23,7 +23,7 @@ PROMPT = "Return a list of the "
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=printable, default="configs/quickstart.yaml", help="a run")
+    parser.add_argument("--config", type=any_path, default="configs/quickstart.yaml", help="a run")
     args = parser.parse_args()
     started = time.perf_counter()
 

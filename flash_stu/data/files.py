@@ -116,7 +116,8 @@ def _candidates(dataset: str, left_out: dict[str, list[str]]) -> tuple[Path, lis
         elif match.is_dir():
             files, hidden = _walk(match)
             left_out[_HIDDEN] += [Path(name, below).as_posix() for below in hidden]
-            found += [(Path(name, below).as_posix(), file) for below, file in files if _matches(Path(below).parts, rest)]
+            files = [(below, file) for below, file in files if _matches(Path(below).parts, rest)]
+            found += [(Path(name, below).as_posix(), file) for below, file in files]
         elif not rest:
             found.append((name, match))
     return root, found

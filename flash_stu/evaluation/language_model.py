@@ -14,8 +14,9 @@ from flash_stu.evaluation.processes import ALONE, Processes
 from flash_stu.evaluation.progress import Progress
 from flash_stu.evaluation.scoring import Counters, Score, Window, score_windows, split_windows
 from flash_stu.layers import SlidingWindowAttention
-from flash_stu.loading import default_dtype, load_model, load_model_tokenizer
+from flash_stu.loading import default_dtype
 from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.source import load_source
 
 _UNLIMITED = 2**31  # what the harness is told where there is no longest input
 _GENERATED_AT_ONCE = 32  # sequences, where no batch size is set
@@ -61,13 +62,12 @@ class EvaluatedLM(HFLM):
     def load(
         cls, directory: Path, device: str | torch.device, batch_size: int | None = None, processes: Processes = ALONE
     ) -> "EvaluatedLM":
-        """Load a transformers model directory, float32 on the CPU and bfloat16 on a GPU.
+        """Load a model directory or a checkpoint, float32 on the CPU and bfloat16 on a GPU.
 
         Raises:
             UserError: if the directory does not hold a complete model and a tokenizer that fits it.
         """
-        tokenizer = load_model_tokenizer(directory)
-        model = load_model(directory, device, default_dtype(torch.device(device)))
+        model, tokenizer = load_source(directory, device, default_dtype(torch.device(device)))
         if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
             raise UserError(f"{directory}: the tokenizer has no end-of-text token to start a text with")
         return cls(model, tokenizer, batch_size, processes)

@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flash_stu.errors import UserError
+from flash_stu.paths import expand
 
 SUITE_FOLDER = Path(__file__).parents[2] / "configs" / "eval"
 DEFAULT_TASKS = ("embedded_bpb", "embedded_cloze")  # need no download
@@ -83,7 +84,7 @@ def suite_names() -> list[str]:
 
 def _expand(name: str) -> Suite:
     if name.endswith((".yaml", ".yml")):
-        return _read_suite(Path(name))
+        return _read_suite(Path(expand(name)))
     if name in suite_names():
         return _read_suite(SUITE_FOLDER / f"{name}.yaml")
     return Suite(tasks=[TaskSpec(name=name)])

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from flash_stu.config import LARGEST_LENGTH, FlashSTUConfig
 from flash_stu.data import DataConfig
 from flash_stu.errors import UserError
+from flash_stu.paths import ExpandedPath
 from flash_stu.settings import LARGEST_SEED, Count, CountOrZero, Section, describe, parse_yaml, read_yaml, shown
 
 _LARGEST_BATCH = 2**40  # tokens
@@ -38,7 +39,7 @@ class TrainConfig(Section):
         description="full: keep only the inputs of each block and recompute the rest in backward; "
         "selective: keep the results of products, attention and convolution too",
     )
-    initial_weights: str | None = Field(
+    initial_weights: ExpandedPath | None = Field(
         default=None, description="a model directory to start from instead of random weights; its shape is model's"
     )
     max_grad_norm: float | None = Field(default=1.0, gt=0, le=1e9, description="clip the gradient's norm to this")
@@ -121,8 +122,10 @@ class EvaluationConfig(Section):
     )
     every: Count = Field(default=1000, description="steps")
     limit: Count | None = Field(default=None, description="score only the first so many items of each task")
-    data_dir: str | None = Field(default=None, description="local mirror of data sets; null: the hub, or its cache")
-    include_path: str | None = Field(default=None, description="folder with task definitions of one's own")
+    data_dir: ExpandedPath | None = Field(
+        default=None, description="local mirror of data sets; null: the hub, or its cache"
+    )
+    include_path: ExpandedPath | None = Field(default=None, description="folder with task definitions of one's own")
 
 
 class WandbConfig(Section):
@@ -138,7 +141,7 @@ class WandbConfig(Section):
 class RunConfig(Section):
     """Everything a run depends on."""
 
-    output_dir: str = Field(description="the run directory")
+    output_dir: ExpandedPath = Field(description="the run directory")
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     model: dict[str, Any] = Field(description="entries of FlashSTUConfig")
     data: DataConfig

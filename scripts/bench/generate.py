@@ -28,7 +28,7 @@ from measuring import device_rates, environment, finish, page, seconds, spread, 
 from plots import panels
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
-from flash_stu.arguments import integer, output_directory, printable
+from flash_stu.arguments import any_path, integer, output_directory
 from flash_stu.config import LARGEST_LENGTH
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.filters import spectral_filters
@@ -79,9 +79,9 @@ def main() -> int:
 def parse():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--config", type=printable, default="configs/quickstart.yaml",
+    add("--config", type=any_path, default="configs/quickstart.yaml",
         help="run config whose model section gives the shape")  # fmt: skip
-    add("--model", type=printable, action="append", metavar="DIR",
+    add("--model", type=any_path, action="append", metavar="DIR",
         help="time this model directory instead; may be repeated")  # fmt: skip
     add("--lengths", type=integer(2, LARGEST_LENGTH - 1), nargs="+", default=[512, 1024, 2048, 4096], metavar="N",
         help="tokens to generate")  # fmt: skip

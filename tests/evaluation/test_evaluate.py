@@ -152,7 +152,7 @@ def test_an_evaluation_that_was_stopped_goes_on(stu_dir, lds_dir, embedded_data,
     assert whole["embedded_bpb"] == half["embedded_bpb"]  # its seconds too: it was not run again
     assert "embedded_bpb  bits_per_byte" in capsys.readouterr().out
 
-    monkeypatch.setattr(language_model, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(language_model, "load_source", lambda *_: pytest.fail("a model was loaded"))
     assert run(stu_dir)["models"]["stu"]["tasks"] == whole
     with pytest.raises(UserError, match=r"holds stu on embedded_bpb with other settings \(limit\)"):
         run(stu_dir, limit=5)
@@ -222,7 +222,7 @@ def test_two_models_are_compared_and_texts_drawn(stu_dir, own_tasks, documents, 
 
 @pytest.fixture
 def no_model_is_loaded(monkeypatch):
-    monkeypatch.setattr(language_model, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(language_model, "load_source", lambda *_: pytest.fail("a model was loaded"))
 
 
 def drop(name):
