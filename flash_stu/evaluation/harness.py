@@ -57,6 +57,18 @@ class LoadedTask:
 
 
 @contextlib.contextmanager
+def _naming(task: str, failure: str, hint: str = ""):
+    """Turn whatever goes wrong with a task, in the harness or in its data, into one line that names it."""
+    try:
+        yield
+    except UserError as error:
+        raise error if repr(task) in str(error) else UserError(f"task {task!r}: {error}") from error
+    except Exception as error:  # tasks are data and code from anywhere, and fail in as many ways
+        reason = " ".join(str(error).split())
+        raise UserError(f"task {task!r} {failure}: {type(error).__name__}: {reason}{hint}") from error
+
+
+@contextlib.contextmanager
 def _compiled_templates():
     """Compile each prompt template once; the harness does it for every row, which is most of its own time."""
     env = lm_eval.utils.env
@@ -87,7 +99,11 @@ def load_tasks(
         # A folder each: a group and one of its members may be asked for with different shots.
         managers = [_manager_for(spec, definitions, data_dir, Path(scratch, str(i))) for i, spec in enumerate(specs)]
         hint = "" if data_dir else "; a machine without internet needs --data-dir"
-        return [_load(spec, manager, hint) for spec, manager in zip(specs, managers, strict=True)]
+        loaded = []
+        for spec, manager in zip(specs, managers, strict=True):
+            with _naming(spec.name, "cannot be loaded", hint):
+                loaded.append(_load(spec, manager))
+        return loaded
 
 
 def write_embedded_task(name: str, folder: Path) -> Path:
@@ -103,21 +119,18 @@ def _embedded_data() -> Path:
 
 def _manager_for(spec: TaskSpec, definitions: Definitions, data_dir: Path | None, folder: Path) -> TaskManager:
     folder.mkdir()
-    if spec.name in TASK_NAMES:
-        write_embedded_task(spec.name, folder)
-    elif data_dir is not None:
-        for name in sorted(definitions.leaves(spec.name)):
-            entry = definitions[name]
-            write_local_task(name, entry.cfg, entry.yaml_path, data_dir, shots_of(spec, entry.cfg), folder)
-    return definitions.manager(folder, spec.name)
+    with _naming(spec.name, "cannot be loaded"):
+        if spec.name in TASK_NAMES:
+            write_embedded_task(spec.name, folder)
+        elif data_dir is not None:
+            for name in sorted(definitions.leaves(spec.name)):
+                entry = definitions[name]
+                write_local_task(name, entry.cfg, entry.yaml_path, data_dir, shots_of(spec, entry.cfg), folder)
+        return definitions.manager(folder, spec.name)
 
 
-def _load(spec: TaskSpec, manager: TaskManager, hint: str) -> LoadedTask:
-    try:
-        loaded = manager.load([spec.name])
-    except Exception as error:  # data sets come from disk, cache or network, and fail in as many ways
-        reason = " ".join(str(error).split())
-        raise UserError(f"task {spec.name!r} cannot be loaded: {type(error).__name__}: {reason}{hint}") from error
+def _load(spec: TaskSpec, manager: TaskManager) -> LoadedTask:
+    loaded = manager.load([spec.name])
     for task in loaded["tasks"].values():
         fixed = task.get_config("num_fewshot")
         if fixed is None or (spec.shots is not None and fixed != 0):  # 0 in a definition means: never any
@@ -125,7 +138,9 @@ def _load(spec: TaskSpec, manager: TaskManager, hint: str) -> LoadedTask:
     metrics = {metric for task in loaded["tasks"].values() for metric in task.aggregation()}
     if spec.metric is not None and spec.metric not in metrics:
         raise UserError(f"task {spec.name!r} has no metric {spec.metric!r}; allowed: {', '.join(sorted(metrics))}")
-    return LoadedTask(spec, loaded)
+    found = LoadedTask(spec, loaded)
+    _ = found.config_hash  # reads every document
+    return found
 
 
 def run_task(lm: LM, task: LoadedTask, limit: int | None = None) -> dict[str, Any]:
@@ -142,8 +157,13 @@ def run_task(lm: LM, task: LoadedTask, limit: int | None = None) -> dict[str, An
         number and hash, its value of each metric, and what the model answered to each of its requests.
 
     Raises:
-        UserError: if the task reports no number.
+        UserError: if the task fails, or reports no number.
     """
+    with _naming(task.spec.name, "failed"):
+        return _run_task(lm, task, limit)
+
+
+def _run_task(lm: LM, task: LoadedTask, limit: int | None) -> dict[str, Any]:
     started = time.perf_counter()
     random.seed(_SEEDS["random"])
     np.random.seed(_SEEDS["numpy"])
