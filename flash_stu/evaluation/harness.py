@@ -65,7 +65,8 @@ def _naming(task: str, failure: str, hint: str = ""):
         raise error if repr(task) in str(error) else UserError(f"task {task!r}: {error}") from error
     except Exception as error:  # tasks are data and code from anywhere, and fail in as many ways
         reason = " ".join(str(error).split())
-        raise UserError(f"task {task!r} {failure}: {type(error).__name__}: {reason}{hint}") from error
+        advice = hint if isinstance(error, OSError) else ""  # what failed may be the network
+        raise UserError(f"task {task!r} {failure}: {type(error).__name__}: {reason}{advice}") from error
 
 
 @contextlib.contextmanager
@@ -95,7 +96,7 @@ def load_tasks(
     definitions = Definitions(include_path)
     for spec in specs:
         definitions.require(spec.name)
-    with tempfile.TemporaryDirectory() as scratch, quiet(logging.ERROR):
+    with tempfile.TemporaryDirectory() as scratch, quiet(logging.CRITICAL):
         # A folder each: a group and one of its members may be asked for with different shots.
         managers = [_manager_for(spec, definitions, data_dir, Path(scratch, str(i))) for i, spec in enumerate(specs)]
         hint = "" if data_dir else "; a machine without internet needs --data-dir"
@@ -138,9 +139,26 @@ def _load(spec: TaskSpec, manager: TaskManager) -> LoadedTask:
     metrics = {metric for task in loaded["tasks"].values() for metric in task.aggregation()}
     if spec.metric is not None and spec.metric not in metrics:
         raise UserError(f"task {spec.name!r} has no metric {spec.metric!r}; allowed: {', '.join(sorted(metrics))}")
+    for name, task in loaded["tasks"].items():
+        _check_definition(name, task)
     found = LoadedTask(spec, loaded)
     _ = found.config_hash  # reads every document
     return found
+
+
+def _check_definition(name: str, task) -> None:
+    """Refuse what the harness would pass over or fail at late: metrics that it lacks, fields that the data lack."""
+    unusable = [metric for metric, aggregate in task.aggregation().items() if not callable(aggregate)]
+    if unusable:
+        raise UserError(f"task {name!r}: the harness has no metric {unusable[0]!r}, or no aggregation of it")
+    for entry in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+        field = task.get_config(entry)
+        choices = task.get_config("doc_to_choice")
+        constants = choices if isinstance(choices, list) else ()
+        # the harness takes a name that is no field of the data for a text, the same for every document
+        if isinstance(field, str) and field.isidentifier() and field not in (*task.features, *constants):
+            there = ", ".join(task.features)
+            raise UserError(f"task {name!r}: {entry} is {field!r}, a field that the data lack; there are: {there}")
 
 
 def run_task(lm: LM, task: LoadedTask, limit: int | None = None) -> dict[str, Any]:
