@@ -34,7 +34,8 @@ class DataFiles:
         """One line: how many files are read, how many are left out and why, with the first name of each kind."""
         read = len(self.train) + len(self.validation)
         line = f"{read:,} file{'s' * (read != 1)} read"
-        kinds = [f"{len(names):,} {reason} ({min(names)})" for reason, names in self.left_out.items() if names]
+        reasons = sorted(self.left_out.items(), key=lambda reason: (-len(reason[1]), reason[0]))
+        kinds = [f"{len(names):,} {reason} ({min(names)})" for reason, names in reasons if names]
         if kinds:
             line += f", {sum(map(len, self.left_out.values())):,} left out: {', '.join(kinds)}"
         return line.encode(errors="backslashreplace").decode()  # file names need not be text
