@@ -1,5 +1,7 @@
 """The decoding loop against transformers' generate, batches against single prompts, text, and the command line."""
 
+import io
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -225,3 +227,43 @@ def test_script(make, tokenizer, tmp_path, monkeypatch, capsys):
     assert script() == (2, "", "error: there is no prompt; give --prompt TEXT or --prompt-file FILE\n")
     status, _, error = script("--prompt-file", tmp_path / "absent")
     assert status == 2 and error.endswith("absent: no such file\n")
+
+
+def test_prompts_end_at_newlines_only(make, tokenizer, tmp_path, monkeypatch, capsys):
+    model, directory = make(lds_state_dim=12), tmp_path / "model"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    main = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "generate.py"))["main"]
+    content = b"\xef\xbb\xbfa\xe2\x80\xa8b\x0b\x0c\xc2\x85c\x1c\rd\r\n\r\nsecond\n"
+    (tmp_path / "prompts").write_bytes(content)
+
+    def script(*words):
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(directory), *words, "--max-new-tokens", "1"])
+        return run_cli(main), *capsys.readouterr()
+
+    expected = "[1] a\u2028b\x0b\x0c\x85c\x1c\rd"
+    status, shown, _ = script("--prompt-file", str(tmp_path / "prompts"))
+    assert status == 0 and shown.startswith(expected) and "[2] second" in shown and "[3]" not in shown
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert script("--prompt-file", "-")[:2] == (0, shown)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert script("--prompt-file", "~/prompts")[:2] == (0, shown)
+    (tmp_path / "prompts").write_text("a", encoding="utf-16")
+    status, shown, error = script("--prompt-file", str(tmp_path / "prompts"))
+    assert (status, shown, error.count("\n")) == (2, "", 1) and "the text is UTF-16" in error
+
+
+def test_a_reader_that_has_gone(make, tokenizer, tmp_path, monkeypatch, capfd):
+    model, directory = make(lds_state_dim=12), tmp_path / "model"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    main = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "generate.py"))["main"]
+    capfd.readouterr()
+    for prompts in (["--prompt", "a"], ["--prompt", "a", "--prompt", "b"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w") as pipe:
+            monkeypatch.setattr(sys, "stdout", pipe)
+            monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(directory), *prompts])
+            assert run_cli(main) == 141
+    assert capfd.readouterr().err == ""
