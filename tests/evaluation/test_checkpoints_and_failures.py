@@ -61,9 +61,8 @@ def test_one_meaning_of_a_path(run_directory, tmp_path, monkeypatch, capsys):
     main = runpy.run_path(str(ROOT / "scripts" / "generate.py"))["main"]
     texts = []
     for path in (step, run_directory):
-        monkeypatch.setattr(
-            sys, "argv", ["generate.py", "--model", str(path), "--prompt", "a", "--max-new-tokens", "9", "--device", "cpu"]
-        )
+        words = ["--model", str(path), "--prompt", "a", "--max-new-tokens", "9", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["generate.py", *words])
         assert run_cli(main) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
@@ -123,7 +122,7 @@ def without(key):
         ({"rows": None}, "task 'pots' cannot be loaded: FileNotFoundError"),
         ({"rows": []}, "task 'pots' cannot be loaded"),
         ({"rows": without("choices")}, "task 'pots' cannot be loaded"),
-        ({"rows": without("label")}, "task 'pots': doc_to_target is 'label', a field that the data lack; there are: text"),
+        ({"rows": without("label")}, "task 'pots': doc_to_target is 'label', a field that the data lack; there are:"),
         ({"rows": without("text")}, "task 'pots' cannot be loaded: UndefinedError: 'text' is undefined"),
         ({"validation_split": "absent"}, "task 'pots' cannot be loaded: KeyError: 'absent'"),
         ({"doc_to_text": "{{ text"}, "task 'pots' cannot be loaded: TemplateSyntaxError"),
