@@ -9,6 +9,7 @@ import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
 from processes import run_processes
+from safetensors.torch import load_file, save_file
 
 import evaluate as door
 from flash_stu.errors import UserError, run_cli
