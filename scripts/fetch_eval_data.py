@@ -16,6 +16,7 @@ from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.evaluation.definitions import Definitions, quiet, shots_of
 from flash_stu.evaluation.local_data import Dataset, data_of, file_of
 from flash_stu.evaluation.suite import resolve_tasks
+from flash_stu.network import spare_the_hub
 
 
 def fetch(tasks: str, output: Path, include_path: Path | None = None) -> list[Path]:
@@ -32,6 +33,7 @@ def fetch(tasks: str, output: Path, include_path: Path | None = None) -> list[Pa
     Raises:
         UserError: for unknown tasks, tasks without a hub data set, or data that cannot be had.
     """
+    spare_the_hub()
     definitions, files = Definitions(include_path), []
     specs, _ = resolve_tasks(tasks)
     for spec in specs:
@@ -52,7 +54,7 @@ def _download(dataset: Dataset, split: str, options: dict, path: Path) -> int:
     """Write one split of a hub data set, whole or not at all; returns its number of rows."""
     name, configuration = dataset
     try:
-        rows = datasets.load_dataset(name, configuration, split=split, **options)
+        rows = datasets.load_dataset(name, configuration, split=split, **(options | {"trust_remote_code": False}))
     except Exception as error:  # the hub, its cache and the files fail in as many ways
         reason = " ".join(str(error).split())
         what = name if configuration is None else f"{name} ({configuration})"

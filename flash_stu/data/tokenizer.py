@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flash_stu.data.byte_level import byte_level_tokenizer
 from flash_stu.errors import UserError
+from flash_stu.network import spare_the_hub
 
 END_OF_TEXT = "<|endoftext|>"
 # tiktoken's \s, Unicode's White_Space; Python's has four separators more
@@ -292,13 +293,14 @@ def _load_hugging_face(spec: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a directory, the local hub cache or the hub, in this order."""
     if Path(spec).is_dir():
         try:
-            return AutoTokenizer.from_pretrained(spec)
+            return AutoTokenizer.from_pretrained(spec, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
             raise UserError(f"tokenizer {spec!r}: no readable tokenizer.json in that directory") from error
     try:
-        return AutoTokenizer.from_pretrained(spec, local_files_only=True)
-    except (OSError, ValueError):
+        return AutoTokenizer.from_pretrained(spec, local_files_only=True, trust_remote_code=False)
+    except Exception:
         pass  # not in the cache; ask the hub once before transformers asks it for a minute
+    spare_the_hub()
     allowed = "allowed: bytes, tiktoken:<name>, a Hugging Face tokenizer or a local directory"
     try:
         HfApi().model_info(spec, timeout=_HUB_TIMEOUT)
@@ -310,6 +312,6 @@ def _load_hugging_face(spec: str) -> PreTrainedTokenizerFast:
             f"cannot be asked ({type(error).__name__}); {allowed}"
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(spec)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+    except Exception as error:  # see above
         raise UserError(f"tokenizer {spec!r}: that Hugging Face repository holds no tokenizer") from error

@@ -29,6 +29,7 @@ from flash_stu.evaluation.embedded import TASK_FOLDER, TASK_NAMES, write_embedde
 from flash_stu.evaluation.local_data import write_local_task
 from flash_stu.evaluation.scoring import Counters
 from flash_stu.evaluation.suite import TaskSpec
+from flash_stu.network import spare_the_hub
 
 _SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harness's own
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in what Python says of a function
@@ -96,6 +97,8 @@ def load_tasks(
     definitions = Definitions(include_path)
     for spec in specs:
         definitions.require(spec.name)
+    if data_dir is None and any(spec.name not in TASK_NAMES for spec in specs):
+        spare_the_hub()
     with tempfile.TemporaryDirectory() as scratch, quiet(logging.CRITICAL):
         # A folder each: a group and one of its members may be asked for with different shots.
         managers = [_manager_for(spec, definitions, data_dir, Path(scratch, str(i))) for i, spec in enumerate(specs)]

@@ -6,6 +6,7 @@ and then for the rest, or DistributedDataParallel, or nothing. With several repl
 grid (HSDP): each row of it shards one whole model, and the rows average their gradients.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,26 @@ def resolve_strategy(parallel: ParallelConfig, processes: int, parameters: int) 
     if processes == 1:
         return "none"
     return "ddp" if parameters <= _DDP_LIMIT else "fsdp"
+
+
+def check_size(config: RunConfig, world: World) -> None:
+    """Refuse a model that cannot be held: weights, gradients and one moment in float32, against all memory there is.
+
+    Raises:
+        UserError: with the number of weights.
+    """
+    weights = config.architecture().count_weights()
+    sharded = resolve_strategy(config.parallel, world.size, weights) == "fsdp"
+    needed = 12 * weights // (world.size // config.parallel.replicas or 1 if sharded else 1)
+    if world.device.type == "cuda":
+        available = torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        raise UserError(
+            f"the model of section model has {weights:,} weights; training needs more than {needed / 2**30:,.0f} GiB "
+            f"per process, {world.device} has {available / 2**30:,.0f}"
+        )
 
 
 def parallelize(model: nn.Module, config: RunConfig, world: World) -> nn.Module:

@@ -9,6 +9,7 @@ import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
 from processes import run_processes
+from safetensors.torch import load_file, save_file
 
 import evaluate as door
 from flash_stu.errors import UserError, run_cli
@@ -72,11 +73,11 @@ def test_results_of_two_models_equal_those_of_the_harness_alone(
 def test_a_model_that_fails_leaves_the_results_of_those_before_it(stu_dir, embedded_data, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(stu_dir, broken)
-    config = json.loads((broken / "config.json").read_text())
-    config["num_hidden_layers"], config["layer_types"] = 1, config["layer_types"][:1]
-    (broken / "config.json").write_text(json.dumps(config))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")  # which only loading it shows
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     output = tmp_path / "results"
-    with pytest.raises(UserError, match="broken"):
+    with pytest.raises(UserError, match="broken: model.norm.weight has values that are not finite"):
         evaluate([stu_dir, broken], "embedded_cloze", limit=2, output=output, device="cpu", progress=False)
     assert list(json.loads((output / "results.json").read_text())["models"]) == ["stu"]
     assert "| stu " in (output / "table.md").read_text()
@@ -244,8 +245,8 @@ def drop_tokenizer(directory):
     [
         (shutil.rmtree, "no such directory"),
         (drop("config.json"), "not a model directory"),
-        (lambda directory: (directory / "config.json").write_text("{"), "config.json: not a JSON object"),
-        (drop("model.safetensors"), "model.safetensors, the weights, is missing"),
+        (lambda directory: (directory / "config.json").write_text("{"), "config.json: not valid JSON"),
+        (drop("model.safetensors"), "model.safetensors, a .safetensors file with weights, is missing"),
         (truncate, "model.safetensors: damaged or truncated"),
         (drop_tokenizer, "no tokenizer"),
     ],
