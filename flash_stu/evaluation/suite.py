@@ -93,7 +93,7 @@ def _expand(name: str) -> Suite:
 
 def _read_suite(path: Path) -> Suite:
     try:
-        return Suite.model_validate(yaml.safe_load(read_text(path, "task suite")))
+        return Suite.model_validate(yaml.safe_load(read_text(path, "--tasks: task suite")))
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"task suite {path} is not a YAML file: {' '.join(str(error).split())}") from error
     except ValidationError as error:
