@@ -8,35 +8,38 @@ from functools import partial
 
 from transformers.utils import logging
 
+from flash_stu.arguments import any_path, integer, number, output_directory
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from spectralds.directory import DTYPES, FIGURE, REPORT, VERIFY_TOLERANCE, distill_directory, summary
-from spectralds.fit import AUTO, METHODS, TOLERANCE
+from spectralds.fit import AUTO, MAX_STATE_DIM, METHODS, TOLERANCE
 
 
 def main() -> int:
     """Parse the command line, distill, and say what it did to the model."""
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR",
+    add("--checkpoint", type=any_path, required=True, metavar="DIR",
         help="transformers model directory, training run, or its checkpoints/step-N")  # fmt: skip
-    add("--output", required=True, metavar="DIR", help="where the distilled model goes")
-    add("--state-dim", default="160", metavar="N", help="states per layer and channel, or auto (default: %(default)s)")
-    add("--tolerance", type=float, default=TOLERANCE, metavar="T",
+    add("--output", type=output_directory, required=True, metavar="DIR", help="where the distilled model goes")
+    add("--state-dim", type=state_dim, default=160, metavar="N",
+        help="states per layer and channel, or auto (default: %(default)s)")  # fmt: skip
+    add("--tolerance", type=number(0, 1, above=True), default=TOLERANCE, metavar="T",
         help="for auto: relative error of the impulse responses, in float32 (default: %(default)s)")  # fmt: skip
-    add("--method", default=AUTO, help=f"{', '.join(METHODS)} or {AUTO}, the best of them (default: %(default)s)")
-    add("--dtype", help=f"{' or '.join(DTYPES)}: of the weights written (default: as they are)")
-    add("--verify", type=float, nargs="?", const=VERIFY_TOLERANCE, metavar="T", help="compare logits, validation loss "
-        "and generated tokens with the original's; exit with 1 if the logits' relative difference exceeds T "
+    add("--method", choices=(AUTO, *METHODS), default=AUTO, help="auto: the best of the others (default: %(default)s)")
+    add("--dtype", choices=tuple(DTYPES), help="of the weights written (default: as they are)")
+    add("--verify", type=number(0, 1e6), nargs="?", const=VERIFY_TOLERANCE, metavar="T",
+        help="compare logits, validation loss and generated tokens "
+        "with the original's; exit with 1 if the logits' relative difference exceeds T "
         "(default: %(const)s)")  # fmt: skip
-    add("--text", metavar="FILE", help="for --verify: what to compare on, or 'embedded'; "
+    add("--text", type=any_path, metavar="FILE", help="for --verify: what to compare on, or 'embedded'; "
         "default: the validation split of the run, else the embedded corpus")  # fmt: skip
     args = parser.parse_args()
     if args.text is not None and args.verify is None:
         raise UserError("--text says what to compare the models on: it goes with --verify")
-    state_dim = int(args.state_dim) if args.state_dim.isdecimal() else args.state_dim
     logging.disable_progress_bar()
     report = distill_directory(
-        *(args.checkpoint, args.output, state_dim, args.method, args.tolerance, args.dtype, args.verify, args.text),
+        *(args.checkpoint, args.output, args.state_dim),
+        *(args.method, args.tolerance, args.dtype, args.verify, args.text),
         say=partial(print, flush=True),
     )
     print(f"\n{summary(report)}\n\nwritten to {args.output}: the model, {REPORT}, {FIGURE}", flush=True)
@@ -47,6 +50,11 @@ def main() -> int:
         )
         return 1
     return 0
+
+
+def state_dim(value: str) -> int | str:
+    """An argument: a number of states, or "auto"."""
+    return AUTO if value == AUTO else integer(2, MAX_STATE_DIM)(value)
 
 
 if __name__ == "__main__":

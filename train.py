@@ -1,5 +1,6 @@
 """Train a model: python train.py --config configs/X.yaml [section.key=value ...] [--dry-run]; or torchrun."""
 
+from flash_stu.arguments import input_file
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.training import Trainer, join_world, load_config, world_size
 from flash_stu.training.dry_run import describe
@@ -8,7 +9,7 @@ from flash_stu.training.dry_run import describe
 def main() -> None:
     """Parse the command line and train, or with --dry-run say what would be trained."""
     parser = ArgumentParser(description="Train a model. A run that was stopped continues.")
-    parser.add_argument("--config", required=True, metavar="YAML", help="the run; see configs/")
+    parser.add_argument("--config", type=input_file, required=True, metavar="YAML", help="the run; see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the run's size, and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the config's")
     arguments = parser.parse_intermixed_args()

@@ -16,6 +16,7 @@ class FlashSTUCache(Cache):
     Attributes:
         states: per layer the state it returned last, or None before the first token.
         seq_length: tokens seen, padding included.
+        padding: (batch, length) of the first call, False at its padding; None if there was none (flash_stu.padding).
     """
 
     is_compileable = False
@@ -27,6 +28,7 @@ class FlashSTUCache(Cache):
         super().__init__(layers=[])
         self.states: list = [None] * num_layers
         self.seq_length = 0
+        self.padding: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.states)
@@ -43,12 +45,14 @@ class FlashSTUCache(Cache):
     def reset(self) -> None:
         self.states = [None] * len(self.states)
         self.seq_length = 0
+        self.padding = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.states = [None if state is None else state.select(indices) for state in self.states]
+        self.padding = None if self.padding is None else self.padding.index_select(0, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         size = self.batch_size

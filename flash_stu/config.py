@@ -11,8 +11,29 @@ from huggingface_hub.errors import (
 from transformers import PreTrainedConfig
 
 from flash_stu.errors import UserError
+from flash_stu.settings import shown
 
 LAYER_TYPES = ("linear_attention", "sliding_attention")
+LARGEST_LENGTH = 2**24  # tokens; filters of this length take gigabytes
+LARGEST_MODEL = 10**12  # parameters; with their gradients and moments in float32, 16 terabytes
+BOUNDS = {  # of every number of a model, both ends allowed; far outside what anybody trains, well inside what can run
+    "vocab_size": (1, 2**24),
+    "hidden_size": (1, 2**17),
+    "intermediate_size": (1, 2**20),
+    "num_hidden_layers": (1, 1024),
+    "num_attention_heads": (1, 2**12),
+    "num_key_value_heads": (1, 2**12),
+    "sliding_window": (1, 2**31 - 1),
+    "max_position_embeddings": (1, LARGEST_LENGTH),
+    "rope_theta": (1e-3, 1e12),
+    "alibi_scale": (1e-6, 1e6),
+    "attn_logit_softcapping": (1e-3, 1e6),
+    "rms_norm_eps": (1e-12, 1.0),
+    "dropout": (0, 0.999),
+    "initializer_range": (0, 100),
+    "num_filters": (1, 2**14),
+    "lds_state_dim": (2, 2**14),
+}
 _CHOICES = {
     "position_embedding": ("rope", "alibi", "none"),
     "filter_basis": ("hankel", "hankel_l"),
@@ -24,6 +45,9 @@ _CHOICES = {
     "lds_state_dtype": ("float32", "float64"),
     "decode_backend": ("auto", "lds", "futurefill", "futurefill_epoched", "naive"),
 }
+
+
+_LONGEST_REASON = 400  # characters of a message of another library, which may quote whole values
 
 
 @strict
@@ -104,6 +128,7 @@ class FlashSTUConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        check_bounds(self.__dict__)  # before anything is built from them
         if self.layer_types is None:
             self.layer_types = [LAYER_TYPES[i % 2] for i in range(self.num_hidden_layers)]
         if self.num_key_value_heads is None:
@@ -126,9 +151,13 @@ class FlashSTUConfig(PreTrainedConfig):
                 raise UserError(f"model.{key} is not a configuration key; {hint}")
         try:
             return cls(**values)
-        except (StrictDataclassFieldValidationError, StrictDataclassClassValidationError) as error:
+        except (StrictDataclassFieldValidationError, StrictDataclassClassValidationError, ValueError) as error:
             reason = " ".join(str(error.__cause__ or error).split())
-            raise UserError(f"model: {reason.split('. Errors:')[0]}") from None
+            raise UserError(f"model: {reason.split('. Errors:')[0][:_LONGEST_REASON]}") from None
+
+    def to_user(self) -> dict:
+        """Returns all entries that `from_user` takes."""
+        return {key: getattr(self, key) for key in type(self).__annotations__}
 
     @property
     def stu_dilation(self) -> int:
@@ -162,25 +191,19 @@ class FlashSTUConfig(PreTrainedConfig):
         """Run by transformers on construction: one line for each thing that cannot be built."""
         for key, allowed in _CHOICES.items():
             if getattr(self, key) not in allowed:
-                raise ValueError(f"{key} is {getattr(self, key)!r}; allowed: {', '.join(allowed)}")
-        positive = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "sliding_window max_position_embeddings num_filters rope_theta alibi_scale rms_norm_eps"
-        )
-        for key in positive.split():
-            if getattr(self, key) <= 0:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must be positive")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; allowed: 0 up to, not including, 1")
-        if self.attn_logit_softcapping is not None and self.attn_logit_softcapping <= 0:
-            raise ValueError(f"attn_logit_softcapping is {self.attn_logit_softcapping}; allowed: positive, or null")
+                raise ValueError(f"{key} is {shown(getattr(self, key))}; allowed: {', '.join(allowed)}")
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, key)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if value == [] or not all(0 <= token < self.vocab_size for token in ids):
+                raise ValueError(f"{key} is {shown(value)}; allowed: 0 to {self.vocab_size - 1}, or null")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types names {len(self.layer_types)} layers; num_hidden_layers is {self.num_hidden_layers}"
             )
         for kind in self.layer_types:
             if kind not in LAYER_TYPES:
-                raise ValueError(f"layer_types has {kind!r}; allowed: {', '.join(LAYER_TYPES)}")
+                raise ValueError(f"layer_types has {shown(kind)}; allowed: {', '.join(LAYER_TYPES)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
@@ -201,3 +224,35 @@ class FlashSTUConfig(PreTrainedConfig):
         if self.lds_trainable and self.lds_state_dim is None:
             raise ValueError("lds_trainable is true, but lds_state_dim is null: the model has no LDS layers to train")
         self.resolve_decode_backend()
+        if (weights := self.count_weights()) > LARGEST_MODEL:
+            raise ValueError(f"the model would have {weights:,} weights; at most {LARGEST_MODEL:,}")
+
+    def count_weights(self) -> int:
+        """Returns how many numbers the model stores: parameters, a tied head once, and constants such as filters."""
+        hidden, inner, bias = self.hidden_size, self.intermediate_size, int(self.bias)
+        keys = self.num_key_value_heads * (hidden // self.num_attention_heads)
+        attention = 2 * (hidden + keys) * (hidden + bias)
+        filters = self.num_filters * (2 if self.stu_branches == "separate" else 1)
+        tensordot = self.stu_type == "tensordot"
+        linear = hidden * hidden if tensordot else filters * hidden * hidden
+        if self.lds_state_dim is not None:
+            states = self.lds_state_dim // self.stu_dilation
+            linear += states * (1 + (hidden if tensordot else filters)) * (2 if self.lds_trainable else 1)
+        elif tensordot:
+            linear += filters * hidden
+        block = 2 * hidden + 3 * hidden * inner + bias * (2 * inner + hidden)
+        layers = sum(block + (linear if kind == "linear_attention" else attention) for kind in self.layer_types)
+        ends = self.vocab_size * (hidden + bias + (0 if self.tie_word_embeddings else hidden)) + hidden
+        return layers + ends + (self.max_position_embeddings * self.num_filters if self.uses_stu else 0)
+
+
+def check_bounds(values: dict) -> None:
+    """Compare the numbers of a model's configuration with `BOUNDS`; other kinds of values are left to type checks.
+
+    Raises:
+        ValueError: for the first that is outside, naming it and what is allowed.
+    """
+    for key, (low, high) in BOUNDS.items():
+        value = values.get(key)
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise ValueError(f"{key} is {shown(value)}; allowed: {low} to {high}")

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,10 +34,29 @@ class WriteError(UserError):
 
     def __str__(self) -> str:
         return "{} cannot be written: {}".format(*self.args)
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes, of a file system
+
+
+def why_not_text(value: str) -> str | None:
+    """Returns why a string can be neither a name nor a path, or None if it can."""
+    try:
+        encoded = value.encode()
+    except UnicodeEncodeError:
+        return "it is not UTF-8 text"
+    if not value:
+        return "it must not be empty"
+    if any(unicodedata.category(character) == "Cc" for character in value):
+        return "it must not have control characters"
+    if len(encoded) > _LONGEST_PATH or any(len(part) > _LONGEST_NAME for part in re.split(b"[/,]", encoded)):
+        return f"it must not be longer than {_LONGEST_NAME} bytes between slashes or commas, {_LONGEST_PATH} in all"
+    return None
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, with a wrong command line reported like any other bad input."""
+    """argparse's parser, with a wrong command line reported like any other bad input and no abbreviated options."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -98,5 +118,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    line = " ".join(message.splitlines())
+    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # no escape sequences for a terminal
+    print(f"error: {printable}", file=sys.stderr)
     return 2

@@ -26,11 +26,13 @@ from typing import Any
 
 from flash_stu.errors import UserError, reason, writing
 from flash_stu.locks import lock, unlock
+from flash_stu.utf8 import decode
 
 MANIFEST = ".flash_stu.json"
 LOCK = ".lock"
 _FORMAT = 1
 _READ_BYTES = 1 << 24
+LARGEST_TEXT = 1 << 24  # bytes of a file of settings
 _NAME_BYTES = 200  # of the readable part of a temporary name; file systems refuse names of more than 255
 _HIDDEN = re.compile(r"\.(.*)\.flash_stu-[0-9a-f]{8}\.(tmp|old|deleted)", re.DOTALL)
 _NO_FLUSH = {errno.EINVAL, errno.ENOTSUP}  # from file systems that cannot flush a directory
@@ -64,6 +66,50 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
             flush(temporary)
             os.replace(temporary, place)
             flush(place.parent)
+
+
+def read_text(path: str | Path, label: str = "", largest: int = LARGEST_TEXT) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: a regular file: a pipe or device could be endless.
+        label: what a message calls it; the path follows.
+        largest: bytes it may have.
+
+    Raises:
+        UserError: if there is no such file, or it cannot be read, is too large or is not UTF-8.
+    """
+    named = f"{label} {path}".strip()
+    try:
+        if not os.path.exists(path):
+            raise UserError(f"{named}: no such file")
+        if not os.path.isfile(path):
+            raise UserError(f"{named}: not a regular file")
+        if os.path.getsize(path) > largest:
+            raise UserError(f"{named}: larger than {largest:,} bytes")
+        return decode(Path(path).read_bytes(), named)
+    except OSError as error:
+        raise UserError(f"{named}: {reason(error)}") from None
+
+
+def read_json(path: str | Path, label: str = "", largest: int = LARGEST_TEXT) -> dict[str, Any]:
+    """Read a file with one JSON object; see `read_text`.
+
+    Raises:
+        UserError: as `read_text`, or if it holds anything else.
+    """
+    named = f"{label} {path}".strip()
+    try:
+        content = json.loads(read_text(path, label, largest))
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{named}: not valid JSON: nested too deep") from None
+    except ValueError as error:
+        raise UserError(f"{named}: not valid JSON: {reason(error).partition(';')[0]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{named}: not a JSON object but {type(content).__name__}")
+    return content
 
 
 def write_text(path: str | Path, text: str) -> None:

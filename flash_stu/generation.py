@@ -31,7 +31,7 @@ def generate_tokens(
 
     Args:
         model: in eval mode.
-        input_ids: prompts, (batch, length) with at least one token, shorter ones padded on the left.
+        input_ids: prompts, (batch, length) with at least one token, shorter ones padded.
         max_new_tokens: tokens to generate at most.
         sampling: how to choose a token; by default from the model's own distribution.
         attention_mask: (batch, length), 0 at padding; None if there is none.
@@ -42,14 +42,16 @@ def generate_tokens(
         the next token of every row, (batch,).
 
     Raises:
-        UserError: for an empty prompt, padding on the right, or when prompt and new tokens together are longer than an
-            undistilled model's filters.
+        UserError: for another kind of model, an empty prompt, a mask that cannot be, when prompt and new tokens
+            together are longer than an undistilled model's filters, or for logits that are not finite after the prompt.
     """
-    _check_prompt(model, input_ids, max_new_tokens, attention_mask)
-    real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-    choose = Sampler(sampling or Sampling(), input_ids, real, model.config.vocab_size)
+    _check_prompt(model, input_ids, max_new_tokens)
     cache = FlashSTUCache(model.config.num_hidden_layers)
     logits = model(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+    choose = Sampler(sampling or Sampling(), input_ids, real, model.config.vocab_size)
+    if not bool(logits.isfinite().all()):
+        raise UserError(f"the model's logits are not finite in {model.dtype}; its weights are damaged, or too large")
     step = None
     ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     for number in range(1, max_new_tokens + 1):
@@ -114,11 +116,11 @@ def pad_left(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") 
     return ids, mask
 
 
-def _check_prompt(model, input_ids, max_new_tokens, attention_mask) -> None:
+def _check_prompt(model, input_ids, max_new_tokens) -> None:
+    if not isinstance(model, FlashSTUForCausalLM):
+        raise UserError(f"a {type(model).__name__} cannot be run here; allowed: FlashSTUForCausalLM")
     if input_ids.shape[1] == 0:
         raise UserError("the prompt is empty; at least one token is needed")
-    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-        raise UserError("the prompts are padded on the right; generation needs the padding on the left")
     total = input_ids.shape[1] + max_new_tokens
     if model.config.uses_stu and total > model.config.max_position_embeddings:
         raise UserError(

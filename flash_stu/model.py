@@ -22,6 +22,7 @@ from flash_stu.layers.context import SequenceContext
 from flash_stu.layers.linear import ResidualLinear
 from flash_stu.ops.cross_entropy import linear_cross_entropy
 from flash_stu.ops.rotary import rotary_angles
+from flash_stu.padding import read_mask
 
 
 class Block(nn.Module):
@@ -137,14 +138,16 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
 
         Args:
             input_ids: (batch, length); or inputs_embeds instead.
-            attention_mask: (batch, tokens in the cache + length), 0 at padding.
+            attention_mask: (batch, tokens in the cache + length), 0 at padding, which may be anywhere in the first call
+                of a cache and nowhere after it; see flash_stu.padding.
             position_ids: (batch, length); by default counted from the cache.
             past_key_values: cache to continue from.
             inputs_embeds: (batch, length, hidden_size).
             use_cache: return a cache; by default only if one was given.
 
         Raises:
-            UserError: for a sequence longer than the spectral filters of a model with STU layers.
+            UserError: for a sequence longer than the spectral filters of a model with STU layers, or a mask that
+                cannot be.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("the model takes exactly one of input_ids and inputs_embeds")
@@ -156,14 +159,19 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = 0 if cache is None else cache.seq_length
         self._check_length(past + x.shape[1])
-        context = self._context(x, past, attention_mask, position_ids)
+        alignment = read_mask(attention_mask, *x.shape[:2], cache)
+        if alignment is not None:
+            x = alignment.align(x)
+            position_ids = None if position_ids is None else alignment.align(position_ids)
+        context = self._context(x, past, None if alignment is None else alignment.mask, position_ids)
 
         x = self.dropout(x)
         for index, block in enumerate(self.layers):
             x = block(x, context, cache, index)
         if cache is not None:
             cache.seq_length = past + x.shape[1]
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
+        x = self.norm(x) if alignment is None else alignment.restore(self.norm(x))
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
 
     def _check_length(self, length: int) -> None:
         if self.filters is not None and length > self.config.max_position_embeddings:
@@ -172,23 +180,13 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
                 f"(max_position_embeddings); distill the model to go further"
             )
 
-    def _context(self, x, past, attention_mask, position_ids) -> SequenceContext:
-        config, rotary, mask = self.config, None, None
+    def _context(self, x, past, mask, position_ids) -> SequenceContext:
+        config, rotary = self.config, None
         if config.position_embedding == "rope" and "sliding_attention" in config.layer_types:
             if position_ids is None:
                 position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
             head_dim = config.hidden_size // config.num_attention_heads
             rotary = rotary_angles(position_ids, head_dim, config.rope_theta)
-        if attention_mask is not None:
-            if attention_mask.shape != (x.shape[0], past + x.shape[1]):
-                raise UserError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}; "
-                    f"needed: {(x.shape[0], past + x.shape[1])}, past tokens included"
-                )
-            attention_mask = attention_mask[:, past:]  # the states know which earlier tokens were padding
-            # torch.compile must not look into the mask; elsewhere an all-ones mask is dropped to save the work
-            if torch.compiler.is_compiling() or not bool(attention_mask.all()):
-                mask = attention_mask.bool()
         return SequenceContext(None if self.filters is None else self.filters(), rotary, mask)
 
 
@@ -254,6 +252,13 @@ class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
         # generate() would build transformers' own cache, whose layers cannot hold our states
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = FlashSTUCache(self.config.num_hidden_layers)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        # transformers counts on from the last column, where it gives padding the position 0
+        mask = model_kwargs.get("attention_mask")
+        if mask is None or mask.ndim != 2:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 AutoConfig.register(FlashSTUConfig.model_type, FlashSTUConfig, exist_ok=True)

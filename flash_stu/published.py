@@ -7,19 +7,25 @@ by the head axis, so that it cancels between query and key: its attention has no
 converted model gives the published logits only with all of this reproduced; none of it is a default of our own models.
 """
 
-import json
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from flash_stu.config import FlashSTUConfig
+from flash_stu.config import BOUNDS, FlashSTUConfig
 from flash_stu.errors import UserError
+from flash_stu.files import read_json, reason
+from flash_stu.loading import check_finite
 from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.settings import LARGEST_COUNT, shown
 
 POSITIONS = ("published", "rope")
+_SWITCHES = ("use_alibi", "use_hankel_L", "use_approx", "use_attn", "all_attn", "bias", "weight_tying")
+_WRAPPERS = ("_orig_mod", "module")  # of torch.compile and DistributedDataParallel
+_LARGEST_EIGENPROBLEM = 2**15  # rows; a matrix of this size takes 8 GB, and its eigenvectors an hour
 _ALIBI_SCALE = 0.25
 _FLOAT32_EPS = float(torch.finfo(torch.float32).eps)
 _FILTER_KEYS = ("phi", "filters", "stu_filters")
@@ -36,48 +42,57 @@ def read_config(path: str | Path, positions: str = "published") -> FlashSTUConfi
     Raises:
         UserError: for a missing or malformed file, or a missing key.
     """
-    try:
-        raw = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a JSON file: {error}") from None
+    raw = read_json(path)
     older = "n_embd" in raw
     names = ("n_embd", "n_heads", "n_layers") if older else ("dim", "num_heads", "num_layers")
-    needed = (*names, "seq_len", "window_size", "vocab_size", "mlp_scale", "num_eigh")
-    for key in needed:
-        if not isinstance(raw.get(key), int) and not (key == "window_size" and isinstance(raw.get(key), list)):
-            raise UserError(f"{path}: {key} is {raw.get(key)!r}; an integer is needed (keys: {', '.join(needed)})")
+    window = raw.get("window_size")
+    if isinstance(window, list) and window:
+        raw["window_size"] = window[0]
+    for key in (*names, "seq_len", "window_size", "vocab_size", "mlp_scale", "num_eigh"):
+        high = BOUNDS["num_hidden_layers"][1] if key == names[2] else LARGEST_COUNT
+        if type(raw.get(key)) is not int or not 1 <= raw[key] <= high:
+            raise UserError(f"{path}: {key} is {shown(raw.get(key))}; needed: an integer from 1 to {high}")
+    for key in _SWITCHES:
+        if type(raw.get(key, False)) is not bool:
+            raise UserError(f"{path}: {key} is {shown(raw[key])}; allowed: true, false")
+    for key in ("theta", "softcap", "dropout"):
+        if type(raw.get(key, 0)) not in (int, float, NoneType):
+            raise UserError(f"{path}: {key} is {shown(raw[key])}; a number is needed")
+    try:
+        return FlashSTUConfig.from_user(_entries(raw, names, positions, older))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _entries(raw: dict, names: tuple[str, str, str], positions: str, older: bool) -> dict:
+    """The entries of FlashSTUConfig that a published config.json means."""
     size, heads, layers = (raw[name] for name in names)
-    window = raw["window_size"][0] if isinstance(raw["window_size"], list) else raw["window_size"]
     alibi = older or raw.get("use_alibi", False)
     full_branches = "positive" if raw.get("use_hankel_L", False) else "separate"
     tensordot = raw.get("use_approx", True)
-    return FlashSTUConfig.from_user(
-        {
-            "vocab_size": raw["vocab_size"],
-            "hidden_size": size,
-            "intermediate_size": size * raw["mlp_scale"],
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "sliding_window": window + 1,
-            "max_position_embeddings": raw["seq_len"],
-            "layer_types": _layer_types(layers, raw.get("use_attn", True), raw.get("all_attn", False)),
-            "conv_backend": "fft",  # its filters are rounded, and so no longer exactly sums of exponentials
-            "position_embedding": "rope" if positions == "rope" else ("alibi" if alibi else "none"),
-            "rope_theta": raw.get("theta", 10000.0),
-            "alibi_scale": _ALIBI_SCALE,
-            "attn_logit_softcapping": (raw.get("softcap") or None) if older else None,
-            "rms_norm_eps": _FLOAT32_EPS,
-            "dropout": raw.get("dropout", 0.0),
-            "bias": raw.get("bias", False),
-            "tie_word_embeddings": raw.get("weight_tying", True),
-            "num_filters": raw["num_eigh"],
-            "filter_basis": "hankel_l" if raw.get("use_hankel_L", False) else "hankel",
-            "stu_type": "tensordot" if tensordot else "full",
-            "stu_branches": "shared" if tensordot and full_branches == "separate" else full_branches,
-        }
-    )
+    return {
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": size,
+        "intermediate_size": size * raw["mlp_scale"],
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "sliding_window": raw["window_size"] + 1,
+        "max_position_embeddings": raw["seq_len"],
+        "layer_types": _layer_types(layers, raw.get("use_attn", True), raw.get("all_attn", False)),
+        "conv_backend": "fft",  # its filters are rounded, and so no longer exactly sums of exponentials
+        "position_embedding": "rope" if positions == "rope" else ("alibi" if alibi else "none"),
+        "rope_theta": raw.get("theta") or 10000.0,
+        "alibi_scale": _ALIBI_SCALE,
+        "attn_logit_softcapping": (raw.get("softcap") or None) if older else None,
+        "rms_norm_eps": _FLOAT32_EPS,
+        "dropout": raw.get("dropout") or 0.0,
+        "bias": raw.get("bias", False),
+        "tie_word_embeddings": raw.get("weight_tying", True),
+        "num_filters": raw["num_eigh"],
+        "filter_basis": "hankel_l" if raw.get("use_hankel_L", False) else "hankel",
+        "stu_type": "tensordot" if tensordot else "full",
+        "stu_branches": "shared" if tensordot and full_branches == "separate" else full_branches,
+    }
 
 
 def _layer_types(layers: int, use_attention: bool, all_attention: bool) -> list[str]:
@@ -126,43 +141,53 @@ def convert(
     weights = _read_safetensors(checkpoint)
     stored = next((weights[key] for key in _FILTER_KEYS if key in weights), None)
     weights = {k: v for k, v in weights.items() if k.rsplit(".", 1)[-1] not in _NOT_WEIGHTS}
+    check_finite(weights | ({} if stored is None else {"the stored filters": stored}), checkpoint)
+    state = _translate(weights, config, Path(checkpoint))
     if config.uses_stu:
         shape = (config.max_position_embeddings, config.num_filters)
         filters = stored if filters is None else filters
+        if filters is None and shape[0] > _LARGEST_EIGENPROBLEM:
+            raise UserError(f"seq_len is {shape[0]}; the filters are computed up to {_LARGEST_EIGENPROBLEM}: give them")
         filters = published_filters(*shape, config.filter_basis) if filters is None else filters
         if tuple(filters.shape) != shape:
             raise UserError(f"the filters have shape {tuple(filters.shape)}; seq_len and num_eigh ask for {shape}")
 
-    state = _translate(weights, config, Path(checkpoint))
     if config.uses_stu:
         state["model.filters.phi"] = filters.float()
     with torch.device("meta"):
         model = FlashSTUForCausalLM(config)
-    expected = {k: v for k, v in model.state_dict().items() if k in state or not _is_tied(k, config)}
-    for key, tensor in expected.items():
-        if key not in state:
-            raise UserError(f"{checkpoint}: nothing in it becomes {key}; is config.json the right one?")
-        if state[key].shape != tensor.shape:
-            raise UserError(
-                f"{checkpoint}: {key} would have shape {tuple(state[key].shape)}; "
-                f"the configuration needs {tuple(tensor.shape)}"
-            )
-    model.load_state_dict(state, strict=False, assign=True)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    if config.tie_word_embeddings:
+        missing.remove("lm_head.weight")
+    if missing or unexpected:
+        problem = f"nothing in it becomes {missing[0]}" if missing else f"{unexpected[0]} has no place in this model"
+        raise UserError(f"{checkpoint}: {problem}; is config.json the right one?")
     model.tie_weights()
     return model.eval()
 
 
-def _is_tied(key: str, config: FlashSTUConfig) -> bool:
-    return config.tie_word_embeddings and key == "lm_head.weight"
-
-
 def _read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file by name, without the prefixes that wrappers of a model leave."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable .safetensors file: {error}") from None
+        stored = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable .safetensors file: {reason(error)}") from None
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in stored.items():
+        plain = _without_prefixes(name)
+        if plain in weights:
+            raise UserError(f"{path}: {plain} is there twice, once as {name}")
+        if not tensor.is_floating_point() and plain.rsplit(".", 1)[-1] not in _NOT_WEIGHTS:
+            raise UserError(f"{path}: {name} has dtype {tensor.dtype}; a floating point dtype is needed")
+        weights[plain] = tensor
+    return weights
+
+
+def _without_prefixes(name: str) -> str:
+    """`module._orig_mod.layers.0._orig_mod.mlp.up_proj.weight` is `layers.0.mlp.up_proj.weight`."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _translate(weights: dict[str, torch.Tensor], config: FlashSTUConfig, path: Path) -> dict[str, torch.Tensor]:
@@ -170,50 +195,53 @@ def _translate(weights: dict[str, torch.Tensor], config: FlashSTUConfig, path: P
     left = dict(weights)
     state: dict[str, torch.Tensor] = {}
 
-    def take(source: str) -> torch.Tensor:
+    def take(source: str, *shape: int) -> torch.Tensor:
         if source not in left:
             raise UserError(f"{path}: {source} is missing")
-        return left.pop(source)
+        tensor = left.pop(source)
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{path}: {source} has shape {tuple(tensor.shape)}; config.json asks for {shape}")
+        return tensor
 
-    def linear(source: str, target: str) -> None:
-        state[f"{target}.weight"] = take(f"{source}.weight")
+    def linear(source: str, target: str, outputs: int, inputs: int) -> None:
+        state[f"{target}.weight"] = take(f"{source}.weight", outputs, inputs)
         if f"{source}.bias" in left:
-            state[f"{target}.bias"] = take(f"{source}.bias")
+            state[f"{target}.bias"] = take(f"{source}.bias", outputs)
 
-    head, embedding = "lm_head.weight", "tok_emb.weight"
+    size, inner, filters = config.hidden_size, config.intermediate_size, config.num_filters
+    head, embedding, vocabulary = "lm_head.weight", "tok_emb.weight", (config.vocab_size, size)
     if config.tie_word_embeddings:
-        both = [left.pop(name) for name in (head, embedding) if name in left]
-        if not both:
-            raise UserError(f"{path}: {embedding} is missing")
-        state["model.embed_tokens.weight"] = both[0]
+        state["model.embed_tokens.weight"] = take(head if head in left else embedding, *vocabulary)
+        left.pop(embedding, None)
         if "lm_head.bias" in left:
-            state["lm_head.bias"] = take("lm_head.bias")
+            state["lm_head.bias"] = take("lm_head.bias", config.vocab_size)
     else:
-        state["model.embed_tokens.weight"] = take(embedding)
-        linear("lm_head", "lm_head")
-    state["model.norm.weight"] = take("norm.weight")
+        state["model.embed_tokens.weight"] = take(embedding, *vocabulary)
+        linear("lm_head", "lm_head", *vocabulary)
+    state["model.norm.weight"] = take("norm.weight", size)
 
     for i, kind in enumerate(config.layer_types):
         old, new = f"layers.{i}", f"model.layers.{i}"
         short = "attn" if kind == "sliding_attention" else "stu"
-        state[f"{new}.mixer_norm.weight"] = take(f"{old}.{short}_norm.weight")
-        state[f"{new}.mlp_norm.weight"] = take(f"{old}.mlp_norm.weight")
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            linear(f"{old}.mlp.{name}", f"{new}.mlp.{name}")
+        state[f"{new}.mixer_norm.weight"] = take(f"{old}.{short}_norm.weight", size)
+        state[f"{new}.mlp_norm.weight"] = take(f"{old}.mlp_norm.weight", size)
+        for name, shape in (("gate_proj", (inner, size)), ("up_proj", (inner, size)), ("down_proj", (size, inner))):
+            linear(f"{old}.mlp.{name}", f"{new}.mlp.{name}", *shape)
         if kind == "sliding_attention":
-            linear(f"{old}.attn.c_attn", f"{new}.mixer.c_attn")
+            linear(f"{old}.attn.c_attn", f"{new}.mixer.c_attn", 3 * size, size)
             for suffix in ("weight", "bias"):
                 fused = state.pop(f"{new}.mixer.c_attn.{suffix}", None)
                 if fused is not None:
                     for name, part in zip(("q_proj", "k_proj", "v_proj"), fused.chunk(3), strict=True):
                         state[f"{new}.mixer.{name}.{suffix}"] = part.contiguous()
-            linear(f"{old}.attn.c_proj", f"{new}.mixer.o_proj")
+            linear(f"{old}.attn.c_proj", f"{new}.mixer.o_proj", size, size)
         elif config.stu_type == "tensordot":
-            state[f"{new}.mixer.in_proj.weight"] = take(f"{old}.stu.M_inputs").t().contiguous()
-            state[f"{new}.mixer.M_filters"] = take(f"{old}.stu.M_filters")[None]
+            state[f"{new}.mixer.in_proj.weight"] = take(f"{old}.stu.M_inputs", size, size).t().contiguous()
+            state[f"{new}.mixer.M_filters"] = take(f"{old}.stu.M_filters", filters, size)[None]
         else:
             signs = ("plus", "minus") if config.stu_branches == "separate" else ("plus",)
-            state[f"{new}.mixer.M_phi"] = torch.stack([take(f"{old}.stu.M_phi_{sign}") for sign in signs])
+            matrices = [take(f"{old}.stu.M_phi_{sign}", filters, size, size) for sign in signs]
+            state[f"{new}.mixer.M_phi"] = torch.stack(matrices)
     if left:
         raise UserError(f"{path}: {sorted(left)[0]} has no place in this model ({len(left)} such tensors)")
     return state

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from flash_stu.arguments import any_path, input_file, output_directory
 from flash_stu.data import load_tokenizer
 from flash_stu.errors import ArgumentParser, UserError, run_cli
-from flash_stu.files import check_output, replacing_directory
+from flash_stu.files import check_output, reason, replacing_directory
+from flash_stu.loading import check_finite
 from flash_stu.published import POSITIONS, convert, read_config
 
 _KIND = "converted model"
@@ -21,12 +23,16 @@ _KIND = "converted model"
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help=".safetensors file")
-    parser.add_argument("--config", required=True, help="its config.json, in the published layout")
-    parser.add_argument("--output", required=True, help="model directory to write; replaces an earlier conversion")
-    parser.add_argument("--filters", help=".npy (seq_len, num_filters): the filters it was trained with")
+    parser.add_argument("--checkpoint", type=input_file, required=True, help=".safetensors file")
+    parser.add_argument("--config", type=input_file, required=True, help="its config.json, in the published layout")
+    parser.add_argument(
+        "--output", type=output_directory, required=True, help="model directory to write; replaces a conversion"
+    )
+    parser.add_argument(
+        "--filters", type=input_file, help=".npy (seq_len, num_filters): the filters it was trained with"
+    )
     parser.add_argument("--positions", choices=POSITIONS, default="published")
-    parser.add_argument("--tokenizer", help="tokenizer to put beside the weights, such as tiktoken:o200k_base")
+    parser.add_argument("--tokenizer", type=any_path, help="to put beside the weights, such as tiktoken:o200k_base")
     args = parser.parse_args()
 
     logging.disable_progress_bar()
@@ -52,11 +58,15 @@ def main() -> None:
 
 def _read_filters(path: str) -> torch.Tensor:
     try:
-        return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float64))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a .npy array of numbers: {error}") from None
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--filters {path}: not a .npy array: {reason(error)}") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iuf":
+        found = f"shape {array.shape}, dtype {array.dtype}" if isinstance(array, np.ndarray) else "an archive"
+        raise UserError(f"--filters {path}: {found}; a matrix (seq_len, num_filters) of real numbers is needed")
+    filters = torch.from_numpy(array.astype(np.float64))
+    check_finite({"the matrix": filters}, f"--filters {path}")
+    return filters
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python scripts/export.py --run RUN [--step N] --output DIR
 """
 
+from flash_stu.arguments import input_directory, integer, output_directory
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.training.export import export_checkpoint, find_checkpoint
 
@@ -10,9 +11,13 @@ from flash_stu.training.export import export_checkpoint, find_checkpoint
 def main() -> None:
     """Parse the command line and export."""
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", required=True, metavar="DIR", help="run directory; it may be training still")
-    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the model directory goes")
+    parser.add_argument(
+        "--run", type=input_directory, required=True, metavar="DIR", help="run directory; it may be training still"
+    )
+    parser.add_argument("--step", type=integer(), metavar="N", help="which checkpoint (default: the newest)")
+    parser.add_argument(
+        "--output", type=output_directory, required=True, metavar="DIR", help="where the model directory goes"
+    )
     arguments = parser.parse_args()
     path = find_checkpoint(arguments.run, arguments.step)
     export_checkpoint(path, arguments.output)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import datasets
 
+from flash_stu.arguments import input_directory, output_directory
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.evaluation.definitions import Definitions, quiet, shots_of
 from flash_stu.evaluation.local_data import Dataset, data_of, file_of
 from flash_stu.evaluation.suite import resolve_tasks
 from flash_stu.files import adding_files, growing_directory
+from flash_stu.network import spare_the_hub
 
 _KIND, _LABEL = "mirror of evaluation data", "--output"
 
@@ -34,6 +36,7 @@ def fetch(tasks: str, output: Path, include_path: Path | None = None) -> list[Pa
         UserError: for unknown tasks, tasks without a hub data set, data that cannot be had or written, or a folder
             that this program did not write or in which somebody changed a file.
     """
+    spare_the_hub()
     definitions = Definitions(include_path)
     specs, _ = resolve_tasks(tasks)
     wanted: dict[str, tuple[Dataset, str, dict]] = {}  # by file
@@ -60,7 +63,7 @@ def _download(dataset: Dataset, split: str, options: dict) -> datasets.Dataset:
     """The rows of one split of a hub data set."""
     name, configuration = dataset
     try:
-        return datasets.load_dataset(name, configuration, split=split, **options)
+        return datasets.load_dataset(name, configuration, split=split, **(options | {"trust_remote_code": False}))
     except Exception as error:  # the hub, its cache and the files fail in as many ways
         reason = " ".join(str(error).split())
         what = name if configuration is None else f"{name} ({configuration})"
@@ -72,10 +75,16 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--tasks", default="paper", metavar="LIST", help="tasks, groups and suites, comma-separated (%(default)s)")
-    add("--output", required=True, type=Path, metavar="DIR", help="where the data go")
-    add("--include-path", type=Path, metavar="DIR", help="task definitions of your own, in lm-eval's YAML format")
+    add("--output", required=True, type=output_directory, metavar="DIR", help="where the data go")
+    add(
+        "--include-path",
+        type=input_directory,
+        metavar="DIR",
+        help="task definitions of your own, in lm-eval's YAML format",
+    )
     arguments = parser.parse_args()
-    files = fetch(arguments.tasks, arguments.output, arguments.include_path)
+    include_path = None if arguments.include_path is None else Path(arguments.include_path)
+    files = fetch(arguments.tasks, Path(arguments.output), include_path)
     print(f"{len(files)} files; python evaluate.py --tasks {arguments.tasks} --data-dir {arguments.output} ...")
 
 

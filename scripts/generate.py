@@ -5,22 +5,23 @@ python scripts/generate.py --model runs/quickstart/final --prompt "The function 
 
 import sys
 import time
-from pathlib import Path
 
 import torch
 
+from flash_stu.arguments import SEED, any_path, integer, number
 from flash_stu.errors import ArgumentParser, UserError, run_cli
+from flash_stu.files import read_text
 from flash_stu.generation import generate_text
-from flash_stu.loading import choose_device, default_dtype, load_model, load_model_tokenizer
+from flash_stu.loading import choose_device, default_dtype
 from flash_stu.sampling import Sampling
+from flash_stu.source import load_source
+from flash_stu.utf8 import decode
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main() -> None:
     args = parse()
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {args.max_new_tokens}; allowed: 1 or more")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
     prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
     if not prompts:
@@ -30,8 +31,7 @@ def main() -> None:
             raise UserError(f"{text!r} is not UTF-8 text")
     device = choose_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
-    tokenizer = load_model_tokenizer(args.model)
-    model = load_model(args.model, device, dtype)
+    model, tokenizer = load_source(args.model, device, dtype)
 
     alone = len(prompts) == 1
     texts = list(prompts)
@@ -53,17 +53,20 @@ def main() -> None:
 def parse():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", required=True, help="model directory or training run")
+    add("--model", type=any_path, required=True, help="model directory, training run, or its checkpoints/step-N")
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
-    add("--prompt-file", metavar="FILE", help="one prompt per line; - reads standard input")
-    add("--max-new-tokens", type=int, default=200, metavar="N")
-    add("--temperature", type=float, default=0.8, metavar="T", help="0 takes the most likely token; default 0.8")
-    add("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
-    add("--top-p", type=float, default=0.95, metavar="P", help="among the fewest that add up to P; default 0.95")
-    add("--min-p", type=float, metavar="P", help="among those at least P times as likely as the likeliest")
-    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less; default 1")
+    add("--prompt-file", type=any_path, metavar="FILE", help="one prompt per line; - reads standard input")
+    add("--max-new-tokens", type=integer(), default=200, metavar="N")
+    add("--temperature", type=number(0, 1e6), default=0.8, metavar="T",
+        help="0 takes the most likely token; default 0.8")  # fmt: skip
+    add("--top-k", type=integer(), metavar="K", help="sample among the K most likely tokens")
+    add("--top-p", type=number(0, 1, above=True), default=0.95, metavar="P",
+        help="among the fewest that add up to P; default 0.95")  # fmt: skip
+    add("--min-p", type=number(0, 1), metavar="P", help="among those at least P times as likely as the likeliest")
+    add("--repetition-penalty", type=number(1e-3, 1e3), default=1.0, metavar="R",
+        help="above 1: repeat less; default 1")  # fmt: skip
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--seed", type=int, default=0, help="the same seed gives the same text; default 0")
+    add("--seed", type=SEED, default=0, help="the same seed gives the same text; default 0")
     add("--device", metavar="D", help="cpu, cuda or cuda:N; default: a GPU if there is one")
     add("--dtype", choices=_DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
     add("--compile", action="store_true", help="compile the step: faster for long texts, after a minute or so")
@@ -71,17 +74,13 @@ def parse():
 
 
 def read_prompts(name: str) -> list[str]:
-    """The lines of a file, blank ones left out.
+    """The lines of a file, blank ones left out; a line ends at a newline and nowhere else.
 
     Raises:
         UserError: for a file that cannot be read or holds no prompt.
     """
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"--prompt-file {name}: {reason}") from None
-    prompts = [line for line in text.splitlines() if line.strip()]
+    text = decode(sys.stdin.buffer.read(), "--prompt-file -") if name == "-" else read_text(name, "--prompt-file")
+    prompts = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"--prompt-file {name}: no prompt in it; needed: one per line")
     return prompts

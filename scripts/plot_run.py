@@ -6,6 +6,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from flash_stu.arguments import input_directory, output_file
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.figures import check_figure_path, save_figure
 from flash_stu.training.config import load_config
@@ -99,8 +100,8 @@ def _labels(runs: list[Path]) -> list[str]:
 def main() -> None:
     """Parse the command line and draw."""
     parser = ArgumentParser(description="Draw the loss curves of one or several runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
-    parser.add_argument("--output", default="loss.png", help="image to write (default: %(default)s)")
+    parser.add_argument("runs", type=input_directory, nargs="+", metavar="RUN", help="run directory")
+    parser.add_argument("--output", type=output_file, default="loss.png", help="image to write (default: %(default)s)")
     arguments = parser.parse_args()
     print(plot_runs(arguments.runs, arguments.output))
 

@@ -10,15 +10,19 @@ import re
 import signal
 import sys
 
+from flash_stu.arguments import input_file
 from flash_stu.data import prepare, prepare_part
 from flash_stu.errors import ArgumentParser, UserError, run_cli
+from flash_stu.settings import shown
 from flash_stu.training.config import load_config
 
 
 def main() -> int:
     """Parse the command line and tokenise; the exit status."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, metavar="YAML", help="a run; only its data section is used")
+    parser.add_argument(
+        "--config", type=input_file, required=True, metavar="YAML", help="a run; only its data section is used"
+    )
     parser.add_argument("--shard", default="1/1", metavar="i/N", help="do the i-th of N parts (default: everything)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the config's")
     arguments = parser.parse_intermixed_args()
@@ -45,10 +49,10 @@ def main() -> int:
 
 def parse_shard(text: str) -> tuple[int, int]:
     """Read "i/N", i from 1 to N."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     part, parts = map(int, match.groups()) if match else (0, 0)
     if not 1 <= part <= parts:
-        raise UserError(f"--shard is {text!r}; allowed: i/N with i from 1 to N, such as 1/4")
+        raise UserError(f"--shard is {shown(text)}; allowed: i/N with i from 1 to N, such as 1/4")
     return part, parts
 
 

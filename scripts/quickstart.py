@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
-
+from flash_stu.arguments import any_path
 from flash_stu.errors import ArgumentParser, UserError, run_cli
+from flash_stu.training.config import load_config
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "Return a list of the "
@@ -23,14 +23,14 @@ PROMPT = "Return a list of the "
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("--config", type=any_path, default="configs/quickstart.yaml", help="a run")
     args = parser.parse_args()
     started = time.perf_counter()
 
-    config = yaml.safe_load((ROOT / args.config).read_text())
-    run = Path(config["output_dir"])
+    config = load_config(ROOT / args.config)
+    run = Path(config.output_dir)
     lds, results, bench = run / "distilled", run / "evaluation", run / "generation"
-    longest = config["model"]["max_position_embeddings"]
+    longest = config.model["max_position_embeddings"]
     lengths = (256, longest - 256)
 
     stage("1/4 train", "train.py", "--config", args.config)

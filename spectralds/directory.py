@@ -9,12 +9,13 @@ import torch
 from flash_stu.errors import UserError
 from flash_stu.files import check_output, replacing_directory
 from flash_stu.loading import default_device
+from flash_stu.source import find_source
 from spectralds.curve import error_curve
 from spectralds.distill import model_filters, replace_stu_layers
 from spectralds.fit import AUTO, TOLERANCE, check_arguments, fit_lds
 from spectralds.plots import plot_fit
 from spectralds.report import compare_generation, compare_layers, compare_models
-from spectralds.source import Source, find_source, open_source
+from spectralds.source import Source, open_source
 from spectralds.text import ComparisonText, comparison_text
 
 _KIND, _LABEL = "distilled model", "--output"
@@ -63,7 +64,7 @@ def distill_directory(
     check_arguments(state_dim, method, tolerance=tolerance)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
-    directory, output = find_source(checkpoint), Path(output)
+    directory, output = find_source(checkpoint, "distilled"), Path(output)
     check_output(output, _KIND, _LABEL)
     if directory.resolve().is_relative_to(output.resolve()):
         raise UserError(f"{_LABEL} {output} holds the model to distill, {directory}; choose another directory")

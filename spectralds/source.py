@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flash_stu.data import Tokenizer, load_tokenizer
-from flash_stu.errors import UserError
-from flash_stu.loading import load_model, resolve_model_dir
+from flash_stu.loading import load_model
 from flash_stu.model import FlashSTUForCausalLM
-from flash_stu.training.checkpoint import list_steps
+from flash_stu.source import is_checkpoint
 from flash_stu.training.export import load_checkpoint
 
 _TOKENIZER_FILES = (
@@ -38,29 +37,13 @@ class Source:
     copy_tokenizer: Callable[[Path], None]
 
 
-def find_source(path: str | Path) -> Path:
-    """The directory of weights that a path means: itself, or `final` in a training run.
-
-    Raises:
-        UserError: if there are none; for a run that is not finished, naming a checkpoint to give instead.
-    """
-    path = Path(path)
-    if _is_checkpoint(path):
-        return path
-    steps = list_steps(path / "checkpoints")
-    if steps and not any((folder / "config.json").is_file() for folder in (path, path / "final")):
-        newest = path / "checkpoints" / f"step-{steps[-1]}"
-        raise UserError(f"{path}: the training run has no final/ yet; a checkpoint of it can be distilled: {newest}")
-    return resolve_model_dir(path)
-
-
 def open_source(directory: Path) -> Source:
-    """Load what `find_source` found.
+    """Load what `flash_stu.source.find_source` found.
 
     Raises:
         UserError: for weights that cannot be loaded.
     """
-    if _is_checkpoint(directory):
+    if is_checkpoint(directory):
         model, tokenizer = load_checkpoint(directory)
         copy = tokenizer.to_transformers
         run = directory.resolve().parent.parent
@@ -76,7 +59,3 @@ def open_source(directory: Path) -> Source:
         lambda: load_tokenizer(str(directory)),
         lambda folder: [shutil.copy2(path, folder) for path in files],
     )
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return path.resolve().parent.name == "checkpoints" and path.is_dir()

@@ -8,10 +8,13 @@ import numpy as np
 import torch
 
 from flash_stu.data import Tokenizer, embedded_corpus, prepare
+from flash_stu.data.tokenizer import naming_documents
 from flash_stu.errors import UserError
+from flash_stu.files import read_text
 from flash_stu.training.config import load_config
 
 TOKENS = 8192
+_LARGEST = 1 << 40  # bytes; all of a text is in memory
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,12 @@ def comparison_text(
         windows = _windows(dataset.window, len(dataset), length, tokens)
         return ComparisonText(windows, f"validation split of {run}")
 
-    documents = embedded_corpus()["validation"] if text in (None, "embedded") else [_read(Path(text))]
-    ids = tokenizer().encode_documents(documents)
-    source = "validation documents of the embedded corpus" if text in (None, "embedded") else text
+    embedded = text in (None, "embedded")
+    documents = embedded_corpus()["validation"] if embedded else [read_text(text, "--text", _LARGEST)]
+    source = "validation documents of the embedded corpus" if embedded else text
+    encoder = tokenizer()
+    with naming_documents(encoder, documents, source):
+        ids = encoder.encode_documents(documents)
     windows = _windows(lambda start, count: ids[start : start + count], len(ids), longest, tokens)
     return ComparisonText(windows, source)
 
@@ -69,12 +75,3 @@ def _windows(read, available: int, length: int, tokens: int) -> torch.Tensor:
     count = min(fitting, max(1, tokens // length))
     starts = [i * fitting // count * length for i in range(count)]
     return torch.from_numpy(np.stack([read(start, length + 1) for start in starts]).astype(np.int64))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--text {path}: {error.strerror or error}; allowed: a text file, or embedded") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--text {path}: not UTF-8 text") from None

@@ -1,5 +1,7 @@
 """The decoding loop against transformers' generate, batches against single prompts, text, and the command line."""
 
+import io
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -190,7 +192,7 @@ def test_end_of_text_ends_the_text(make, tokenizer):
     [
         (torch.arange(9)[None], {"count": 82}, "91 together; this model's spectral filters end at 90"),
         (torch.zeros(2, 0, dtype=torch.long), {}, "the prompt is empty"),
-        (torch.ones(2, 3).long(), {"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}, "padded on the right"),
+        (torch.ones(2, 3).long(), {"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "every token of row 1"),
     ],
 )
 def test_bad_prompts(make, ids, settings, message):
@@ -221,7 +223,47 @@ def test_script(make, tokenizer, tmp_path, monkeypatch, capsys):
     assert shown == f"[1] abc{expected[0]}\n\n[2] first line{expected[1]}\n\n[3] second ü{expected[2]}\n"
     _, shown, _ = script("--prompt", "abc", "--stop", expected[0][3], *settings)
     assert shown == f"abc{expected[0].split(expected[0][3])[0]}\n"
-    assert script("--prompt", "a", "--top-k", 0) == (2, "", "error: top-k is 0; allowed: 1 or more\n")
+    assert script("--prompt", "a", "--top-k", 0)[2].startswith("error: argument --top-k: 0 is out of range")
     assert script() == (2, "", "error: there is no prompt; give --prompt TEXT or --prompt-file FILE\n")
     status, _, error = script("--prompt-file", tmp_path / "absent")
-    assert status == 2 and error.endswith("absent: No such file or directory\n")
+    assert status == 2 and error.endswith("absent: no such file\n")
+
+
+def test_prompts_end_at_newlines_only(make, tokenizer, tmp_path, monkeypatch, capsys):
+    model, directory = make(lds_state_dim=12), tmp_path / "model"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    main = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "generate.py"))["main"]
+    content = b"\xef\xbb\xbfa\xe2\x80\xa8b\x0b\x0c\xc2\x85c\x1c\rd\r\n\r\nsecond\n"
+    (tmp_path / "prompts").write_bytes(content)
+
+    def script(*words):
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(directory), *words, "--max-new-tokens", "1"])
+        return run_cli(main), *capsys.readouterr()
+
+    expected = "[1] a\u2028b\x0b\x0c\x85c\x1c\rd"
+    status, shown, _ = script("--prompt-file", str(tmp_path / "prompts"))
+    assert status == 0 and shown.startswith(expected) and "[2] second" in shown and "[3]" not in shown
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert script("--prompt-file", "-")[:2] == (0, shown)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert script("--prompt-file", "~/prompts")[:2] == (0, shown)
+    (tmp_path / "prompts").write_text("a", encoding="utf-16")
+    status, shown, error = script("--prompt-file", str(tmp_path / "prompts"))
+    assert (status, shown, error.count("\n")) == (2, "", 1) and "the text is UTF-16" in error
+
+
+def test_a_reader_that_has_gone(make, tokenizer, tmp_path, monkeypatch, capfd):
+    model, directory = make(lds_state_dim=12), tmp_path / "model"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    main = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "generate.py"))["main"]
+    capfd.readouterr()
+    for prompts in (["--prompt", "a"], ["--prompt", "a", "--prompt", "b"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w") as pipe:
+            monkeypatch.setattr(sys, "stdout", pipe)
+            monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(directory), *prompts])
+            assert run_cli(main) == 141
+    assert capfd.readouterr().err == ""

@@ -193,7 +193,7 @@ def test_the_340m_configuration_has_its_size():
         ({"layer_types": ["linear_attention"]}, "layer_types names 1 layers; num_hidden_layers is 12"),
         ({"lds_state_dim": 7}, "lds_state_dim is 7; allowed: an even number"),
         ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"sliding_window": 0}, "sliding_window is 0; it must be positive"),
+        ({"sliding_window": 0}, "sliding_window is 0; allowed: 1 to"),
         ({"num_key_value_heads": 3}, "num_attention_heads 8 is not divisible by num_key_value_heads 3"),
         ({"attn_logit_softcapping": -1.0}, "attn_logit_softcapping is -1.0"),
     ],

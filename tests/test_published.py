@@ -155,6 +155,19 @@ def test_full_stu(tmp_path):
     torch.testing.assert_close(convert(checkpoint, config)(ids).logits.double(), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@torch.no_grad()
+def test_prefixes_of_wrappers_are_stripped(tmp_path, prefix):
+    weights, ids = published_weights(), torch.randint(0, 53, (2, 21))
+    checkpoint, config_path = write(tmp_path, weights, NEWER)
+    config = read_config(config_path)
+    expected = convert(checkpoint, config)(ids).logits
+    prefixed = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+    prefixed[f"{prefix}layers.1._orig_mod.mlp_norm.weight"] = prefixed.pop(f"{prefix}layers.1.mlp_norm.weight")
+    save_file(prefixed, checkpoint)
+    assert torch.equal(convert(checkpoint, config)(ids).logits, expected)
+
+
 def run(*arguments):
     """Run the script's command line in this process; returns exit status, stdout and stderr."""
     stdout, stderr = io.StringIO(), io.StringIO()
@@ -201,14 +214,14 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path):
     assert "layers.2.stu.M_inputs is missing" in message(without)
     assert "layers.9.stu.bias has no place" in message(weights | {"layers.9.stu.bias": torch.zeros(1)})
     wrong = weights | {"layers.0.stu.M_filters": torch.zeros(9, 32)}
-    assert "M_filters would have shape (1, 9, 32); the configuration needs (1, 8, 32)" in message(wrong)
+    assert "layers.0.stu.M_filters has shape (9, 32); config.json asks for (8, 32)" in message(wrong)
     with pytest.raises(UserError, match="no such file"):
         convert(tmp_path / "absent.safetensors", config)
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(UserError, match="not a readable .safetensors file"):
         convert(tmp_path / "cut.safetensors", config)
     (tmp_path / "short.json").write_text(json.dumps({k: v for k, v in NEWER.items() if k != "num_eigh"}))
-    with pytest.raises(UserError, match="num_eigh is None; an integer is needed"):
+    with pytest.raises(UserError, match="num_eigh is None; needed: an integer from 1"):
         read_config(tmp_path / "short.json")
     with pytest.raises(UserError, match=r"the filters have shape \(40, 7\)"):
         convert(tmp_path / "model.safetensors", config, torch.zeros(40, 7))

@@ -3,16 +3,18 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from flash_stu.data.config import DataConfig
 from flash_stu.data.embedded import embedded_corpus, library_files
-from flash_stu.data.files import find_files, list_pieces, looks_local, read_texts
+from flash_stu.data.files import find_files, looks_local
+from flash_stu.data.formats import list_pieces, read_texts
 from flash_stu.data.hub import hub_commit, hub_units
 from flash_stu.data.split import in_validation
 from flash_stu.data.unit import Unit, first_documents
 
+_LEAST_HELD_OUT = 100  # characters of a single document; on fewer a loss says nothing
 _EMBEDDED_REVISION = 1  # part of the identity: raise it when the embedded corpus is collected differently
 
 
@@ -24,11 +26,13 @@ class Source:
         identity: everything that determines the documents, short of reading them; plain JSON values.
         commit: asks for the commit that a hub dataset is at now; None for any other dataset.
         units: opens the dataset as it was at a commit; gives its units in order, training documents first.
+        summary: one line on the files that are read and those that are left out; None if there is no choice.
     """
 
     identity: dict[str, object]
     commit: Callable[[], str | None]
     units: Callable[[str | None], list[Unit]]
+    summary: str | None = None
 
 
 def iter_documents(config: DataConfig) -> Iterator[tuple[str, str]]:
@@ -56,9 +60,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def assign_splits(texts: Iterable[str], split: str | None, fraction: float) -> Iterator[tuple[str, str]]:
-    """Clean documents and say which split each belongs to.
-
-    Empty documents are left out, and lone surrogates, which JSON can carry and UTF-8 cannot, are replaced.
+    """Give the split of each document that is not blank.
 
     Args:
         texts: the documents as they are stored.
@@ -66,10 +68,6 @@ def assign_splits(texts: Iterable[str], split: str | None, fraction: float) -> I
         fraction: share of the documents held out where the hash decides.
     """
     for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if text and not text.isspace():
             yield split or ("validation" if in_validation(text, fraction) else "train"), text
 
@@ -83,7 +81,8 @@ def _embedded(config: DataConfig) -> Source:
     }
 
     def units(commit: None) -> list[Unit]:
-        return [Unit(split, lambda texts=texts: texts, None) for split, texts in embedded_corpus().items()]
+        corpus = embedded_corpus().items()
+        return [Unit("the embedded corpus", split, lambda texts=texts: texts, None) for split, texts in corpus]
 
     return Source(identity, _no_commit, _limited(units, config))
 
@@ -99,17 +98,39 @@ def _local(config: DataConfig) -> Source:
     }
 
     def units_of(path: Path, split: str | None) -> list[Unit]:
-        return [
-            Unit(split, lambda group=piece.row_group: read_texts(path, config.text_column, group), piece.num_bytes)
-            for piece in list_pieces(path, config.text_column)
-        ]
+        def unit(group: int | None, num_bytes: int | None) -> Unit:
+            name = f"data file {path}" + ("" if group is None else f", row group {group}")
+            return Unit(name, split, lambda: read_texts(path, config.text_column, group), num_bytes)
+
+        return [unit(piece.row_group, piece.num_bytes) for piece in list_pieces(path, config.text_column)]
 
     def units(commit: None) -> list[Unit]:
         train = (units_of(path, "train" if files.validation else None) for _, path in files.train)
         validation = (units_of(path, "validation") for _, path in files.validation)
-        return list(chain.from_iterable(chain(train, validation)))
+        found = list(chain.from_iterable(chain(train, validation)))
+        return found if files.validation else _cut_single_document(found, config.validation_fraction)
 
-    return Source(identity, _no_commit, _limited(units, config))
+    return Source(identity, _no_commit, _limited(units, config), files.summary())
+
+
+def _cut_single_document(units: list[Unit], fraction: float) -> list[Unit]:
+    """Cut a dataset of one document in two, where a line ends if possible: the end of it is held out.
+
+    The hash would hold out all of it or nothing.
+    """
+    texts = ((unit.name, text) for unit in units for _, text in assign_splits(unit.read(), None, fraction))
+    first = list(islice(texts, 2))
+    if len(first) != 1:
+        return units
+    name, text = first[0]
+    cut = round(len(text) * (1 - fraction))
+    if min(cut, len(text) - cut) < _LEAST_HELD_OUT:
+        return units
+    line = text.find("\n", cut - 1) + 1
+    if 0 < line <= (cut + len(text)) // 2 and not text[line:].isspace():
+        cut = line
+    parts = {"train": text[:cut], "validation": text[cut:]}
+    return [Unit(name, split, lambda part=part: [part], len(part.encode())) for split, part in parts.items()]
 
 
 def _hub(config: DataConfig) -> Source:

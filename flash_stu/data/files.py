@@ -1,173 +1,198 @@
-"""Documents in local files: finding the files of a dataset and reading text out of them."""
+"""The files of a local dataset: which there are, which split each belongs to, and which are left out."""
 
+import errno
+import fnmatch
 import glob
-import gzip
-import json
+import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import stat
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from flash_stu.data.tokenizer import END_OF_TEXT
+from flash_stu.data.formats import ALLOWED, file_ending, file_format
 from flash_stu.errors import UserError
 
-FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".txt": "txt"}
 _SPLIT_NAME = re.compile(r"(train|validation|valid|val|test)(?![a-z])")
-_ROWS = 256  # parquet rows in memory at a time
+_HIDDEN, _BROKEN, _TWICE, _EMPTY = "hidden", "broken links", "reached twice", "empty"
 
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The files of each split as sorted (name within the dataset, path) pairs; validation may be empty."""
+    """The files of each split as sorted (name within the dataset, path) pairs; validation may be empty.
+
+    Attributes:
+        left_out: reason: names of the files and folders that were found and are not read.
+    """
 
     train: list[tuple[str, Path]]
     validation: list[tuple[str, Path]]
+    left_out: dict[str, list[str]]
+
+    def summary(self) -> str:
+        """One line: how many files are read, how many are left out and why, with the first name of each kind."""
+        read = len(self.train) + len(self.validation)
+        line = f"{read:,} file{'s' * (read != 1)} read"
+        reasons = sorted(self.left_out.items(), key=lambda reason: (-len(reason[1]), reason[0]))
+        kinds = [f"{len(names):,} {reason} ({min(names)})" for reason, names in reasons if names]
+        if kinds:
+            line += f", {sum(map(len, self.left_out.values())):,} left out: {', '.join(kinds)}"
+        return line.encode(errors="backslashreplace").decode()  # file names need not be text
 
 
 def looks_local(dataset: str) -> bool:
-    """Say whether a dataset name can only mean a path: it exists, is a glob, or is written like one."""
+    """Returns whether a dataset name can only mean a path: it exists, is a glob, or is written like one."""
     written_like_path = dataset.startswith(("/", "./", "../", "~")) or file_format(dataset) is not None
-    return written_like_path or glob.has_magic(dataset) or Path(dataset).exists()
-
-
-def file_format(name: str | Path) -> str | None:
-    """Name the format of a file by its ending: "parquet", "jsonl", "txt", or None if it is none of ours."""
-    return next((kind for ending, kind in FORMATS.items() if str(name).lower().endswith(ending)), None)
+    return written_like_path or glob.has_magic(dataset) or os.path.lexists(dataset)
 
 
 def find_files(dataset: str) -> DataFiles:
     """Find the files of a local dataset and the split of each.
+
+    A directory is searched through, and so is one that a glob matches. Symbolic links are followed; a file that is
+    reached more than once is read once, under the name that needs no link if there is one. Left out are hidden files
+    and folders, files of unknown ending, empty files and links to nothing.
 
     A file belongs to a split when its name, or the name of a directory inside the dataset that holds it,
     starts with train, validation (valid, val) or test. Files without such a name are training files, unless
     others are named train; test files are left out, unless there is nothing else.
 
     Args:
-        dataset: file, directory (searched through, hidden names left out) or glob ("**" crosses directories).
+        dataset: file, directory or glob ("**" crosses directories).
 
     Raises:
-        UserError: if there is no such file, none in a known format, or more than one format.
+        UserError: if there is no such file, none in a known format, more than one format, or a directory cannot be
+            read.
     """
-    root, paths = _candidates(dataset)
-    known = {path: kind for path in paths if (kind := file_format(path))}
-    if not known:
-        what = "no file in a known format" if paths or Path(dataset).is_dir() else "no such file or directory"
-        raise UserError(f"data.dataset {dataset!r}: {what}; allowed: {', '.join(FORMATS)} files")
-    if len(set(known.values())) > 1:
-        kinds = " and ".join(sorted(set(known.values())))
-        raise UserError(f"data.dataset {dataset!r} mixes {kinds} files; choose with a glob: '{root}/*.jsonl'")
+    left_out = defaultdict(list)
+    try:
+        root, found = _candidates(dataset, left_out)
+        files = _readable(found, left_out)
+    except OSError as error:
+        raise UserError(f"data.dataset {dataset!r} cannot be read: {error.filename}: {error.strerror}") from error
+    kinds = sorted({file_format(path) for _, path in files})
+    if not files:
+        exists = any(left_out.values()) or Path(dataset).is_dir()
+        nothing = "no file in a known format" if exists else "no such file or directory"
+        found = f" ({DataFiles([], [], left_out).summary()})" if any(left_out.values()) else ""
+        raise UserError(f"data.dataset {dataset!r}: {nothing}{found}; allowed: {ALLOWED}")
+    if len(kinds) > 1:
+        example = next(path for _, path in files if file_format(path) == kinds[0])
+        choice = f"{root}/**/*{''.join(file_ending(example))}"
+        raise UserError(f"data.dataset {dataset!r} mixes {' and '.join(kinds)} files; choose with a glob: {choice!r}")
 
     splits: dict[str, list[tuple[str, Path]]] = {"train": [], "validation": [], "test": [], "": []}
-    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in known):
+    for name, path in sorted(files):
         splits[_split_name(name)].append((name, path))
-    train = splits["train"] or splits[""]
+    train, validation = splits["train"] or splits[""], splits["validation"]
     if not train:  # a single split was asked for: it is the dataset
-        return DataFiles(splits["validation"] or splits["test"], [])
-    return DataFiles(train, splits["validation"])
+        train, validation = validation or splits["test"], []
+    for reason, split in (("named test", "test"), ("not named train as others are", "")):
+        if splits[split] != train:
+            left_out[reason] += [name for name, _ in splits[split]]
+    return DataFiles(train, validation, left_out)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What can be read of a file without reading the rest of it.
-
-    Attributes:
-        row_group: of a parquet file; None: the whole of a file of another format.
-        num_bytes: estimated bytes of text; None where there is no telling.
-    """
-
-    row_group: int | None
-    num_bytes: int | None
-
-
-def list_pieces(path: Path, column: str) -> list[Piece]:
-    """List the pieces of a file in order, without reading their text.
-
-    Raises:
-        UserError: naming the file, if it is damaged.
-    """
-    with _naming(path):
-        if file_format(path) == "parquet":
-            metadata = pq.read_metadata(path)
-            groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-            return [Piece(index, _column_bytes(group, column)) for index, group in enumerate(groups)]
-        return [Piece(None, None if path.suffix.lower() == ".gz" else path.stat().st_size)]
-
-
-def read_texts(path: Path, column: str, row_group: int | None = None) -> Iterator[str]:
-    """Read the documents of one file, or of one piece of it.
-
-    A parquet row or a jsonl line is a document; null ones are left out. A .txt file is one document, or
-    several with a line <|endoftext|> between them.
-
-    Args:
-        path: the file.
-        column: parquet column or jsonl key of the text.
-        row_group: the only row group to read of a parquet file.
-
-    Raises:
-        UserError: naming the file, if it is damaged or has no such column of text.
-    """
-    with _naming(path):
-        match file_format(path):
-            case "parquet":
-                yield from _read_parquet(path, column, row_group)
-            case "jsonl":
-                yield from _read_jsonl(path, column)
-            case "txt":
-                yield from _read_txt(path)
-
-
-def text_column(schema: pa.Schema, column: str, where: str) -> int:
-    """Find the column that holds the text.
-
-    Args:
-        schema: of a table.
-        column: its name.
-        where: what the table belongs to, for the message.
-
-    Raises:
-        UserError: if there is no such column, or it does not hold text.
-    """
-    if column not in schema.names:
-        raise UserError(_no_column(where, column, schema.names))
-    kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise UserError(f"{where}: column {column!r} holds {kind}, not text")
-    return schema.get_field_index(column)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn a failure to read a file into one line with its name."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"data file {path} cannot be read: {reason}") from error
-
-
-def _candidates(dataset: str) -> tuple[Path, list[Path]]:
-    """List the files a dataset name stands for, and the directory that their split names are relative to."""
-    path = Path(dataset).expanduser()
+def _candidates(dataset: str, left_out: dict[str, list[str]]) -> tuple[Path, list[tuple[str, Path]]]:
+    """List the (name, path) of what a dataset stands for, and the directory that the names are relative to."""
+    path = Path(dataset)
     if path.is_dir():
-        files = (file for file in path.rglob("*") if file.is_file())
-        return path, [file for file in files if not _hidden(file.relative_to(path))]
-    if path.is_file():
-        return path.parent, [path]
-    if not glob.has_magic(str(path)):
+        files, hidden = _walk(path)
+        left_out[_HIDDEN] += hidden
+        return path, files
+    if path.exists():
+        return path.parent, [(path.name, path)]
+    if not glob.has_magic(dataset):
         return path, []
-    fixed = takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])
-    return Path(*fixed), [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+    root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts[:-1]))
+    head = list(takewhile(lambda part: part != "**", path.parts))
+    rest = path.parts[len(head) :]
+    found = []
+    matches = map(Path, glob.glob(str(Path(*head)), include_hidden=True))
+    for match in sorted(matches, key=lambda match: (match.is_symlink(), match)):
+        name = match.relative_to(root).as_posix()
+        if any(p.startswith(".") and not q.startswith(".") for p, q in zip(match.parts, head, strict=True)):
+            left_out[_HIDDEN].append(name)
+        elif match.is_dir():
+            files, hidden = _walk(match)
+            left_out[_HIDDEN] += [Path(name, below).as_posix() for below in hidden]
+            files = [(below, file) for below, file in files if _matches(Path(below).parts, rest)]
+            found += [(Path(name, below).as_posix(), file) for below, file in files]
+        elif not rest:
+            found.append((name, match))
+    return root, found
 
 
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
+def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Returns whether the parts of a path, or of a folder that it is in, match those of a glob."""
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return any(_matches(names[skipped:], pattern[1:]) for skipped in range(len(names)))
+    return bool(names) and fnmatch.fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+
+
+def _walk(root: Path) -> tuple[list[tuple[str, Path]], list[str]]:
+    """List the (name, path) of the files below a directory and the names of what is hidden in it.
+
+    Links to directories are followed after everything else, and no directory is listed twice.
+    """
+    found, hidden = [], []
+    pending, seen = [root], set()
+    while pending:
+        start = pending.pop(0)
+        if not _first_time(start, seen):
+            continue
+        for folder, folders, files in os.walk(start, onerror=_raise):
+            inside = Path(folder)
+            hidden += [(inside / name).relative_to(root).as_posix() for name in folders + files if name[0] == "."]
+            entered = [inside / name for name in sorted(folders) if name[0] != "."]
+            pending += [path for path in entered if path.is_symlink()]
+            folders[:] = [path.name for path in entered if not path.is_symlink() and _first_time(path, seen)]
+            paths = [inside / name for name in sorted(files) if name[0] != "."]
+            found += [(path.relative_to(root).as_posix(), path) for path in paths]
+    return found, hidden
+
+
+def _readable(found: list[tuple[str, Path]], left_out: dict[str, list[str]]) -> list[tuple[str, Path]]:
+    """Those of the files that hold documents, each once."""
+    kept, seen = [], set()
+    for name, path in sorted(found, key=lambda file: file[1].is_symlink()):
+        try:
+            status = path.stat()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            left_out[_BROKEN].append(name)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            left_out["not regular files"].append(name)
+        elif file_format(path) is None:
+            left_out["of unknown ending"].append(name)
+        elif _identity(status) in seen:
+            left_out[_TWICE].append(name)
+        elif not status.st_size:
+            left_out[_EMPTY].append(name)
+        else:
+            seen.add(_identity(status))
+            kept.append((name, path))
+    return kept
+
+
+def _first_time(path: Path, seen: set[tuple[int, int]]) -> bool:
+    identity = _identity(path.stat())
+    fresh = identity not in seen
+    seen.add(identity)
+    return fresh
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _split_name(name: str) -> str:
@@ -175,52 +200,3 @@ def _split_name(name: str) -> str:
         if match := _SPLIT_NAME.match(part):
             return "validation" if match[1].startswith("val") else match[1]
     return ""
-
-
-def _read_parquet(path: Path, column: str, row_group: int | None) -> Iterator[str]:
-    with pq.ParquetFile(path) as file:
-        text_column(file.schema_arrow, column, f"data file {path}")
-        groups = range(file.num_row_groups) if row_group is None else [row_group]
-        for batch in file.iter_batches(_ROWS, row_groups=groups, columns=[column]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
-
-
-def _column_bytes(group: pq.RowGroupMetaData, column: str) -> int:
-    chunks = (group.column(index) for index in range(group.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
-
-
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"data file {path}, line {number}: not JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"data file {path}, line {number}: not a JSON object")
-            if column not in row:
-                raise UserError(_no_column(f"data file {path}, line {number}", column, row))
-            if not isinstance(row[column], str | None):
-                raise UserError(f"data file {path}, line {number}: {column!r} is not text")
-            if row[column] is not None:
-                yield row[column]
-
-
-def _read_txt(path: Path) -> Iterator[str]:
-    lines: list[str] = []
-    with open(path, encoding="utf-8", newline="") as file:
-        for line in file:
-            if line.strip() == END_OF_TEXT:
-                yield "".join(lines)
-                lines.clear()
-            else:
-                lines.append(line)
-    yield "".join(lines)
-
-
-def _no_column(where: str, column: str, columns: Iterable[str]) -> str:
-    return f"{where}: no column {column!r}; there are: {', '.join(columns)} (set data.text_column)"

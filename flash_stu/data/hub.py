@@ -6,9 +6,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from flash_stu.data.config import DataConfig
-from flash_stu.data.files import text_column
+from flash_stu.data.formats import text_column
 from flash_stu.data.unit import Unit
 from flash_stu.errors import UserError
+from flash_stu.network import spare_the_hub
 
 _TIMEOUT = 10  # seconds to wait for the hub before saying that it cannot be reached
 _ROWS = 256  # rows in memory at a time
@@ -21,6 +22,7 @@ def hub_commit(config: DataConfig) -> str | None:
         UserError: if there is no such dataset or the hub cannot be asked.
     """
     name = config.dataset
+    spare_the_hub()
     try:
         return HfApi().dataset_info(name, revision=config.revision, timeout=_TIMEOUT).sha
     except RepositoryNotFoundError as error:
@@ -44,7 +46,7 @@ def hub_units(config: DataConfig, commit: str | None) -> list[Unit]:
 
     name = config.dataset
     try:
-        splits = datasets.load_dataset(name, config.subset, revision=commit, streaming=True)
+        splits = datasets.load_dataset(name, config.subset, revision=commit, streaming=True, trust_remote_code=False)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"data.dataset {name!r}, subset {config.subset!r}, cannot be opened: {reason}") from error
@@ -57,7 +59,8 @@ def hub_units(config: DataConfig, commit: str | None) -> list[Unit]:
 
 def _files(config: DataConfig, rows: "datasets.IterableDataset", split: str | None) -> list[Unit]:  # noqa: F821
     def unit(index: int) -> Unit:
-        return Unit(split, lambda: _texts(config, rows.shard(rows.num_shards, index)), None)
+        name = f"data.dataset {config.dataset!r}, file {index + 1} of {rows.num_shards}"
+        return Unit(name, split, lambda: _texts(config, rows.shard(rows.num_shards, index)), None)
 
     return [unit(index) for index in range(rows.num_shards)]
 

@@ -39,7 +39,8 @@ def prepare(config: DataConfig, progress: bool = True) -> PreparedData:
     Args:
         config: what to tokenise. A dataset directory that already holds shards (train/ and validation/, each
             with its manifest.json) is opened as it is.
-        progress: report on stderr: a bar on a terminal, a line now and then elsewhere.
+        progress: report on stderr: which files are read and which are not, and a bar on a terminal or a line now and
+            then elsewhere.
 
     Raises:
         UserError: see `load_tokenizer`, `iter_documents` and `TokenDataset`; also if a split comes out empty,
@@ -80,7 +81,7 @@ def _tokenise(
     config: DataConfig, tokenizer: Tokenizer, index: int, parts: int, progress: bool
 ) -> tuple[Path, list[int]]:
     """Do a part unless that is done; the directory of the tokens and the parts that remain."""
-    given = Path(config.dataset).expanduser()
+    given = Path(config.dataset)
     if is_complete(given):
         return given, []
     source = open_source(config)
@@ -100,5 +101,5 @@ def _entry_name(config: DataConfig, tokenizer: Tokenizer, source: Source) -> str
 
 def _cache_directory(config: DataConfig) -> Path:
     if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser().absolute()
+        return Path(config.cache_dir).absolute()
     return Path(platformdirs.user_cache_dir("flash_stu")) / "tokens"

@@ -16,16 +16,22 @@ class Progress:
         num_bytes: bytes of text to expect; None if unknown.
         enabled: say nothing if False.
         done: bytes of text that an earlier process has done.
+        note: printed after the title at the beginning.
     """
 
-    def __init__(self, title: str, num_bytes: int | None, enabled: bool, done: int = 0):
+    def __init__(self, title: str, num_bytes: int | None, enabled: bool, done: int = 0, note: str | None = None):
         self._title = title
         self._expected = num_bytes
         self._enabled = enabled
         self._done = done
+        self._note = note
         self._documents = self._bytes = self._tokens = 0
 
     def __enter__(self) -> "Progress":
+        if self._enabled:
+            done = f"{self._done / 1e6:.1f} MB are done" if self._done else None
+            notes = "; ".join(note for note in (done, self._note) if note)
+            self._print(f"{self._title}: {notes}" if notes else self._title)
         on_terminal = self._enabled and sys.stderr.isatty()
         self._bar = tqdm(
             total=self._expected,
@@ -38,8 +44,6 @@ class Progress:
         )
         self._plain = self._enabled and not on_terminal
         self._start = self._last_line = time.monotonic()
-        if self._plain:
-            self._print(f"{self._title}: {self._done / 1e6:.1f} MB are done" if self._done else self._title)
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:

@@ -144,7 +144,7 @@ class Staging:
         name = f", part {part.number + 1} of {len(job.parts)}" if len(job.parts) > 1 else ""
         title = f"tokenising {self._config.dataset} with {self._tokenizer.spec}{name}"
         expected = _num_bytes(units[part.first : part.last])
-        with Progress(title, expected, self._progress, state.num_bytes) as meter:
+        with Progress(title, expected, self._progress, state.num_bytes, self._source.summary) as meter:
             return part.tokenise(units, self._tokenizer, self._config.validation_fraction, meter)
 
     def _finish(self, states: list[State]) -> None:

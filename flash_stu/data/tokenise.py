@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from flash_stu.data.corpus import assign_splits
 from flash_stu.data.progress import Progress
 from flash_stu.data.shards import SHARD_TOKENS, Shard, ShardWriter
-from flash_stu.data.tokenizer import Tokenizer
+from flash_stu.data.tokenizer import Tokenizer, naming_documents
 from flash_stu.data.unit import Unit
 from flash_stu.errors import UserError
 from flash_stu.files import DamagedError, read_object, write_object
@@ -42,8 +42,18 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive documents of one unit as they are stored, and the position after them."""
+    """Consecutive documents of one unit as they are stored, and the position after them.
 
+    Attributes:
+        name: the unit's.
+        first: number of the first document in the unit, from 1.
+        split: the unit's.
+        texts: the documents.
+        end: the position after them.
+    """
+
+    name: str
+    first: int
     split: str | None
     texts: list[str]
     end: Position
@@ -170,22 +180,27 @@ def cut_chunks(units: list[Unit], start: Position) -> Iterator[Chunk]:
             texts.append(text)
             size += len(text)
             if size >= _CHUNK:
-                yield Chunk(unit.split, texts, Position(number, document))
-                texts, size = [], 0
+                yield Chunk(unit.name, skipped + 1, unit.split, texts, Position(number, document))
+                texts, size, skipped = [], 0, document
         if texts:
-            yield Chunk(unit.split, texts, Position(number + 1, 0))
+            yield Chunk(unit.name, skipped + 1, unit.split, texts, Position(number + 1, 0))
 
 
 def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, fraction: float) -> list[Encoded]:
-    """Clean, split and tokenise a chunk; see `assign_splits`."""
+    """Split and tokenise a chunk; see `assign_splits`.
+
+    Raises:
+        UserError: naming the document, if the tokenizer fails on one.
+    """
     texts = {split: [] for split in SPLITS}
     for split, text in assign_splits(chunk.texts, chunk.split, fraction):
         texts[split].append(text)
-    return [
-        Encoded(split, tokenizer.encode_documents(some), len(some), sum(len(text.encode()) for text in some))
-        for split, some in texts.items()
-        if some
-    ]
+    with naming_documents(tokenizer, chunk.texts, chunk.name, chunk.first):
+        return [
+            Encoded(split, tokenizer.encode_documents(some), len(some), sum(len(text.encode()) for text in some))
+            for split, some in texts.items()
+            if some
+        ]
 
 
 def in_order(function: Callable, items: Iterable, threads: int) -> Iterator:

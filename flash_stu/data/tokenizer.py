@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -16,8 +18,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flash_stu.data.byte_level import byte_level_tokenizer
 from flash_stu.errors import UserError
+from flash_stu.network import spare_the_hub
 
 END_OF_TEXT = "<|endoftext|>"
+# tiktoken's \s, Unicode's White_Space; Python's has four separators more
+_BLANK = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+_LONG_RUN = 2**17  # blanks; the regular expressions of tiktoken fail at about a million
 _HUB_TIMEOUT = 10  # seconds to wait for the hub before saying that it cannot be reached
 
 
@@ -128,8 +134,16 @@ class TiktokenTokenizer(Tokenizer):
         return frozenset(range(self.vocab_size)) - used
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        # the numpy route is encode_ordinary without the Python list of integers, about a third faster
-        return [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> np.ndarray:
+        try:
+            # the numpy route is encode_ordinary without the Python list of integers, about a third faster
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # of the regular expression's stack
+            if re.search(f"{_BLANK}{{{_LONG_RUN}}}", text) is None:
+                raise
+        return encode_long_runs(self._encoding, text)
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in map(int, ids) if i < self.vocab_size and i not in self._gaps]
@@ -138,6 +152,42 @@ class TiktokenTokenizer(Tokenizer):
     def to_transformers(self) -> PreTrainedTokenizerFast:
         encoding = self._encoding
         return byte_level_tokenizer(encoding._mergeable_ranks, encoding._special_tokens, END_OF_TEXT, encoding._pat_str)
+
+
+def encode_long_runs(encoding: tiktoken.Encoding, text: str, longest: int = _LONG_RUN) -> np.ndarray:
+    """Encode a text with long runs of blanks, which tiktoken's regular expressions are too recursive for.
+
+    Every pattern of tiktoken cuts a run of blanks in the same way. No piece goes from a character that is not blank
+    into a run, but for newlines after punctuation; where the pattern knows newlines, one piece ends with the last of
+    the run. The rest of the run is one piece, without its last blank if something follows, which begins the next
+    piece. So that piece is given to the byte-pair merges as it is, and the text on either side of it to the pattern:
+    the tokens are those of the whole text. A pattern with `\\s++$` takes a run that ends the text whole, and without
+    recursion.
+
+    Args:
+        encoding: one of tiktoken's, or one with the same pattern.
+        text: without lone surrogates.
+        longest: shorter runs are left to the pattern.
+
+    Returns:
+        uint32 ids.
+    """
+    newlines, whole_end = (part in encoding._pat_str for part in (r"\s*[\r\n]", r"\s++$"))
+    parts, start = [], 0
+    for run in re.finditer(f"{_BLANK}{{{longest},}}", text):
+        if whole_end and run.end() == len(text):
+            break
+        first = run.start()
+        if newlines:
+            first = max(first, text.rfind("\n", first, run.end()) + 1, text.rfind("\r", first, run.end()) + 1)
+        last = run.end() if run.end() == len(text) else run.end() - 1
+        if last - first < longest:
+            continue
+        parts.append(encoding.encode_to_numpy(text[start:first], disallowed_special=()))
+        parts.append(np.array(encoding._encode_single_piece(text[first:last]), dtype=np.uint32))
+        start = last
+    parts.append(encoding.encode_to_numpy(text[start:], disallowed_special=()))
+    return np.concatenate(parts)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -187,6 +237,41 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
 
+@contextmanager
+def naming_documents(tokenizer: Tokenizer, texts: Sequence[str], source: str, first: int = 1) -> Iterator[None]:
+    """Turn a failure of a tokenizer library into one line that names the document.
+
+    Args:
+        tokenizer: what fails in the block.
+        texts: the documents that it encodes there.
+        source: where they are from.
+        first: number of the first of them.
+
+    Raises:
+        UserError: for any failure in the block.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise _failure(tokenizer, texts, source, first, error) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the libraries written in Rust
+            raise
+        raise _failure(tokenizer, texts, source, first, error) from error
+
+
+def _failure(tokenizer, texts, source, first, error) -> UserError:
+    number = f"{first} to {first + len(texts) - 1}"
+    for index, text in enumerate(texts):
+        try:
+            tokenizer.encode(text)
+        except BaseException as found:
+            number, error = first + index, found
+            break
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{source}, document {number}: tokenizer {tokenizer.spec!r} cannot encode it: {reason}")
+
+
 def load_tokenizer(spec: str) -> Tokenizer:
     """Load a tokenizer by name.
 
@@ -208,13 +293,14 @@ def _load_hugging_face(spec: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a directory, the local hub cache or the hub, in this order."""
     if Path(spec).is_dir():
         try:
-            return AutoTokenizer.from_pretrained(spec)
+            return AutoTokenizer.from_pretrained(spec, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
             raise UserError(f"tokenizer {spec!r}: no readable tokenizer.json in that directory") from error
     try:
-        return AutoTokenizer.from_pretrained(spec, local_files_only=True)
-    except (OSError, ValueError):
+        return AutoTokenizer.from_pretrained(spec, local_files_only=True, trust_remote_code=False)
+    except Exception:
         pass  # not in the cache; ask the hub once before transformers asks it for a minute
+    spare_the_hub()
     allowed = "allowed: bytes, tiktoken:<name>, a Hugging Face tokenizer or a local directory"
     try:
         HfApi().model_info(spec, timeout=_HUB_TIMEOUT)
@@ -226,6 +312,6 @@ def _load_hugging_face(spec: str) -> PreTrainedTokenizerFast:
             f"cannot be asked ({type(error).__name__}); {allowed}"
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(spec)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+    except Exception as error:  # see above
         raise UserError(f"tokenizer {spec!r}: that Hugging Face repository holds no tokenizer") from error

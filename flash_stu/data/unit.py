@@ -11,11 +11,13 @@ class Unit:
     """Consecutive documents of a dataset: a file, or a row group of one.
 
     Attributes:
+        name: what a message calls it.
         split: "train" or "validation"; None if each document's hash decides.
         read: starts reading; gives the documents as they are stored, the same every time.
         num_bytes: estimated bytes of text, None if unknown.
     """
 
+    name: str
     split: str | None
     read: Callable[[], Iterable[str]]
     num_bytes: int | None
@@ -28,7 +30,8 @@ def first_documents(units: Iterable[Unit], number: int) -> list[Unit]:
         def read() -> Iterator[str]:
             return islice(chain.from_iterable(unit.read() for unit in group), number)
 
-        return Unit(split, read, None)
+        name = group[0].name if len(group) == 1 else f"{group[0].name} to {group[-1].name}"
+        return Unit(name, split, read, None)
 
     return [joined(split, list(group)) for split, group in groupby(units, lambda unit: unit.split)]
 

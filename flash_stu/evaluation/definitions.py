@@ -9,11 +9,13 @@ from pathlib import Path
 
 import datasets
 import lm_eval.api.task
+import yaml
 from lm_eval.tasks import TaskManager
 
 from flash_stu.errors import UserError
 from flash_stu.evaluation.embedded import TASK_NAMES
 from flash_stu.evaluation.suite import TaskSpec, suite_names
+from flash_stu.files import read_text
 
 
 @contextlib.contextmanager
@@ -49,11 +51,15 @@ class Definitions:
 
     Args:
         include_path: the user's folder, or None.
+
+    Raises:
+        UserError: for a definition that is not YAML, which the harness would pass over.
     """
 
     def __init__(self, include_path: Path | None = None) -> None:
         self.own = {}
         if include_path is not None:
+            _check_syntax(include_path)
             with quiet(logging.ERROR):
                 self.own = TaskManager(include_path=str(include_path), include_defaults=False).task_index
 
@@ -100,6 +106,16 @@ class Definitions:
             if known not in manager.task_index or entry.kind.name == "TAG":
                 manager.task_index[known] = entry
         return manager
+
+
+def _check_syntax(folder: Path) -> None:
+    for path in sorted(folder.rglob("*.yaml")):
+        text = read_text(path, "--include-path")
+        try:
+            yaml.compose(text, Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"--include-path {path}: not valid YAML: {reason}") from error
 
 
 def shots_of(spec: TaskSpec, definition: dict) -> int:

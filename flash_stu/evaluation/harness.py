@@ -29,6 +29,7 @@ from flash_stu.evaluation.embedded import TASK_FOLDER, TASK_NAMES, write_embedde
 from flash_stu.evaluation.local_data import write_local_task
 from flash_stu.evaluation.scoring import Counters
 from flash_stu.evaluation.suite import TaskSpec
+from flash_stu.network import spare_the_hub
 
 _SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harness's own
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in what Python says of a function
@@ -54,6 +55,19 @@ class LoadedTask:
                 text = json.dumps(part, sort_keys=True, default=str)
                 digest.update(_ADDRESS.sub("", text).encode())
         return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _naming(task: str, failure: str, hint: str = ""):
+    """Turn whatever goes wrong with a task, in the harness or in its data, into one line that names it."""
+    try:
+        yield
+    except UserError as error:
+        raise error if repr(task) in str(error) else UserError(f"task {task!r}: {error}") from error
+    except Exception as error:  # tasks are data and code from anywhere, and fail in as many ways
+        reason = " ".join(str(error).split())
+        advice = hint if isinstance(error, OSError) else ""  # what failed may be the network
+        raise UserError(f"task {task!r} {failure}: {type(error).__name__}: {reason}{advice}") from error
 
 
 @contextlib.contextmanager
@@ -83,11 +97,17 @@ def load_tasks(
     definitions = Definitions(include_path)
     for spec in specs:
         definitions.require(spec.name)
-    with tempfile.TemporaryDirectory() as scratch, quiet(logging.ERROR):
+    if data_dir is None and any(spec.name not in TASK_NAMES for spec in specs):
+        spare_the_hub()
+    with tempfile.TemporaryDirectory() as scratch, quiet(logging.CRITICAL):
         # A folder each: a group and one of its members may be asked for with different shots.
         managers = [_manager_for(spec, definitions, data_dir, Path(scratch, str(i))) for i, spec in enumerate(specs)]
         hint = "" if data_dir else "; a machine without internet needs --data-dir"
-        return [_load(spec, manager, hint) for spec, manager in zip(specs, managers, strict=True)]
+        loaded = []
+        for spec, manager in zip(specs, managers, strict=True):
+            with _naming(spec.name, "cannot be loaded", hint):
+                loaded.append(_load(spec, manager))
+        return loaded
 
 
 def write_embedded_task(name: str, folder: Path) -> Path:
@@ -103,21 +123,18 @@ def _embedded_data() -> Path:
 
 def _manager_for(spec: TaskSpec, definitions: Definitions, data_dir: Path | None, folder: Path) -> TaskManager:
     folder.mkdir()
-    if spec.name in TASK_NAMES:
-        write_embedded_task(spec.name, folder)
-    elif data_dir is not None:
-        for name in sorted(definitions.leaves(spec.name)):
-            entry = definitions[name]
-            write_local_task(name, entry.cfg, entry.yaml_path, data_dir, shots_of(spec, entry.cfg), folder)
-    return definitions.manager(folder, spec.name)
+    with _naming(spec.name, "cannot be loaded"):
+        if spec.name in TASK_NAMES:
+            write_embedded_task(spec.name, folder)
+        elif data_dir is not None:
+            for name in sorted(definitions.leaves(spec.name)):
+                entry = definitions[name]
+                write_local_task(name, entry.cfg, entry.yaml_path, data_dir, shots_of(spec, entry.cfg), folder)
+        return definitions.manager(folder, spec.name)
 
 
-def _load(spec: TaskSpec, manager: TaskManager, hint: str) -> LoadedTask:
-    try:
-        loaded = manager.load([spec.name])
-    except Exception as error:  # data sets come from disk, cache or network, and fail in as many ways
-        reason = " ".join(str(error).split())
-        raise UserError(f"task {spec.name!r} cannot be loaded: {type(error).__name__}: {reason}{hint}") from error
+def _load(spec: TaskSpec, manager: TaskManager) -> LoadedTask:
+    loaded = manager.load([spec.name])
     for task in loaded["tasks"].values():
         fixed = task.get_config("num_fewshot")
         if fixed is None or (spec.shots is not None and fixed != 0):  # 0 in a definition means: never any
@@ -125,7 +142,26 @@ def _load(spec: TaskSpec, manager: TaskManager, hint: str) -> LoadedTask:
     metrics = {metric for task in loaded["tasks"].values() for metric in task.aggregation()}
     if spec.metric is not None and spec.metric not in metrics:
         raise UserError(f"task {spec.name!r} has no metric {spec.metric!r}; allowed: {', '.join(sorted(metrics))}")
-    return LoadedTask(spec, loaded)
+    for name, task in loaded["tasks"].items():
+        _check_definition(name, task)
+    found = LoadedTask(spec, loaded)
+    _ = found.config_hash  # reads every document
+    return found
+
+
+def _check_definition(name: str, task) -> None:
+    """Refuse what the harness would pass over or fail at late: metrics that it lacks, fields that the data lack."""
+    unusable = [metric for metric, aggregate in task.aggregation().items() if not callable(aggregate)]
+    if unusable:
+        raise UserError(f"task {name!r}: the harness has no metric {unusable[0]!r}, or no aggregation of it")
+    for entry in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+        field = task.get_config(entry)
+        choices = task.get_config("doc_to_choice")
+        constants = choices if isinstance(choices, list) else ()
+        # the harness takes a name that is no field of the data for a text, the same for every document
+        if isinstance(field, str) and field.isidentifier() and field not in (*task.features, *constants):
+            there = ", ".join(task.features)
+            raise UserError(f"task {name!r}: {entry} is {field!r}, a field that the data lack; there are: {there}")
 
 
 def run_task(lm: LM, task: LoadedTask, limit: int | None = None) -> dict[str, Any]:
@@ -142,8 +178,13 @@ def run_task(lm: LM, task: LoadedTask, limit: int | None = None) -> dict[str, An
         number and hash, its value of each metric, and what the model answered to each of its requests.
 
     Raises:
-        UserError: if the task reports no number.
+        UserError: if the task fails, or reports no number.
     """
+    with _naming(task.spec.name, "failed"):
+        return _run_task(lm, task, limit)
+
+
+def _run_task(lm: LM, task: LoadedTask, limit: int | None) -> dict[str, Any]:
     started = time.perf_counter()
     random.seed(_SEEDS["random"])
     np.random.seed(_SEEDS["numpy"])

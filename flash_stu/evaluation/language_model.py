@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from flash_stu import backends
 from flash_stu.errors import UserError
@@ -13,9 +14,11 @@ from flash_stu.evaluation.journal import Journal
 from flash_stu.evaluation.processes import ALONE, Processes
 from flash_stu.evaluation.progress import Progress
 from flash_stu.evaluation.scoring import Counters, Score, Window, score_windows, split_windows
+from flash_stu.generation import pad_left
 from flash_stu.layers import SlidingWindowAttention
-from flash_stu.loading import default_dtype, load_model, load_model_tokenizer
+from flash_stu.loading import default_dtype
 from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.source import load_source
 
 _UNLIMITED = 2**31  # what the harness is told where there is no longest input
 _GENERATED_AT_ONCE = 32  # sequences, where no batch size is set
@@ -61,18 +64,12 @@ class EvaluatedLM(HFLM):
     def load(
         cls, directory: Path, device: str | torch.device, batch_size: int | None = None, processes: Processes = ALONE
     ) -> "EvaluatedLM":
-        """Load a transformers model directory, float32 on the CPU and bfloat16 on a GPU.
+        """Load a model directory or a checkpoint, float32 on the CPU and bfloat16 on a GPU.
 
         Raises:
             UserError: if the directory does not hold a complete model and a tokenizer that fits it.
         """
-        tokenizer = load_model_tokenizer(directory)
-        model = load_model(directory, device, default_dtype(torch.device(device)))
-        if len(tokenizer) > model.config.vocab_size:
-            raise UserError(
-                f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary "
-                f"{model.config.vocab_size}"
-            )
+        model, tokenizer = load_source(directory, device, default_dtype(torch.device(device)))
         if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
             raise UserError(f"{directory}: the tokenizer has no end-of-text token to start a text with")
         return cls(model, tokenizer, batch_size, processes)
@@ -99,18 +96,52 @@ class EvaluatedLM(HFLM):
         return [log_likelihood for log_likelihood, _ in self._score(windows)]
 
     def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
-        """Generate as the harness does, each process a part."""
-        self.counters.requests += len(requests)
+        """Generate as the harness does, each process a part.
+
+        Raises:
+            UserError: for a number of new tokens that leaves no room for a prompt.
+        """
+        counters = self.counters
+        counters.requests += len(requests)
         for request in requests:
-            options = request.args[1]
-            new = options.get("max_gen_toks", options.get("max_new_tokens", self.max_gen_toks))
-            self._count_length(len(self.tok_encode(request.args[0])) + new)
+            prompt, options = request.args
+            self._count_length(len(self._prompt(prompt)) + self._new_tokens(options))
         mine = requests[self.processes.rank :: self.processes.size]
-        parts = self.processes.gather(super().generate_until(mine, disable_tqdm=True) if mine else [])
+        self._generated = 0
+        own = super().generate_until(mine, disable_tqdm=True) if mine else []
+        parts = self.processes.gather((own, self._generated))
         texts = [""] * len(requests)
-        for rank, part in enumerate(parts):
+        for rank, (part, tokens) in enumerate(parts):
             texts[rank :: self.processes.size] = part
+            counters.forward_tokens += tokens
+            counters.forward_tokens_unshared += tokens
         return texts
+
+    def tok_batch_encode(
+        self, strings, padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode prompts to generate from; each is cut from the left, and padded on the left."""
+        return pad_left([self._prompt(text)[-(left_truncate_len or 0) :] for text in strings])
+
+    def _prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt; one of no tokens is the prefix token, as an empty context is in `loglikelihood`."""
+        return self.tok_encode(text) or [self.prefix_token_id]
+
+    def _new_tokens(self, options) -> int:
+        new = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+        most = _UNLIMITED if self.longest is None else self.longest - 1
+        if not isinstance(new, int) or not 1 <= new <= most:
+            raise UserError(
+                f"max_gen_toks is {new!r}; this model takes {most + 1} tokens, one of them the prompt's; allowed: 1 to "
+                f"{most} (in the task's generation_kwargs)"
+            )
+        return new
+
+    def _model_generate(self, context, max_length, stop, **options) -> torch.Tensor:
+        """Generate for one batch and count the tokens that are run: the prompts, and all new ones but the last."""
+        found = super()._model_generate(context, max_length, stop, **options)
+        self._generated += int(options["attention_mask"].sum()) + len(found) * (found.shape[1] - context.shape[1] - 1)
+        return found
 
     def score(self, windows: Sequence[Window]) -> list[Score]:
         """Score windows, whoever made them."""

@@ -4,7 +4,6 @@ Every process runs the same program on the same tasks; only the forward passes a
 plain numbers, so the group is gloo's wherever the model is.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flash_stu.distributed import process_group, read_launch
 from flash_stu.errors import UserError
 from flash_stu.loading import choose_device
 from flash_stu.orphans import end_with_launcher
@@ -67,20 +67,17 @@ def join_processes(device: str | None) -> Iterator[tuple[Processes, torch.device
     """
     end_with_launcher()
     chosen = choose_device(device)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    launch = read_launch()
+    size, local = launch.size, launch.local_rank
     if size == 1:
         yield ALONE, chosen
         return
     if chosen.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
         if chosen.index is not None:
             raise UserError(f"--device is {device!r} for {size} processes; allowed: cpu, cuda")
         if local >= torch.cuda.device_count():
             raise UserError(f"process {local} of this machine has no GPU; only {torch.cuda.device_count()} are visible")
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
-    dist.init_process_group("gloo", timeout=_TIMEOUT)
-    try:
-        yield Processes(dist.get_rank(), size), chosen
-    finally:
-        dist.destroy_process_group()
+    with process_group(launch, "gloo", _TIMEOUT):
+        yield Processes(launch.rank, size), chosen

@@ -20,7 +20,7 @@ from flash_stu.evaluation.report import format_report, warning
 from flash_stu.evaluation.results import result_files, write_results
 from flash_stu.evaluation.store import Store, item_file
 from flash_stu.evaluation.suite import resolve_tasks
-from flash_stu.loading import default_dtype
+from flash_stu.loading import choose_device, default_dtype
 
 _PACKAGES = ("flash_stu", "lm_eval", "torch", "transformers", "datasets", "tokenizers")
 
@@ -44,7 +44,7 @@ def evaluate(
     Under torchrun the processes share the work, and each returns the same.
 
     Args:
-        model_dirs: transformers model directories, or training runs (their final/ is taken).
+        model_dirs: transformers model directories, training runs (their final/ is taken) or RUN/checkpoints/step-N.
         tasks: names of tasks, groups or suites; None for those that need no download, or for none if there are texts.
         limit: score only so many items of each task, and so many windows of each text.
         data_dir: a local mirror of data sets (see local_data.py); None for the hub or its cache.
@@ -65,15 +65,16 @@ def evaluate(
         UserError: for bad input, before any model is loaded wherever that can be known.
     """
     specs, published = ([], {}) if tasks is None and texts else resolve_tasks(tasks)
-    directories = [check_model_dir(path) for path in model_dirs]
     labels = label_models(model_dirs)
     files = [Path(path) for path in texts]
-    _check_settings(directories, limit, data_dir, include_path, batch_size, files, text_length)
+    _check_settings(labels, limit, data_dir, include_path, batch_size, files, text_length)
+    choose_device(device)
     store = Store(None if output is None else Path(output))
     names = [spec.name for spec in specs] + [path.name for path in files]
     written = result_files(path.name for path in files)
     written += [item_file(label, name) for label in labels for name in names]
     store.check(written)
+    directories = [check_model_dir(path) for path in model_dirs]
 
     with join_processes(device) as (processes, chosen):
         # The harness takes seconds to import, so this waits until the arguments are known to be good.
@@ -191,7 +192,10 @@ class _Evaluation:
         if found is None:
             lm = self._load(label)
             lm.progress = Progress(f"{label} {job.name}", self.progress)
-            result, samples = self._run(lm, label, job)
+            try:
+                result, samples = self._run(lm, label, job)
+            except UserError as error:
+                raise UserError(f"{label}: {error}") from error
             about = {"parameters": lm.model.num_parameters(), "trained_length": lm.trained_length}
             found = {"key": self.keys[place], "model": about, "result": result, "items": samples}
             if self.processes.is_main:
@@ -258,8 +262,8 @@ def _compare_all(results: dict[str, Any], items: dict[str, dict[str, list]]) -> 
             results["comparisons"].append({"first": first, "second": second, "tasks": tasks})
 
 
-def _check_settings(directories, limit, data_dir, include_path, batch_size, files, text_length) -> None:
-    if not directories:
+def _check_settings(labels, limit, data_dir, include_path, batch_size, files, text_length) -> None:
+    if not labels:
         raise UserError("no model to evaluate; give --model DIR")
     for option, value in (("--limit", limit), ("--batch-size", batch_size), ("--text-length", text_length)):
         if value is not None and value < 1:

@@ -7,6 +7,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flash_stu.errors import UserError
+from flash_stu.files import read_text
+from flash_stu.paths import expand
 
 SUITE_FOLDER = Path(__file__).parent / "suites"
 DEFAULT_TASKS = ("embedded_bpb", "embedded_cloze")  # need no download
@@ -83,7 +85,7 @@ def suite_names() -> list[str]:
 
 def _expand(name: str) -> Suite:
     if name.endswith((".yaml", ".yml")):
-        return _read_suite(Path(name))
+        return _read_suite(Path(expand(name)))
     if name in suite_names():
         return _read_suite(SUITE_FOLDER / f"{name}.yaml")
     return Suite(tasks=[TaskSpec(name=name)])
@@ -91,10 +93,8 @@ def _expand(name: str) -> Suite:
 
 def _read_suite(path: Path) -> Suite:
     try:
-        return Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"task suite {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return Suite.model_validate(yaml.safe_load(read_text(path, "--tasks: task suite")))
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"task suite {path} is not a YAML file: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         first = error.errors()[0]

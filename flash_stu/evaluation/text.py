@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from flash_stu.data.files import file_format, read_texts
+from flash_stu.data.formats import file_format, read_texts
 from flash_stu.errors import UserError
 from flash_stu.evaluation.language_model import EvaluatedLM
 from flash_stu.evaluation.scoring import Score, Window
+from flash_stu.files import read_text
+
+_LARGEST = 1 << 40  # bytes; all of a text is in memory
 
 
 def file_hash(path: Path) -> str:
@@ -112,15 +115,11 @@ def _ends(length: int) -> list[int]:
 
 
 def _documents(lm: EvaluatedLM, path: Path, column: str) -> Iterator[tuple[list[int], int]]:
-    """Token ids of every document, end-of-text included, and its size in bytes."""
-    for text in read_texts(path, column) if file_format(path) else [_read_plain(path)]:
+    """Token ids of every document, end-of-text included, and its size in bytes.
+
+    A file with an ending that says nothing is one text.
+    """
+    texts = read_texts(path, column) if file_format(path) else [read_text(path, "--text", _LARGEST)]
+    for text in texts:
         if text:
             yield [*lm.tok_encode(text, add_special_tokens=False), lm.eot_token_id], len(text.encode())
-
-
-def _read_plain(path: Path) -> str:
-    """A file with an ending that says nothing: all of it is one text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path} cannot be read as text: {error}") from error

@@ -6,32 +6,32 @@ directory, is again such a file.
 """
 
 import difflib
-import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from flash_stu.config import FlashSTUConfig
+from flash_stu.config import LARGEST_LENGTH, FlashSTUConfig
 from flash_stu.data import DataConfig
 from flash_stu.errors import UserError
+from flash_stu.paths import ExpandedPath
+from flash_stu.settings import LARGEST_SEED, Count, CountOrZero, Section, describe, parse_yaml, read_yaml, shown
 
-
-class Section(BaseModel):
-    """A part of the run config: no unknown keys, no silent conversions, immutable."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+_LARGEST_BATCH = 2**40  # tokens
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Section):
     """How much is trained, in which pieces, and what is kept."""
 
-    sequence_length: int = Field(ge=2, description="tokens a sequence predicts")
-    global_batch_size: int = Field(ge=1, description="tokens per optimizer step, over all processes")
-    micro_batch_size: int = Field(default=1, ge=1, description="sequences per process and forward pass")
-    steps: int | None = Field(default=None, ge=1, description="optimizer steps; or set epochs")
-    epochs: float | None = Field(default=None, gt=0, description="passes over the training tokens; or set steps")
+    sequence_length: int = Field(ge=2, le=LARGEST_LENGTH, description="tokens a sequence predicts")
+    global_batch_size: int = Field(ge=1, le=_LARGEST_BATCH, description="tokens per optimizer step, over all processes")
+    micro_batch_size: int = Field(default=1, ge=1, le=2**20, description="sequences per process and forward pass")
+    steps: Count | None = Field(default=None, description="optimizer steps; or set epochs")
+    epochs: float | None = Field(
+        default=None, gt=0, le=1e6, description="passes over the training tokens; or set steps"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of the matrix products")
     compile: bool = Field(default=False, description="torch.compile every block")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
@@ -39,19 +39,21 @@ class TrainConfig(Section):
         description="full: keep only the inputs of each block and recompute the rest in backward; "
         "selective: keep the results of products, attention and convolution too",
     )
-    initial_weights: str | None = Field(
+    initial_weights: ExpandedPath | None = Field(
         default=None, description="a model directory to start from instead of random weights; its shape is model's"
     )
-    max_grad_norm: float | None = Field(default=1.0, gt=0, description="clip the gradient's norm to this")
-    max_skipped_steps: int = Field(
-        default=10, ge=0, description="steps in a row with a loss or gradient that is not finite; one more ends the run"
+    max_grad_norm: float | None = Field(default=1.0, gt=0, le=1e9, description="clip the gradient's norm to this")
+    max_skipped_steps: CountOrZero = Field(
+        default=10, description="steps in a row with a loss or gradient that is not finite; one more ends the run"
     )
-    validation_every: int = Field(default=500, ge=1, description="steps")
-    validation_tokens: int | None = Field(default=1_048_576, ge=1, description="null: the whole validation split")
-    checkpoint_every: int = Field(default=1000, ge=1, description="steps")
-    keep_checkpoints: int = Field(default=2, ge=1, description="how many of the newest checkpoints to keep")
-    keep_every: int | None = Field(default=None, ge=1, description="keep checkpoints of multiples of this for ever")
-    log_every: int = Field(default=10, ge=1, description="steps between printed lines where there is no terminal")
+    validation_every: Count = Field(default=500, description="steps")
+    validation_tokens: int | None = Field(
+        default=1_048_576, ge=1, le=_LARGEST_BATCH, description="null: the whole validation split"
+    )
+    checkpoint_every: Count = Field(default=1000, description="steps")
+    keep_checkpoints: Count = Field(default=2, description="how many of the newest checkpoints to keep")
+    keep_every: Count | None = Field(default=None, description="keep checkpoints of multiples of this for ever")
+    log_every: Count = Field(default=10, description="steps between printed lines where there is no terminal")
 
     @model_validator(mode="after")
     def _check(self):
@@ -68,14 +70,14 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "muon"] = Field(
         default="adamw", description="muon: of the matrices in the blocks; AdamW of everything else"
     )
-    learning_rate: float = Field(default=3e-3, gt=0, description="the peak, reached at the end of the warm-up")
-    min_learning_rate: float = Field(default=3e-5, ge=0, description="reached at the last step")
-    warmup_steps: int = Field(default=0, ge=0)
+    learning_rate: float = Field(default=3e-3, gt=0, le=1e3, description="the peak, reached at the end of the warm-up")
+    min_learning_rate: float = Field(default=3e-5, ge=0, le=1e3, description="reached at the last step")
+    warmup_steps: CountOrZero = 0
     schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="after the warm-up")
-    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2, description="AdamW's")
-    eps: float = Field(default=1e-8, gt=0, description="AdamW's")
+    betas: list[_Beta] = Field(default=[0.9, 0.95], min_length=2, max_length=2, description="AdamW's")
+    eps: float = Field(default=1e-8, gt=0, le=1, description="AdamW's")
     momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's")
-    weight_decay: float = Field(default=0.1, ge=0, description="of matrices; vectors have none")
+    weight_decay: float = Field(default=0.1, ge=0, le=100, description="of matrices; vectors have none")
     amsgrad: bool = Field(default=False, description="AdamW's")
     fused: bool | Literal["auto"] = Field(default="auto", description="AdamW in one kernel per step; auto: on CUDA")
 
@@ -86,8 +88,6 @@ class OptimizerConfig(Section):
                 f"optimizer.min_learning_rate is {self.min_learning_rate}; "
                 f"it must not exceed optimizer.learning_rate, {self.learning_rate}"
             )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optimizer.betas is {self.betas}; each must be at least 0 and below 1")
         return self
 
 
@@ -98,6 +98,7 @@ class ParallelConfig(Section):
     replicas: int = Field(
         default=1,
         ge=1,
+        le=2**20,
         description="fsdp: groups of processes that each hold one whole model (HSDP); usually the nodes",
     )
     reshard_after_forward: bool | Literal["auto"] = Field(
@@ -105,7 +106,9 @@ class ParallelConfig(Section):
         description="fsdp: free the gathered parameters between forward and backward, which saves memory and costs "
         "one more gathering; auto: if they take more than 8 GiB",
     )
-    timeout_minutes: float = Field(default=10.0, gt=0, description="a process that stands still longer ends the run")
+    timeout_minutes: float = Field(
+        default=10.0, gt=0, le=365 * 24 * 60, description="a process that stands still longer ends the run"
+    )
 
     @model_validator(mode="after")
     def _check(self):
@@ -120,12 +123,14 @@ class EvaluationConfig(Section):
     """Tasks of lm-eval-harness during training, beside the validation loss; see flash_stu.training.evaluation_hook."""
 
     tasks: str | None = Field(
-        default=None, min_length=1, description="what evaluate.py --tasks takes, such as embedded_cloze; null: none"
+        default=None, description="what evaluate.py --tasks takes, such as embedded_cloze; null: none"
     )
-    every: int = Field(default=1000, ge=1, description="steps")
-    limit: int | None = Field(default=None, ge=1, description="score only the first so many items of each task")
-    data_dir: str | None = Field(default=None, description="local mirror of data sets; null: the hub, or its cache")
-    include_path: str | None = Field(default=None, description="folder with task definitions of one's own")
+    every: Count = Field(default=1000, description="steps")
+    limit: Count | None = Field(default=None, description="score only the first so many items of each task")
+    data_dir: ExpandedPath | None = Field(
+        default=None, description="local mirror of data sets; null: the hub, or its cache"
+    )
+    include_path: ExpandedPath | None = Field(default=None, description="folder with task definitions of one's own")
 
 
 class WandbConfig(Section):
@@ -141,8 +146,8 @@ class WandbConfig(Section):
 class RunConfig(Section):
     """Everything a run depends on."""
 
-    output_dir: str = Field(min_length=1, description="the run directory")
-    seed: int = Field(default=0, ge=0)
+    output_dir: ExpandedPath = Field(description="the run directory")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     model: dict[str, Any] = Field(description="entries of FlashSTUConfig")
     data: DataConfig
     train: TrainConfig
@@ -154,8 +159,7 @@ class RunConfig(Section):
     @field_validator("model")
     @classmethod
     def _resolve_model(cls, model: dict) -> dict:
-        config = FlashSTUConfig.from_user(model)
-        return {key: getattr(config, key) for key in FlashSTUConfig.__annotations__}
+        return FlashSTUConfig.from_user(model).to_user()
 
     def architecture(self) -> FlashSTUConfig:
         """The model section as a new config of the model's own class."""
@@ -216,10 +220,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
         UserError: for a file that is missing or not YAML, and for every setting that is unknown, of the wrong
             type, or impossible beside the others.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file")
-    settings = _parse_yaml(path.read_text(encoding="utf-8"), f"--config {path}")
+    settings = read_yaml(path, "--config")
     if not isinstance(settings, dict):
         raise UserError(f"--config {path}: not a mapping of settings; see configs/quickstart.yaml")
     for override in overrides:
@@ -236,66 +237,27 @@ def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
     return [key for key in sorted(before | after) if before.get(key) != after.get(key)]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that 3e-4 is a number and a repeated key an error."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        repeated = {key for key in keys if keys.count(key) > 1}
-        if repeated:
-            raise yaml.constructor.ConstructorError(
-                problem=f"repeated key {min(repeated)}", problem_mark=node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{source}: not valid YAML{line}: {getattr(error, 'problem', None) or error}") from None
-
-
 def _override(settings: dict, override: str) -> None:
     """Apply one "a.b=value" to nested settings, in place."""
     key, equals, value = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(f"override {override!r}: expected section.key=value")
+        raise UserError(f"override {shown(override)}: expected section.key=value")
     for part in parts[:-1]:
         if settings.get(part) is None:
             settings[part] = {}
         settings = settings[part]
         if not isinstance(settings, dict):
-            raise UserError(f"override {override!r}: {part} is a single value, not a section")
-    settings[parts[-1]] = _parse_yaml(value, f"override {override!r}")
+            raise UserError(f"override {shown(override)}: {part} is a single value, not a section")
+    settings[parts[-1]] = parse_yaml(value, f"override {shown(override)}")
 
 
 def _describe(error: ValidationError) -> str:
     """One line for the first of pydantic's complaints."""
     first = error.errors()[0]
-    key, value = ".".join(str(part) for part in first["loc"] if isinstance(part, str)), first["input"]
-    match first["type"]:
-        case "extra_forbidden":
-            return _describe_unknown(key)
-        case "missing":
-            return f"missing setting {key}"
-        case "value_error":  # of a check of ours, which names its keys
-            return str(first["ctx"]["error"])
-        case "literal_error":
-            return f"{key} is {value!r}; allowed: {first['ctx']['expected']}"
-        case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{key} is {value!r}; it is a section, a mapping of settings"
-    return f"{key} is {value!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+    if first["type"] == "extra_forbidden":
+        return _describe_unknown(".".join(map(str, first["loc"])))
+    return describe(error)
 
 
 def _describe_unknown(key: str) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flash_stu.errors import UserError
-from flash_stu.loading import resolve_model_dir
+from flash_stu.loading import StoredTensor, check_finite, find_tensors, resolve_model_dir
 
 
 @torch.no_grad()
@@ -35,6 +35,18 @@ def initialize(model: nn.Module, device: torch.device, seed: int) -> None:
     _materialize(model, device, fill)
 
 
+def check_initial_weights(directory: str | Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of a model directory or of a finished training run by name; loads nothing.
+
+    Raises:
+        UserError: if there is no model, or a file of its weights is missing or damaged.
+    """
+    try:
+        return find_tensors(resolve_model_dir(directory))
+    except UserError as error:
+        raise UserError(f"train.initial_weights: {error}") from None
+
+
 @torch.no_grad()
 def read_initial_weights(model: nn.Module, device: torch.device, directory: str | Path) -> None:
     """Give a model on the meta device the weights of a transformers directory, one module at a time.
@@ -44,31 +56,28 @@ def read_initial_weights(model: nn.Module, device: torch.device, directory: str 
         directory: a model directory or a finished training run, in safetensors.
 
     Raises:
-        UserError: if a weight is missing there or has another shape.
+        UserError: if a weight is missing there, has another shape or is not finite.
     """
-    directory = resolve_model_dir(directory)
-    place = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            place |= {name: path for name in file.keys()}  # noqa: SIM118 - not a mapping
+    stored = check_initial_weights(directory)
 
     def fill(module: nn.Module, name: str) -> None:
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             weight = f"{name}.{key}"
             if tensor is None:
                 continue
-            if weight not in place and any(re.search(key, weight) for key in model._keys_to_ignore_on_load_missing):
+            if weight not in stored and any(re.search(key, weight) for key in model._keys_to_ignore_on_load_missing):
                 tensor.zero_()  # as they are in a distilled model that is made trainable
                 continue
-            if weight not in place:
+            if weight not in stored:
                 raise UserError(f"train.initial_weights {directory} has no weight {weight}")
-            with safe_open(place[weight], framework="pt") as file:
+            with safe_open(stored[weight].file, framework="pt") as file:
                 value = file.get_tensor(weight)
             if value.shape != tensor.shape:
                 raise UserError(
                     f"train.initial_weights {directory}: {weight} has shape {tuple(value.shape)}, "
                     f"the model's {tuple(tensor.shape)}"
                 )
+            check_finite({weight: value}, f"train.initial_weights {directory}")
             tensor.copy_(value)
 
     _materialize(model, device, fill)

@@ -1,6 +1,5 @@
 """What a run says: metrics.jsonl, wandb beside it, a progress bar on a terminal or plain lines elsewhere."""
 
-import importlib.util
 import json
 import math
 import os
@@ -14,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from flash_stu import files
-from flash_stu.errors import UserError
 from flash_stu.training.config import RunConfig
+from flash_stu.training.tracking import start_wandb
 
 # What differs between two equal runs; all else is the same to the last bit on a CPU.
 MEASURED = ("tokens_per_second", "mfu", "memory_gib", "data_wait", "time")
@@ -209,43 +208,3 @@ def _is_value(value: object) -> bool:
         or (isinstance(value, int) and abs(value) < _LARGEST)
         or (isinstance(value, float) and math.isfinite(value))
     )
-
-
-def check_wandb(mode: str) -> str:
-    """The mode to use: "auto" is offline where wandb is installed, else disabled.
-
-    Raises:
-        UserError: if wandb is asked for by name and not installed.
-    """
-    installed = importlib.util.find_spec("wandb") is not None
-    if mode == "auto":
-        return "offline" if installed else "disabled"
-    if mode != "disabled" and not installed:
-        raise UserError(f"wandb.mode is {mode!r}, but wandb is not installed (pip install wandb); or use 'disabled'")
-    return mode
-
-
-def start_wandb(config: RunConfig, folder: Path, run_id: str):
-    """Start a wandb run, or return None where it is disabled. Its files go to the run directory.
-
-    Raises:
-        UserError: if it does not start.
-    """
-    mode = check_wandb(config.wandb.mode)
-    if mode == "disabled":
-        return None
-    import wandb  # optional, and slow to import
-
-    try:
-        return wandb.init(
-            mode=mode,
-            project=config.wandb.project,
-            name=config.wandb.name or folder.name,
-            dir=folder,
-            id=run_id,
-            resume="allow" if mode == "online" else None,  # an offline run cannot be resumed; sync appends by id
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-    except (OSError, wandb.Error) as error:
-        raise UserError(f"wandb does not start: {files.reason(error)}; or use wandb.mode=disabled") from error

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from flash_stu.distributed import process_group, read_launch, world_size
 from flash_stu.errors import UserError
 from flash_stu.ops import kept
 from flash_stu.orphans import end_with_launcher
@@ -91,11 +92,6 @@ class World:
         return result
 
 
-def world_size() -> int:
-    """How many processes torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextmanager
 def join_world(config: RunConfig) -> Iterator[World]:
     """Join the processes that torchrun started, or be alone; leave them at the end.
@@ -106,38 +102,27 @@ def join_world(config: RunConfig) -> Iterator[World]:
         UserError: if there are several processes but no strategy for them, or fewer GPUs than processes.
     """
     end_with_launcher()
-    size, rank, local_rank = (
-        world_size(),
-        int(os.environ.get("RANK", "0")),
-        int(os.environ.get("LOCAL_RANK", "0")),
-    )
+    size = world_size()
     if size > 1 and config.parallel.strategy == "none":
         raise UserError(f"parallel.strategy is 'none' for {size} processes; allowed: 'auto', 'ddp', 'fsdp'")
+    launch = read_launch()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        if launch.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"process {local_rank} of this node has no GPU; only {torch.cuda.device_count()} are visible"
+                f"process {launch.local_rank} of this node has no GPU; only {torch.cuda.device_count()} are visible"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
-    world = World(rank, size, device)
+    world = World(launch.rank, size, device)
     if size == 1 and config.parallel.strategy in ("auto", "none"):
         yield world
         return
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.HashStore() if size == 1 else None,
-        rank=rank if size == 1 else -1,
-        world_size=size if size == 1 else -1,
-        # later than the watchdog's, which knows who is to blame
-        timeout=timedelta(minutes=2 * config.parallel.timeout_minutes + 1),
-        device_id=device if device.type == "cuda" else None,
-    )
-    try:
+    gpu = device if device.type == "cuda" else None
+    # later than the watchdog's, which knows who is to blame
+    timeout = timedelta(minutes=2 * config.parallel.timeout_minutes + 1)
+    with process_group(launch, "gloo" if gpu is None else "nccl", timeout, gpu):
         yield world
-    finally:
-        dist.destroy_process_group()
 
 
 def resolve_strategy(parallel: ParallelConfig, processes: int, parameters: int) -> str:
@@ -156,6 +141,26 @@ def resolve_resharding(config: RunConfig, parameters: int) -> bool:
     setting = config.parallel.reshard_after_forward
     size = 2 if config.train.dtype == "bfloat16" else 4
     return parameters * size > _KEPT_BYTES if setting == "auto" else setting
+
+
+def check_size(config: RunConfig, world: World) -> None:
+    """Refuse a model that cannot be held: weights, gradients and one moment in float32, against all memory there is.
+
+    Raises:
+        UserError: with the number of weights.
+    """
+    weights = config.architecture().count_weights()
+    sharded = resolve_strategy(config.parallel, world.size, weights) == "fsdp"
+    needed = 12 * weights // (world.size // config.parallel.replicas or 1 if sharded else 1)
+    if world.device.type == "cuda":
+        available = torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        raise UserError(
+            f"the model of section model has {weights:,} weights; training needs more than {needed / 2**30:,.0f} GiB "
+            f"per process, {world.device} has {available / 2**30:,.0f}"
+        )
 
 
 def parallelize(model: nn.Module, config: RunConfig, world: World) -> nn.Module:

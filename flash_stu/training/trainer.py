@@ -26,10 +26,19 @@ from flash_stu.training.evaluation_hook import TaskEvaluation
 from flash_stu.training.export import find_checkpoint
 from flash_stu.training.flops import peak_flops, train_flops
 from flash_stu.training.health import SkippedSteps, SpikeDetector
-from flash_stu.training.metrics import Metrics, check_wandb, peak_memory, read_metrics
+from flash_stu.training.initialization import check_initial_weights
+from flash_stu.training.metrics import Metrics, peak_memory, read_metrics
 from flash_stu.training.optimizer import build_optimizers, learning_rate, set_learning_rate
-from flash_stu.training.parallel import World, clip_gradients, free_gathered, parallelize, set_gradient_sync
+from flash_stu.training.parallel import (
+    World,
+    check_size,
+    clip_gradients,
+    free_gathered,
+    parallelize,
+    set_gradient_sync,
+)
 from flash_stu.training.run_directory import RunDirectory
+from flash_stu.training.tracking import check_wandb
 from flash_stu.training.validation import ValidationWindows
 from flash_stu.training.watchdog import Watchdog
 
@@ -53,6 +62,9 @@ class Trainer:
         self.directory = RunDirectory(config)
         self.directory.check()
         check_wandb(config.wandb.mode)
+        check_size(config, world)
+        if config.train.initial_weights is not None:
+            check_initial_weights(config.train.initial_weights)
         sequences = config.sequences_per_step(world.size)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         if self.tokenizer.vocab_size > config.model["vocab_size"]:

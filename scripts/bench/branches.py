@@ -14,6 +14,7 @@ from measuring import environment, finish, page, table
 from plots import panels
 from trained import CONFIG, STRETCH, train
 
+from flash_stu.arguments import integer, output_directory
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.figures import save_figure
 from flash_stu.loading import default_device
@@ -60,9 +61,11 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--runs", default="runs/branches", metavar="DIR", help="where the run directories are")
-    parser.add_argument("--output", metavar="DIR", help="write branches.json and .png there")
+    parser.add_argument("--steps", type=integer(), default=400)
+    parser.add_argument(
+        "--runs", type=output_directory, default="runs/branches", metavar="DIR", help="where the run directories are"
+    )
+    parser.add_argument("--output", type=output_directory, metavar="DIR", help="write branches.json and .png there")
     args = parser.parse_args()
     results = {"environment": environment(default_device()), "steps": args.steps}
     results["rows"] = compare(args.steps, Path(args.runs))

@@ -20,7 +20,9 @@ from measuring import device_rates, environment, finish, forward_and_backward, p
 from plots import against_length
 
 from flash_stu import spectral_filters
+from flash_stu.arguments import SECONDS, integer, output_directory
 from flash_stu.backends import why_not
+from flash_stu.config import LARGEST_LENGTH
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.loading import default_device
 from flash_stu.ops.causal_conv import _fft_size, causal_conv
@@ -188,14 +190,20 @@ def plot(results: dict, path: Path) -> None:
 def main() -> None:
     device = default_device()
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192, 32768, 131072])
-    parser.add_argument("--channels", type=int, default=1024 if device.type == "cuda" else 256)
-    parser.add_argument("--batch", type=int, default=8 if device.type == "cuda" else 1)
+    parser.add_argument(
+        "--lengths", type=integer(1, LARGEST_LENGTH), nargs="+", default=[512, 2048, 8192, 32768, 131072]
+    )
+    parser.add_argument("--channels", type=integer(1, 2**17), default=1024 if device.type == "cuda" else 256)
+    parser.add_argument("--batch", type=integer(1, 2**16), default=8 if device.type == "cuda" else 1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=10, help="a variant that took so long is not repeated")
-    parser.add_argument("--direct-up-to", type=int, default=512, help="longest sequence that is summed directly")
-    parser.add_argument("--output", metavar="DIR", help="write conv-DTYPE.json and conv-DTYPE.png there")
+    parser.add_argument("--repeats", type=integer(1, 10000), default=7)
+    parser.add_argument("--seconds", type=SECONDS, default=10, help="a variant that took so long is not repeated")
+    parser.add_argument(
+        "--direct-up-to", type=integer(0, LARGEST_LENGTH), default=512, help="longest sequence that is summed directly"
+    )
+    parser.add_argument(
+        "--output", type=output_directory, metavar="DIR", help="write conv-DTYPE.json and conv-DTYPE.png there"
+    )
     args = parser.parse_args()
 
     dtype = getattr(torch, args.dtype)

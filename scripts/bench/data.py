@@ -21,6 +21,7 @@ import torch
 from measuring import environment, finish, page, seconds, spread, table, take_turns
 from plots import bars
 
+from flash_stu.arguments import any_path, integer, number, output_directory
 from flash_stu.data import BatchLoader, DataConfig, Prefetcher, TokenDataset, iter_documents, load_tokenizer, prepare
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 
@@ -31,11 +32,13 @@ _LENGTH, _BATCH, _STEPS = 8192, 8, 150
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", metavar="PATH", default="embedded", help="a local dataset (default: embedded)")
-    parser.add_argument("--tokenizer", default="tiktoken:o200k_base", help="an encoding of tiktoken")
-    parser.add_argument("--megabytes", type=float, default=100, help="of text")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", metavar="DIR", help="write data.json and .png there")
+    parser.add_argument(
+        "--text", type=any_path, metavar="PATH", default="embedded", help="a local dataset (default: embedded)"
+    )
+    parser.add_argument("--tokenizer", type=any_path, default="tiktoken:o200k_base", help="an encoding of tiktoken")
+    parser.add_argument("--megabytes", type=number(0, 1e6, above=True), default=100, help="of text")
+    parser.add_argument("--repeats", type=integer(1, 10000), default=5)
+    parser.add_argument("--output", type=output_directory, metavar="DIR", help="write data.json and .png there")
     args = parser.parse_args()
     if not args.tokenizer.startswith("tiktoken:"):
         raise UserError(f"--tokenizer is {args.tokenizer!r}; allowed: tiktoken:<name>")

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from measuring import environment, finish, page, seconds, spread, table
 
+from flash_stu.arguments import integer, output_directory
+from flash_stu.config import LARGEST_LENGTH
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.filters import BASES, compute_filters
 from flash_stu.ops.causal_conv import causal_conv
@@ -32,11 +34,11 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--filters", type=int, default=24)
+    parser.add_argument("--length", type=integer(8, LARGEST_LENGTH), default=8192)
+    parser.add_argument("--filters", type=integer(1, 1024), default=24)
     parser.add_argument("--basis", choices=BASES, default="hankel")
-    parser.add_argument("--repeats", type=int, default=5, help="of what is timed")
-    parser.add_argument("--output", metavar="DIR", help="write fits.json and .png there")
+    parser.add_argument("--repeats", type=integer(1, 10000), default=5, help="of what is timed")
+    parser.add_argument("--output", type=output_directory, metavar="DIR", help="write fits.json and .png there")
     args = parser.parse_args()
     _, phi = compute_filters(args.length, args.filters, args.basis)
     bank = FilterBank(phi)

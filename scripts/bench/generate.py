@@ -24,11 +24,12 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import yaml
 from measuring import device_rates, environment, finish, page, seconds, spread, table
 from plots import panels
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
+from flash_stu.arguments import any_path, integer, output_directory
+from flash_stu.config import LARGEST_LENGTH
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.figures import save_figure
 from flash_stu.filters import spectral_filters
@@ -38,7 +39,9 @@ from flash_stu.layers.context import SequenceContext
 from flash_stu.loading import choose_device, default_dtype, load_model
 from flash_stu.ops.rotary import rotary_angles
 from flash_stu.sampling import Sampling
+from flash_stu.settings import read_yaml
 from spectralds import distill
+from spectralds.fit import MAX_STATE_DIM
 
 EXACT = {"naive": "naive", "epoched FutureFill": "futurefill_epoched", "FutureFill": "futurefill"}
 PANELS = {"layer": "one layer", "stu": "STU layers only", "hybrid": "hybrid"}
@@ -77,38 +80,34 @@ def main() -> int:
 def parse():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--config", default="configs/quickstart.yaml", help="run config whose model section gives the shape")
-    add("--model", action="append", metavar="DIR", help="time this model directory instead; may be repeated")
-    add("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], metavar="N", help="tokens to generate")
-    add("--state-dims", type=int, nargs="+", default=[40, 80, 160], metavar="H")
+    add("--config", type=any_path, default="configs/quickstart.yaml",
+        help="run config whose model section gives the shape")  # fmt: skip
+    add("--model", type=any_path, action="append", metavar="DIR",
+        help="time this model directory instead; may be repeated")  # fmt: skip
+    add("--lengths", type=integer(2, LARGEST_LENGTH - 1), nargs="+", default=[512, 1024, 2048, 4096], metavar="N",
+        help="tokens to generate")  # fmt: skip
+    add("--state-dims", type=integer(2, MAX_STATE_DIM), nargs="+", default=[40, 80, 160], metavar="H")
     add("--panels", nargs="+", choices=PANELS, default=list(PANELS))
-    add("--batch", type=int, default=1)
-    add("--repeats", type=int, default=3, help="generations by each")
-    add("--long", type=int, metavar="N", help="generate one text of N tokens from a distilled model")
+    add("--batch", type=integer(1, 2**16), default=1)
+    add("--repeats", type=integer(1, 10000), default=3, help="generations by each")
+    add("--long", type=integer(3000), metavar="N", help="generate one text of N tokens from a distilled model")
     add("--compile", action="store_true", help="compile the step of models without STU layers")
     add("--device", metavar="D", help="cpu, cuda or cuda:N; default: a GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on the CPU")
-    add("--output", metavar="DIR", help="write generate.json and generate.png there")
+    add("--output", type=output_directory, metavar="DIR", help="write generate.json and generate.png there")
     args = parser.parse_args()
-    for name, values, least in (
-        ("lengths", args.lengths, 2),
-        ("batch", [args.batch], 1),
-        ("repeats", [args.repeats], 1),
-    ):
-        if min(values) < least:
-            raise UserError(f"--{name} has {min(values)}; allowed: {least} or more")
-    if args.long is not None and args.long < 3000:
-        raise UserError(f"--long is {args.long}; allowed: 3000 or more")
     args.lengths = sorted(set(args.lengths))
     return args
 
 
 def panel(name: str, args, device, dtype) -> dict[str, Callable]:
     """What is compared in one panel: per label, a function that builds the layer or model."""
-    if not Path(args.config).is_file():
-        raise UserError(f"--config {args.config}: no such file")
-    values = yaml.safe_load(Path(args.config).read_text())["model"]
-    values["max_position_embeddings"] = max(args.lengths[-1] + 1, values.get("max_position_embeddings", 0))
+    settings = read_yaml(args.config, "--config")
+    section = settings.get("model") if isinstance(settings, dict) else None
+    if not isinstance(section, dict):
+        raise UserError(f"--config {args.config} has no model section")
+    values = FlashSTUConfig.from_user(section).to_user()
+    values["max_position_embeddings"] = max(args.lengths[-1] + 1, values["max_position_embeddings"])
     layers = values["num_hidden_layers"]
     if name != "hybrid":
         values["layer_types"] = ["linear_attention"] * layers

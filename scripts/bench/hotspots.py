@@ -15,6 +15,7 @@ from measuring import environment, finish, page, table
 from plots import bars
 from torch.profiler import ProfilerActivity, profile
 
+from flash_stu.arguments import input_file, integer, output_directory
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.loading import default_device
 from flash_stu.training import join_world, load_config
@@ -69,9 +70,9 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/quickstart.yaml")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--output", metavar="DIR", help="write hotspots.json and .png there")
+    parser.add_argument("--config", type=input_file, default="configs/quickstart.yaml")
+    parser.add_argument("--steps", type=integer(1, 10000), default=5)
+    parser.add_argument("--output", type=output_directory, metavar="DIR", help="write hotspots.json and .png there")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     device = default_device()

@@ -17,6 +17,8 @@ from measuring import environment, finish, forward_and_backward, page, spread, t
 from plots import against_length
 
 from flash_stu import FlashSTUConfig
+from flash_stu.arguments import SECONDS, integer, output_directory
+from flash_stu.config import LARGEST_LENGTH
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.layers.context import SequenceContext
 from flash_stu.loading import default_device
@@ -86,13 +88,14 @@ def main() -> None:
     device = default_device()
     cuda = device.type == "cuda"
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192, 32768] if cuda else [1024, 4096, 16384])
-    parser.add_argument("--width", type=int, default=1024 if cuda else 256, help="divisible by 16")
-    parser.add_argument("--batch", type=int, default=8 if cuda else 1)
+    parser.add_argument("--lengths", type=integer(1, LARGEST_LENGTH), nargs="+",
+                        default=[1024, 8192, 32768] if cuda else [1024, 4096, 16384])  # fmt: skip
+    parser.add_argument("--width", type=integer(16, 2**17), default=1024 if cuda else 256, help="divisible by 16")
+    parser.add_argument("--batch", type=integer(1, 2**16), default=8 if cuda else 1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=10, help="a layer that took so long is not repeated")
-    parser.add_argument("--output", metavar="DIR", help="write layers-DTYPE.json and .png there")
+    parser.add_argument("--repeats", type=integer(1, 10000), default=7)
+    parser.add_argument("--seconds", type=SECONDS, default=10, help="a layer that took so long is not repeated")
+    parser.add_argument("--output", type=output_directory, metavar="DIR", help="write layers-DTYPE.json and .png there")
     args = parser.parse_args()
 
     dtype = getattr(torch, args.dtype)

@@ -15,13 +15,15 @@ from measuring import environment, finish, page, seconds, spread, table, take_tu
 from plots import bars
 
 from flash_stu import FlashSTUConfig, spectral_filters
+from flash_stu.arguments import SECONDS, integer, output_directory
+from flash_stu.config import LARGEST_LENGTH
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.layers import LDS, STU
 from flash_stu.layers.context import SequenceContext
 from flash_stu.loading import default_device
 from spectralds.bank import FilterBank
 from spectralds.distill import fold
-from spectralds.fit import LDSFit, fit_lds
+from spectralds.fit import MAX_STATE_DIM, LDSFit, fit_lds
 
 
 def make_layer(config: FlashSTUConfig, device: torch.device) -> tuple[LDS, STU, LDSFit]:
@@ -151,13 +153,15 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden-size", type=int, default=896)
-    parser.add_argument("--state-dim", type=int, default=160)
-    parser.add_argument("--length", type=int, default=8192, help="tokens of the prefill, lags of the filters")
-    parser.add_argument("--loop-tokens", type=int, default=256, help="tokens that the loops are timed on")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=10, help="what took so long is not repeated")
-    parser.add_argument("--output", metavar="DIR", help="write lds.json and .png there")
+    parser.add_argument("--hidden-size", type=integer(1, 2**17), default=896)
+    parser.add_argument("--state-dim", type=integer(2, MAX_STATE_DIM), default=160)
+    parser.add_argument(
+        "--length", type=integer(8, LARGEST_LENGTH), default=8192, help="tokens of the prefill, lags of the filters"
+    )
+    parser.add_argument("--loop-tokens", type=integer(), default=256, help="tokens that the loops are timed on")
+    parser.add_argument("--repeats", type=integer(1, 10000), default=9)
+    parser.add_argument("--seconds", type=SECONDS, default=10, help="what took so long is not repeated")
+    parser.add_argument("--output", type=output_directory, metavar="DIR", help="write lds.json and .png there")
     args = parser.parse_args()
     device = default_device()
     settings = {key: getattr(args, key) for key in ("hidden_size", "state_dim", "length", "loop_tokens")}

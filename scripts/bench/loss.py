@@ -23,7 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from flash_stu.arguments import integer, output_directory, output_file
 from flash_stu.backends import why_not
+from flash_stu.config import LARGEST_LENGTH
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.files import replacing_file
 from flash_stu.loading import default_device
@@ -152,14 +154,15 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=2048, help="where all are compared")
-    parser.add_argument("--chunked-tokens", type=int, nargs="*", default=[512, 8192], help="without the plain loss")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--vocabulary", type=int, default=200064)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=integer(1, LARGEST_LENGTH), default=2048, help="where all are compared")
+    parser.add_argument("--chunked-tokens", type=integer(1, LARGEST_LENGTH), nargs="*", default=[512, 8192],
+                        help="without the plain loss")  # fmt: skip
+    parser.add_argument("--hidden", type=integer(1, 2**17), default=1024)
+    parser.add_argument("--vocabulary", type=integer(2, 2**24), default=200064)
+    parser.add_argument("--repeats", type=integer(1, 10000), default=3)
     parser.add_argument("--variant", choices=["plain", "chunked", "liger"], help="measure one in this process")
-    parser.add_argument("--save", help="with --variant: write its gradients to this file")
-    parser.add_argument("--output", metavar="DIR", help="write loss.json and .png there")
+    parser.add_argument("--save", type=output_file, help="with --variant: write its gradients to this file")
+    parser.add_argument("--output", type=output_directory, metavar="DIR", help="write loss.json and .png there")
     args = parser.parse_args()
     if args.variant:
         print(json.dumps(measure(args)))

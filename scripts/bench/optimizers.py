@@ -14,6 +14,7 @@ from measuring import environment, finish, page, table
 from plots import panels
 from trained import CONFIG, train
 
+from flash_stu.arguments import integer, number, output_directory
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.figures import save_figure
 from flash_stu.loading import default_device
@@ -63,11 +64,14 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--sweep-steps", type=int, default=150)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2], help="peak learning rates")
-    parser.add_argument("--runs", default="runs/optimizers", metavar="DIR", help="where the run directories are")
-    parser.add_argument("--output", metavar="DIR", help="write optimizers.json and .png there")
+    parser.add_argument("--steps", type=integer(), default=400)
+    parser.add_argument("--sweep-steps", type=integer(), default=150)
+    parser.add_argument("--rates", type=number(0, 1e3, above=True), nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2],
+                        help="peak learning rates")  # fmt: skip
+    parser.add_argument(
+        "--runs", type=output_directory, default="runs/optimizers", metavar="DIR", help="where the run directories are"
+    )
+    parser.add_argument("--output", type=output_directory, metavar="DIR", help="write optimizers.json and .png there")
     args = parser.parse_args()
     results = {"environment": environment(default_device()), "steps": args.steps, "sweep_steps": args.sweep_steps}
     results["rows"] = compare(args)

@@ -14,6 +14,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+from flash_stu.arguments import input_directory, input_file
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.files import write_text
 
@@ -68,13 +69,11 @@ def _tables(results: Path, name: str) -> str | None:
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", default="results", metavar="DIR")
-    parser.add_argument("--page", default="docs/results.md", metavar="FILE")
+    parser.add_argument("--results", type=input_directory, default="results", metavar="DIR")
+    parser.add_argument("--page", type=input_file, default="docs/results.md", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if something would change")
     args = parser.parse_args()
     path = Path(args.page)
-    if not path.is_file():
-        raise UserError(f"--page {path}: no such file")
     before = path.read_text()
     after, missing = fill(before, Path(args.results))
     for name in missing:

@@ -22,6 +22,7 @@ from measuring import environment, finish, page, seconds, spread, table
 from plots import bars
 from torch import nn
 
+from flash_stu.arguments import input_file, integer, output_directory
 from flash_stu.backends import why_not
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.layers import STU, SlidingWindowAttention
@@ -291,9 +292,11 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", action="append", help=f"run config; default: {' and '.join(CONFIGS)}")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", metavar="DIR", help="write train.json and .png there")
+    parser.add_argument(
+        "--config", type=input_file, action="append", help=f"run config; default: {' and '.join(CONFIGS)}"
+    )
+    parser.add_argument("--repeats", type=integer(1, 10000), default=9)
+    parser.add_argument("--output", type=output_directory, metavar="DIR", help="write train.json and .png there")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every config")
     args = parser.parse_args()
 

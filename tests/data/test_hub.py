@@ -22,7 +22,7 @@ def fake_hub(monkeypatch, tmp_path):
         pq.write_table(pa.table({"id": range(len(texts)), "text": pa.array(texts, pa.string())}), fake.path(file))
     original = datasets.load_dataset
 
-    def load_dataset(name, subset, revision, streaming):
+    def load_dataset(name, subset, revision, streaming, trust_remote_code):
         fake.loaded.append((name, subset, revision))
         files = {split: [str(fake.path(file)) for file in files] for split, files in fake.splits.items()}
         return original("parquet", data_files=files, streaming=streaming)

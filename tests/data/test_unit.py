@@ -8,7 +8,7 @@ from flash_stu.data.unit import Unit, divide, first_documents
 
 
 def units(sizes, split=None):
-    return [Unit(split, lambda size=size: [f"{size}"] * 3, size) for size in sizes]
+    return [Unit("a file", split, lambda size=size: [f"{size}"] * 3, size) for size in sizes]
 
 
 def test_parts_are_consecutive_and_not_empty():

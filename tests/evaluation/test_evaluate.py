@@ -9,6 +9,7 @@ import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
 from processes import run_processes
+from safetensors.torch import load_file, save_file
 
 import evaluate as door
 from flash_stu.errors import UserError, run_cli
@@ -72,11 +73,11 @@ def test_results_of_two_models_equal_those_of_the_harness_alone(
 def test_a_model_that_fails_leaves_the_results_of_those_before_it(stu_dir, embedded_data, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(stu_dir, broken)
-    config = json.loads((broken / "config.json").read_text())
-    config["num_hidden_layers"], config["layer_types"] = 1, config["layer_types"][:1]
-    (broken / "config.json").write_text(json.dumps(config))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")  # which only loading it shows
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     output = tmp_path / "results"
-    with pytest.raises(UserError, match="broken"):
+    with pytest.raises(UserError, match="broken: model.norm.weight has values that are not finite"):
         evaluate([stu_dir, broken], "embedded_cloze", limit=2, output=output, device="cpu", progress=False)
     assert list(json.loads((output / "results.json").read_text())["models"]) == ["stu"]
     assert "| stu " in (output / "table.md").read_text()
@@ -152,7 +153,7 @@ def test_an_evaluation_that_was_stopped_goes_on(stu_dir, lds_dir, embedded_data,
     assert whole["embedded_bpb"] == half["embedded_bpb"]  # its seconds too: it was not run again
     assert "embedded_bpb  bits_per_byte" in capsys.readouterr().out
 
-    monkeypatch.setattr(language_model, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(language_model, "load_source", lambda *_: pytest.fail("a model was loaded"))
     assert run(stu_dir)["models"]["stu"]["tasks"] == whole
     with pytest.raises(UserError, match=r"holds stu on embedded_bpb with other settings \(limit\)"):
         run(stu_dir, limit=5)
@@ -222,7 +223,7 @@ def test_two_models_are_compared_and_texts_drawn(stu_dir, own_tasks, documents, 
 
 @pytest.fixture
 def no_model_is_loaded(monkeypatch):
-    monkeypatch.setattr(language_model, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(language_model, "load_source", lambda *_: pytest.fail("a model was loaded"))
 
 
 def drop(name):
@@ -244,8 +245,8 @@ def drop_tokenizer(directory):
     [
         (shutil.rmtree, "no such directory"),
         (drop("config.json"), "not a model directory"),
-        (lambda directory: (directory / "config.json").write_text("{"), "config.json: not a JSON object"),
-        (drop("model.safetensors"), "model.safetensors, the weights, is missing"),
+        (lambda directory: (directory / "config.json").write_text("{"), "config.json: not valid JSON"),
+        (drop("model.safetensors"), "model.safetensors, a .safetensors file with weights, is missing"),
         (truncate, "model.safetensors: damaged or truncated"),
         (drop_tokenizer, "no tokenizer"),
     ],
@@ -259,17 +260,17 @@ def test_a_damaged_model_directory_is_refused(damage, message, stu_dir, no_model
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--limit", "0"], "--limit is 0; it must be at least 1"),
-        (["--limit", "-3"], "--limit is -3; it must be at least 1"),
-        (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
-        (["--data-dir", "nowhere"], "--data-dir nowhere is not a directory"),
+        (["--limit", "0"], "argument --limit: 0 is out of range; allowed: 1 to"),
+        (["--limit", "-3"], "argument --limit: -3 is out of range; allowed: 1 to"),
+        (["--batch-size", "0"], "argument --batch-size: 0 is out of range; allowed: 1 to"),
+        (["--data-dir", "nowhere"], "argument --data-dir: nowhere does not exist"),
         (["--device", "tpu"], "--device is 'tpu'; allowed here: cpu"),
         (["--tasks", "paper,mmlu"], "task 'mmlu' is asked for twice"),
         (["--tasks", "piqa_"], "unknown task 'piqa_'; close matches: piqa"),
-        (["--include-path", "nowhere"], "--include-path nowhere is not a directory"),
-        (["--text", "nowhere.txt"], "--text nowhere.txt: no such file"),
-        (["--text", "config.json", "--text-length", "0"], "--text-length is 0; it must be at least 1"),
-        (["--output", "config.json"], "--output config.json exists and is not a directory"),
+        (["--include-path", "nowhere"], "argument --include-path: nowhere does not exist"),
+        (["--text", "nowhere.txt"], "argument --text: nowhere.txt does not exist"),
+        (["--text", "config.json", "--text-length", "0"], "argument --text-length: 0 is out of range; allowed: 1 to"),
+        (["--output", "config.json"], "argument --output: config.json exists and is not a directory"),
         (["--output", "."], "--output . exists and was not written by this program"),
         (["--model", "."], "is given twice"),
     ],

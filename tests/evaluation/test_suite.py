@@ -56,7 +56,7 @@ def test_a_bad_suite_file_is_refused_by_key(text, message, tmp_path):
         ("", "names no task"),
         (" , ", "names no task"),
         ("paper,piqa", "'piqa' is asked for twice"),
-        ("nowhere.yaml", "nowhere.yaml: No such file"),
+        ("nowhere.yaml", "nowhere.yaml: no such file"),
     ],
 )
 def test_bad_task_lists_are_refused(tasks, message):

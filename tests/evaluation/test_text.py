@@ -79,7 +79,12 @@ def test_stretches_cover_every_position_once():
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"), [("empty.txt", b"", "holds no text"), ("a.bin", b"\xff\xfe\xfa", "cannot be read")]
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "holds no text"),
+        ("a.bin", b"ab\n\xff\xfe", "not UTF-8 text at byte 3, in line 2"),
+        ("b.txt", "ab".encode("utf-16"), "the text is UTF-16"),
+    ],
 )
 def test_files_without_text_are_refused(name, content, message, lm, tmp_path):
     (tmp_path / name).write_bytes(content)

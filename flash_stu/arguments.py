@@ -1,0 +1,118 @@
+"""Types of command line arguments: numbers within bounds, and paths that can be what they are meant for.
+
+Each is what argparse takes as `type`; argparse puts the argument's name before the message.
+"""
+
+import math
+import os
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from pathlib import Path
+
+from flash_stu.errors import UserError, why_not_text
+from flash_stu.paths import expand
+from flash_stu.settings import LARGEST_COUNT, LARGEST_SEED, shown
+
+
+def integer(low: int = 1, high: int = LARGEST_COUNT) -> Callable[[str], int]:
+    """Whole numbers from low to high."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ArgumentTypeError(f"{shown(text)} is not an integer") from None
+        if not low <= value <= high:
+            raise ArgumentTypeError(f"{shown(value)} is out of range; allowed: {low} to {high}")
+        return value
+
+    return parse
+
+
+def number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
+    """Finite numbers from low to high; `above`: low itself is not allowed."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ArgumentTypeError(f"{shown(text)} is not a number") from None
+        if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
+            raise ArgumentTypeError(f"{value:g} is out of range; allowed: {'above ' * above}{low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+SECONDS = number(0, 1e6)  # a benchmark's
+SEED = integer(0, LARGEST_SEED)
+
+
+def printable(value: str) -> str:
+    """Something printable, such as a name."""
+    if problem := why_not_text(value):
+        raise ArgumentTypeError(f"{shown(value)}: {problem}")
+    return value
+
+
+def any_path(value: str) -> str:
+    """The path of anything; `~` stands for the home directory."""
+    try:
+        return expand(printable(value))
+    except UserError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def input_file(value: str) -> str:
+    """The path of a file that is there and can be read."""
+    place = any_path(value)
+    if not os.path.isfile(place):
+        raise ArgumentTypeError(f"{place} {'is not a regular file' if os.path.exists(place) else 'does not exist'}")
+    return _readable(place)
+
+
+def input_directory(value: str) -> str:
+    """The path of a directory that is there and can be read."""
+    place = any_path(value)
+    if not os.path.isdir(place):
+        raise ArgumentTypeError(f"{place} {'is not a directory' if os.path.exists(place) else 'does not exist'}")
+    return _readable(place)
+
+
+def output_directory(value: str) -> str:
+    """The path of a directory that is there, or can be made."""
+    place = any_path(value)
+    if os.path.lexists(place) and not os.path.isdir(place):
+        raise ArgumentTypeError(f"{place} exists and is not a directory")
+    return _writable(place)
+
+
+def output_file(value: str) -> str:
+    """The path of a file that is there, or can be made."""
+    place = any_path(value)
+    if os.path.lexists(place) and not os.path.isfile(place):
+        raise ArgumentTypeError(f"{place} exists and is not a regular file")
+    return _writable(place)
+
+
+def why_not_writable(path: str | Path) -> str | None:
+    """Returns why nothing can be written at a path or below it, or None if that seems possible; nothing is made."""
+    place = Path(path).absolute()
+    for parent in (place, *place.parents):
+        if os.path.lexists(parent) and (parent != place or parent.is_dir()):
+            if not parent.is_dir():
+                return f"{parent} is not a directory"
+            return None if os.access(parent, os.W_OK | os.X_OK) else f"{parent} is not writable"
+    return None
+
+
+def _readable(path: str) -> str:
+    if not os.access(path, os.R_OK):
+        raise ArgumentTypeError(f"{path} cannot be read: permission denied")
+    return path
+
+
+def _writable(path: str) -> str:
+    if problem := why_not_writable(path):
+        raise ArgumentTypeError(f"{path} cannot be written: {problem}")
+    return path

@@ -1,0 +1,100 @@
+"""Padding anywhere in a batch: each row's tokens are moved to its end, as if it had been padded on the left.
+
+Layers know padding on the left only, where a recurrence has nothing to remember yet. So the model sorts the columns of
+every row, padding first, and puts the results back; the tokens of a row then get exactly what they get without padding.
+A padded position has the result of the last token before it: the last column always tells what follows the row.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from flash_stu.cache import FlashSTUCache
+from flash_stu.errors import UserError
+
+
+class Alignment(NamedTuple):
+    """How the columns of a batch are moved.
+
+    Attributes:
+        mask: (batch, length), False at padding, which comes first in every row.
+        order: (batch, length), the column that each place takes.
+        back: (batch, length), the place whose result each column takes.
+    """
+
+    mask: torch.Tensor
+    order: torch.Tensor
+    back: torch.Tensor
+
+    @classmethod
+    def of(cls, mask: torch.Tensor) -> "Alignment":
+        """The alignment of a batch by its mask (batch, length), False at padding."""
+        order = mask.int().argsort(dim=1, stable=True)
+        padding = (~mask).sum(dim=1, keepdim=True)
+        back = (padding + mask.cumsum(dim=1) - 1).clamp(min=0)
+        return cls(mask.gather(1, order), order, back)
+
+    def align(self, x: torch.Tensor) -> torch.Tensor:
+        """Move the columns of x (batch or 1, length, ...)."""
+        return _take(x, self.order)
+
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """Put results (batch, length, ...) back."""
+        return _take(x, self.back)
+
+
+def read_mask(mask, batch: int, length: int, cache: FlashSTUCache | None) -> Alignment | None:
+    """Check the attention mask of a call of the model, and note in the cache what it hides.
+
+    Args:
+        mask: as given to the model, (batch, tokens in the cache + length); None if nothing is padding.
+        batch, length: of the tokens in this call.
+        cache: what this call continues, or None.
+
+    Returns:
+        how to align this call's tokens; None if none of them is padding.
+
+    Raises:
+        UserError: for a mask of another shape, with values other than 0 and 1, or with a row of padding only; and
+            after the first call of a cache, for one that hides new tokens or not the same tokens as before.
+    """
+    past = 0 if cache is None else cache.seq_length
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.shape != (batch, past + length):
+        found = f"shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"type {type(mask).__name__}"
+        raise UserError(
+            f"attention_mask has {found}; needed: a tensor of {(batch, past + length)}, past tokens included"
+        )
+    if torch.compiler.is_compiling():  # must not look into the mask
+        return None if past else Alignment.of(mask.bool())
+    known = None if cache is None else cache.padding
+    if known is None and bool((mask == 1).all()):
+        return None  # one look at the mask per token is enough where nothing is padding
+    real = mask.bool()
+    if not bool((real == mask).all()):
+        raise UserError("attention_mask has values other than 0 (padding) and 1")
+    if past:
+        _check_continuation(real, past, known)
+        return None
+    if not bool(real.any(dim=1).all()):
+        row = int(real.any(dim=1).int().argmin())
+        raise UserError(f"attention_mask hides every token of row {row}; a row needs at least one")
+    if cache is not None:
+        cache.padding = real
+    return Alignment.of(real)
+
+
+def _check_continuation(real: torch.Tensor, past: int, known: torch.Tensor | None) -> None:
+    if not bool(real[:, past:].all()):
+        raise UserError("attention_mask hides tokens after those in the cache; padding can only be in the first call")
+    before = torch.ones_like(real[:, :past])
+    if known is not None:
+        before[:, : known.shape[1]] = known
+    if not torch.equal(real[:, :past], before):
+        raise UserError("attention_mask hides other tokens of the cache than the call that read them did")
+
+
+def _take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    places = places.view(*places.shape, *[1] * (x.ndim - 2))
+    return x.expand(len(places), *x.shape[1:]).gather(1, places.expand(-1, -1, *x.shape[2:]))

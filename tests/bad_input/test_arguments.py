@@ -1,0 +1,141 @@
+"""Command lines: every entry point refuses bad arguments by name, before it does or writes anything."""
+
+import os
+
+import pytest
+
+NUMBERS = ["nan", "inf", "-inf", "-1", "1e300", "", "one", "9" * 5000, "0x10", "1,5"]
+LONG = "x" * 256
+PLACES = ["", LONG, "a\tb", "taken", "taken/below", "/dev/null", "/dev/null/x"]  # taken: a file
+MISSING = ["", LONG, "absent", "/dev/null/x", "folder", "a\nb"]  # where a file is wanted
+NOT_FOLDERS = ["", LONG, "absent", "/dev/null", "taken"]
+
+# script, arguments that are good, the bad argument, its values
+TABLE = [
+    ("train.py", [], "--config", MISSING),
+    ("scripts/prepare_data.py", [], "--config", MISSING),
+    ("scripts/prepare_data.py", ["--config", "taken"], "--shard", ["", "0/1", "2/1", "1/0", "-1/2", "1", "a/b", "1/1e9"]),
+    ("distill.py", ["--checkpoint", "folder"], "--output", PLACES),
+    ("distill.py", ["--output", "out"], "--checkpoint", ["", LONG, "absent", "taken", "/dev/null", "folder"]),
+    ("distill.py", ["--checkpoint", "folder", "--output", "out"], "--state-dim", [*NUMBERS, "0", "1", "1e9", "1025"]),
+    ("distill.py", ["--checkpoint", "folder", "--output", "out"], "--tolerance", [*NUMBERS, "0", "2"]),
+    ("distill.py", ["--checkpoint", "folder", "--output", "out"], "--verify", NUMBERS),
+    ("distill.py", ["--checkpoint", "folder", "--output", "out"], "--method", ["", "sgd"]),
+    ("distill.py", ["--checkpoint", "folder", "--output", "out"], "--dtype", ["", "float16", "int8"]),
+    ("evaluate.py", ["--model", "folder"], "--output", PLACES),
+    ("evaluate.py", [], "--model", ["", LONG, "absent", "taken", "/dev/null", "folder"]),
+    ("evaluate.py", ["--model", "folder"], "--limit", [*NUMBERS, "0", "1.5"]),
+    ("evaluate.py", ["--model", "folder"], "--batch-size", [*NUMBERS, "0"]),
+    ("evaluate.py", ["--model", "folder"], "--text-length", [*NUMBERS, "0"]),
+    ("evaluate.py", ["--model", "folder"], "--text", MISSING),
+    ("evaluate.py", ["--model", "folder"], "--text-column", ["", LONG]),
+    ("evaluate.py", ["--model", "folder"], "--data-dir", NOT_FOLDERS),
+    ("evaluate.py", ["--model", "folder"], "--include-path", NOT_FOLDERS),
+    ("evaluate.py", ["--model", "folder"], "--tasks", ["", ",", "absent.yaml", "mmlu,mmlu"]),
+    ("scripts/generate.py", ["--prompt", "a"], "--model", ["", LONG, "absent", "taken", "/dev/null", "folder"]),
+    ("scripts/generate.py", ["--model", "folder", "--prompt", "a"], "--max-new-tokens", [*NUMBERS, "0"]),
+    ("scripts/generate.py", ["--model", "folder", "--prompt", "a"], "--temperature", NUMBERS),
+    ("scripts/generate.py", ["--model", "folder", "--prompt", "a"], "--top-k", [*NUMBERS, "0"]),
+    ("scripts/generate.py", ["--model", "folder", "--prompt", "a"], "--top-p", [*NUMBERS, "0", "2"]),
+    ("scripts/generate.py", ["--model", "folder", "--prompt", "a"], "--min-p", [*NUMBERS, "2"]),
+    ("scripts/generate.py", ["--model", "folder", "--prompt", "a"], "--repetition-penalty", [*NUMBERS, "0"]),
+    ("scripts/generate.py", ["--model", "folder", "--prompt", "a"], "--seed", [*NUMBERS, str(2**70)]),
+    ("scripts/generate.py", ["--model", "folder", "--prompt", "a"], "--device", ["", "tpu", "cuda:99", "cpu:0", "-1"]),
+    ("scripts/generate.py", ["--model", "folder", "--prompt", "a"], "--dtype", ["", "int8"]),
+    ("scripts/generate.py", ["--model", "folder"], "--prompt-file", MISSING),
+    ("scripts/export.py", ["--output", "out"], "--run", NOT_FOLDERS),
+    ("scripts/export.py", ["--run", "folder"], "--output", PLACES),
+    ("scripts/export.py", ["--run", "folder", "--output", "out"], "--step", [*NUMBERS, "0"]),
+    ("scripts/convert_checkpoint.py", ["--config", "taken", "--output", "out"], "--checkpoint", MISSING),
+    ("scripts/convert_checkpoint.py", ["--checkpoint", "taken", "--output", "out"], "--config", MISSING),
+    ("scripts/convert_checkpoint.py", ["--checkpoint", "taken", "--config", "taken"], "--output", PLACES),
+    ("scripts/convert_checkpoint.py", ["--checkpoint", "taken", "--config", "taken", "--output", "out"], "--filters", MISSING),
+    ("scripts/convert_checkpoint.py", ["--checkpoint", "taken", "--config", "taken", "--output", "out"], "--positions", ["", "nope"]),
+    ("scripts/fetch_eval_data.py", [], "--output", PLACES),
+    ("scripts/fetch_eval_data.py", ["--output", "out"], "--include-path", NOT_FOLDERS),
+    ("scripts/fetch_eval_data.py", ["--output", "out"], "--tasks", ["", ",", "absent.yaml"]),
+    ("scripts/plot_run.py", ["folder"], "--output", ["", LONG, "folder", "taken/below", "/dev/null/x"]),
+    ("scripts/quickstart.py", [], "--config", ["", LONG, "absent.yaml", "a\nb", "/dev/zero"]),
+]  # fmt: skip
+BENCHMARKS = {
+    "branches": {"--steps": [*NUMBERS, "0"], "--runs": PLACES, "--output": PLACES},
+    "conv": {
+        **dict.fromkeys(("--lengths", "--channels", "--batch", "--repeats"), [*NUMBERS, "0"]),
+        **{"--seconds": NUMBERS, "--direct-up-to": NUMBERS, "--dtype": ["int8"], "--output": PLACES},
+    },
+    "data": {"--megabytes": [*NUMBERS, "0"], "--repeats": [*NUMBERS, "0"], "--tokenizer": ["", "bytes"], "--output": PLACES},
+    "fits": {"--length": [*NUMBERS, "0"], "--filters": [*NUMBERS, "0"], "--repeats": [*NUMBERS, "0"], "--output": PLACES},
+    "generate": {
+        **dict.fromkeys(("--lengths", "--state-dims", "--batch", "--repeats", "--long"), [*NUMBERS, "0"]),
+        **{"--config": MISSING, "--panels": ["nope"], "--device": ["tpu"], "--output": PLACES},
+    },
+    "hotspots": {"--config": MISSING, "--steps": [*NUMBERS, "0"], "--output": PLACES},
+    "layers": {
+        **dict.fromkeys(("--lengths", "--width", "--batch", "--repeats"), [*NUMBERS, "0"]),
+        **{"--seconds": NUMBERS, "--output": PLACES},
+    },
+    "lds": {
+        **dict.fromkeys(("--hidden-size", "--state-dim", "--length", "--loop-tokens", "--repeats"), [*NUMBERS, "0"]),
+        **{"--seconds": NUMBERS, "--output": PLACES},
+    },
+    "loss": {
+        **dict.fromkeys(("--tokens", "--chunked-tokens", "--hidden", "--vocabulary", "--repeats"), [*NUMBERS, "0"]),
+        **{"--variant": ["nope"], "--output": PLACES},
+    },
+    "optimizers": {
+        **dict.fromkeys(("--steps", "--sweep-steps", "--rates"), [*NUMBERS, "0"]),
+        **{"--runs": PLACES, "--output": PLACES},
+    },
+    "tables": {"--results": NOT_FOLDERS, "--readme": MISSING},
+    "train": {"--config": MISSING, "--repeats": [*NUMBERS, "0"], "--output": PLACES},
+}  # fmt: skip
+TABLE += [
+    (f"scripts/bench/{name}.py", [], option, values)
+    for name, options in BENCHMARKS.items()
+    for option, values in options.items()
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The working directory, with a file `taken` and an empty folder `folder`."""
+    (tmp_path / "taken").write_text("not what anybody wants\n")
+    (tmp_path / "folder").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("script", "good", "option", "values"), TABLE, ids=[f"{row[0].split('scripts/')[-1]} {row[2]}" for row in TABLE]
+)
+def test_bad_values_of_an_option(refuses, folder, script, good, option, values):
+    for value in values:
+        named = value if value in ("absent", "taken", "folder") and option in ("--model", "--checkpoint") else option
+        refuses(script, [*good, f"{option}={value}"], named if value else "")
+
+
+SCRIPTS = sorted({row[0] for row in TABLE})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_unknown_options_and_abbreviations(refuses, script):
+    refuses(script, ["--nonsense", "1"], "--")
+    refuses(script, ["--outp", "out", "--conf", "x", "--mod", "x", "--read", "x"], "--")
+
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_places_that_are_not_writable(refuses, folder, tmp_path):
+    (tmp_path / "folder").chmod(0o500)
+    try:
+        refuses("distill.py", ["--checkpoint", "folder", "--output", "folder/out"], "--output", "not writable")
+    finally:
+        (tmp_path / "folder").chmod(0o700)
+
+
+def test_a_prompt_is_needed(refuses, folder):
+    refuses("scripts/generate.py", ["--model", "folder"], "--prompt")
+    refuses("scripts/generate.py", ["--model", "folder", "--prompt", "\ud800"], "not UTF-8")
+    refuses("distill.py", ["--checkpoint", "folder", "--output", "out", "--text", "embedded"], "--verify")
+
+
+def test_arguments_do_not_reach_the_terminal_as_control_characters(refuses):
+    assert "\x1b" not in refuses("train.py", ["--config", "\x1b[31mred"])
