@@ -2,7 +2,7 @@
 
 import os
 import socket
-import time
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from flash_stu.errors import UserError
 
-CONNECT_SECONDS = 60  # for the store at MASTER_ADDR to answer
+CONNECT_SECONDS = 30  # for the store at MASTER_ADDR to answer
 MEET_SECONDS = 300  # for all processes to come: on many nodes their imports end minutes apart
 _MOST_PROCESSES = 2**20
 
@@ -79,15 +79,33 @@ def _meet(launch: Launch) -> dist.Store:
     hosting = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun hosts it
     waiting = timedelta(seconds=MEET_SECONDS)
     try:
-        if hosting:
-            store = dist.TCPStore("localhost", port, launch.size, True, waiting, multi_tenant=True)
-        else:
-            _wait_for(host, port)
-            store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.size, timeout=waiting))
+        with _silence():
+            if hosting:
+                store = dist.TCPStore("localhost", port, launch.size, True, waiting, multi_tenant=True)
+            else:
+                connecting = timedelta(seconds=CONNECT_SECONDS)
+                dist.TCPStore(host, port, is_master=False, timeout=connecting, wait_for_workers=False)
+                store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.size, timeout=waiting))
     except dist.DistError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the {launch.size} processes did not meet at MASTER_ADDR {host}:{port}: {reason}") from None
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"the {launch.size} processes did not meet at MASTER_ADDR {host}, MASTER_PORT {port}: {reason}"
+        ) from None
     return dist.PrefixStore("default_pg", store)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what torch's C++ writes to stderr at every attempt to connect off it; its last error is raised anyway."""
+    sys.stderr.flush()
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
 
 def _resolve(host: str) -> None:
@@ -96,22 +114,6 @@ def _resolve(host: str) -> None:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "not a host name"
         raise UserError(f"MASTER_ADDR is {host!r}: {reason}") from None
-
-
-def _wait_for(host: str, port: int) -> None:
-    """Wait until something listens there."""
-    deadline = time.monotonic() + CONNECT_SECONDS
-    while True:
-        try:
-            with socket.create_connection((host, port), timeout=max(0.1, min(5.0, deadline - time.monotonic()))):
-                return
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                reason = error.strerror or "no answer"
-                raise UserError(
-                    f"MASTER_ADDR {host}, MASTER_PORT {port}: {reason}; tried for {CONNECT_SECONDS} seconds"
-                ) from None
-        time.sleep(0.2)
 
 
 def _number(name: str, low: int, high: int, default: int | None = None) -> int:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flash_stu import files
+from flash_stu.arguments import why_not_writable
 from flash_stu.errors import UserError
 from flash_stu.training.config import RunConfig, changed_keys, load_config
 from flash_stu.training.export import export_checkpoint
@@ -64,6 +65,8 @@ class RunDirectory:
         Raises:
             UserError: if it is not empty and holds no run, or a run with other settings, which are named.
         """
+        if problem := why_not_writable(self.path):
+            raise UserError(f"output_dir {self.path} cannot be written: {problem}")
         if not self.config_file.is_file():
             if self.path.exists() and (not self.path.is_dir() or not files.is_empty(self.path)):
                 raise UserError(f"output_dir {self.path} exists and is not a run directory; choose another")

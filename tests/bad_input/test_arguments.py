@@ -14,7 +14,12 @@ NOT_FOLDERS = ["", LONG, "absent", "/dev/null", "taken"]
 TABLE = [
     ("train.py", [], "--config", MISSING),
     ("scripts/prepare_data.py", [], "--config", MISSING),
-    ("scripts/prepare_data.py", ["--config", "taken"], "--shard", ["", "0/1", "2/1", "1/0", "-1/2", "1", "a/b", "1/1e9"]),
+    (
+        "scripts/prepare_data.py",
+        ["--config", "taken"],
+        "--shard",
+        ["", "0/1", "2/1", "1/0", "-1/2", "1", "a/b", "1/1e9"],
+    ),
     ("distill.py", ["--checkpoint", "folder"], "--output", PLACES),
     ("distill.py", ["--output", "out"], "--checkpoint", ["", LONG, "absent", "taken", "/dev/null", "folder"]),
     ("distill.py", ["--checkpoint", "folder", "--output", "out"], "--state-dim", [*NUMBERS, "0", "1", "1e9", "1025"]),
@@ -49,22 +54,42 @@ TABLE = [
     ("scripts/convert_checkpoint.py", ["--config", "taken", "--output", "out"], "--checkpoint", MISSING),
     ("scripts/convert_checkpoint.py", ["--checkpoint", "taken", "--output", "out"], "--config", MISSING),
     ("scripts/convert_checkpoint.py", ["--checkpoint", "taken", "--config", "taken"], "--output", PLACES),
-    ("scripts/convert_checkpoint.py", ["--checkpoint", "taken", "--config", "taken", "--output", "out"], "--filters", MISSING),
-    ("scripts/convert_checkpoint.py", ["--checkpoint", "taken", "--config", "taken", "--output", "out"], "--positions", ["", "nope"]),
+    (
+        "scripts/convert_checkpoint.py",
+        ["--checkpoint", "taken", "--config", "taken", "--output", "out"],
+        "--filters",
+        MISSING,
+    ),
+    (
+        "scripts/convert_checkpoint.py",
+        ["--checkpoint", "taken", "--config", "taken", "--output", "out"],
+        "--positions",
+        ["", "nope"],
+    ),
     ("scripts/fetch_eval_data.py", [], "--output", PLACES),
     ("scripts/fetch_eval_data.py", ["--output", "out"], "--include-path", NOT_FOLDERS),
     ("scripts/fetch_eval_data.py", ["--output", "out"], "--tasks", ["", ",", "absent.yaml"]),
     ("scripts/plot_run.py", ["folder"], "--output", ["", LONG, "folder", "taken/below", "/dev/null/x"]),
     ("scripts/quickstart.py", [], "--config", ["", LONG, "absent.yaml", "a\nb", "/dev/zero"]),
-]  # fmt: skip
+]
 BENCHMARKS = {
     "branches": {"--steps": [*NUMBERS, "0"], "--runs": PLACES, "--output": PLACES},
     "conv": {
         **dict.fromkeys(("--lengths", "--channels", "--batch", "--repeats"), [*NUMBERS, "0"]),
         **{"--seconds": NUMBERS, "--direct-up-to": NUMBERS, "--dtype": ["int8"], "--output": PLACES},
     },
-    "data": {"--megabytes": [*NUMBERS, "0"], "--repeats": [*NUMBERS, "0"], "--tokenizer": ["", "bytes"], "--output": PLACES},
-    "fits": {"--length": [*NUMBERS, "0"], "--filters": [*NUMBERS, "0"], "--repeats": [*NUMBERS, "0"], "--output": PLACES},
+    "data": {
+        "--megabytes": [*NUMBERS, "0"],
+        "--repeats": [*NUMBERS, "0"],
+        "--tokenizer": ["", "bytes"],
+        "--output": PLACES,
+    },
+    "fits": {
+        "--length": [*NUMBERS, "0"],
+        "--filters": [*NUMBERS, "0"],
+        "--repeats": [*NUMBERS, "0"],
+        "--output": PLACES,
+    },
     "generate": {
         **dict.fromkeys(("--lengths", "--state-dims", "--batch", "--repeats", "--long"), [*NUMBERS, "0"]),
         **{"--config": MISSING, "--panels": ["nope"], "--device": ["tpu"], "--output": PLACES},
@@ -88,7 +113,7 @@ BENCHMARKS = {
     },
     "tables": {"--results": NOT_FOLDERS, "--readme": MISSING},
     "train": {"--config": MISSING, "--repeats": [*NUMBERS, "0"], "--output": PLACES},
-}  # fmt: skip
+}
 TABLE += [
     (f"scripts/bench/{name}.py", [], option, values)
     for name, options in BENCHMARKS.items()
@@ -108,8 +133,12 @@ def folder(tmp_path):
 )
 def test_bad_values_of_an_option(refuses, folder, script, good, option, values):
     for value in values:
-        named = value if value in ("absent", "taken", "folder") and option in ("--model", "--checkpoint") else option
-        refuses(script, [*good, f"{option}={value}"], named if value else "")
+        named = option
+        if value in ("absent", "folder", "taken", "/dev/null") and option in ("--model", "--checkpoint"):
+            named = value
+        if option == "--tasks" and value.strip(","):
+            named = "task"
+        refuses(script, [*good, f"{option}={value}"], named)
 
 
 SCRIPTS = sorted({row[0] for row in TABLE})
@@ -119,7 +148,6 @@ SCRIPTS = sorted({row[0] for row in TABLE})
 def test_unknown_options_and_abbreviations(refuses, script):
     refuses(script, ["--nonsense", "1"], "--")
     refuses(script, ["--outp", "out", "--conf", "x", "--mod", "x", "--read", "x"], "--")
-
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -84,14 +84,14 @@ def test_missing_weights_are_an_error_not_random_numbers(stu_dir):
     weights = load_file(path)
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"stu.*missing keys.*up_proj"):
+    with pytest.raises(UserError, match=r"stu.*no tensor .*up_proj"):
         EvaluatedLM.load(stu_dir, "cpu", 1)
 
 
 def test_tokenizer_larger_than_the_vocabulary_is_refused(tiny_model, tmp_path):
     tiny_model(vocab_size=61).save_pretrained(tmp_path)
     load_tokenizer("bytes").to_transformers().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="tokenizer has 257 tokens.*vocabulary 61"):
+    with pytest.raises(UserError, match="ids go up to 256, the model.s vocabulary to 60"):
         EvaluatedLM.load(tmp_path, "cpu", 1)
 
 
