@@ -111,7 +111,7 @@ BENCHMARKS = {
         **dict.fromkeys(("--steps", "--sweep-steps", "--rates"), [*NUMBERS, "0"]),
         **{"--runs": PLACES, "--output": PLACES},
     },
-    "tables": {"--results": NOT_FOLDERS, "--readme": MISSING},
+    "tables": {"--results": NOT_FOLDERS, "--page": MISSING},
     "train": {"--config": MISSING, "--repeats": [*NUMBERS, "0"], "--output": PLACES},
 }
 TABLE += [

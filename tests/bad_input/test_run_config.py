@@ -15,7 +15,7 @@ BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
 FILES = {
     "empty": (b"", "not a mapping"),
     "a list": (b"- 1", "not a mapping"),
-    "not UTF-8": (b"\xff\xfes\0e\0", "not UTF-8"),
+    "UTF-16": (b"\xff\xfes\0e\0", "the text is UTF-16; allowed: UTF-8"),
     "latin-1": ("wandb: {name: é}".encode("latin-1"), "not UTF-8"),
     "NUL": (b"seed: 1\0", "not valid YAML"),
     "nested lists": (b"[" * 20_000, "nested too deep"),
