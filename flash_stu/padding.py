@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from flash_stu.cache import FlashSTUCache
 from flash_stu.errors import UserError
+from flash_stu.model.cache import FlashSTUCache
 
 
 class Alignment(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_stu.errors import UserError
-from flash_stu.loading import load_model, load_model_tokenizer, resolve_model_dir
+from flash_stu.model.loading import load_model, load_model_tokenizer, resolve_model_dir
 from flash_stu.training.checkpoint import list_steps
 from flash_stu.training.export import load_checkpoint
 

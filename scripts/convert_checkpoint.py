@@ -3,7 +3,7 @@
     python scripts/convert_checkpoint.py --checkpoint model.safetensors --config config.json --output DIR \
         [--filters spectral_filters.npy] [--tokenizer tiktoken:o200k_base]
 
-The result gives the published logits, quirks included (see flash_stu/published.py); --positions rope asks for
+The result gives the published logits, quirks included (see flash_stu/model/published.py); --positions rope asks for
 standard rotary positions instead.
 """
 
@@ -15,8 +15,8 @@ from flash_stu.arguments import any_path, input_file, output_directory
 from flash_stu.data import load_tokenizer
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.files import check_output, reason, replacing_directory
-from flash_stu.loading import check_finite
-from flash_stu.published import POSITIONS, convert, read_config
+from flash_stu.model.loading import check_finite
+from flash_stu.model.published import POSITIONS, convert, read_config
 
 _KIND = "converted model"
 

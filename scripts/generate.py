@@ -11,9 +11,9 @@ import torch
 from flash_stu.arguments import SEED, any_path, integer, number
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.files import read_text
-from flash_stu.generation import generate_text
-from flash_stu.loading import choose_device, default_dtype
-from flash_stu.sampling import Sampling
+from flash_stu.generation.loop import generate_text
+from flash_stu.generation.sampling import Sampling
+from flash_stu.model.loading import choose_device, default_dtype
 from flash_stu.source import load_source
 from flash_stu.utf8 import decode
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from flash_stu.lags import CompressedLags
+from flash_stu.filters.lags import CompressedLags
 from spectralds.bank import FilterBank, quadrature_nodes
 from spectralds.bounds import FLOOR, hankel_blocks
 from spectralds.exponentials import powers

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from flash_stu.errors import UserError
-from flash_stu.lags import CompressedLags
+from flash_stu.filters.lags import CompressedLags
 from spectralds.bounds import Bounds
 from spectralds.exponentials import column_norms, powers
 

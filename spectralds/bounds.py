@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from flash_stu.lags import CompressedLags
+from flash_stu.filters.lags import CompressedLags
 from spectralds.exponentials import powers
 
 FLOOR = 1e-14  # Hankel singular values below this fraction of the largest are rounding

@@ -8,7 +8,7 @@ import torch
 
 from flash_stu.errors import UserError
 from flash_stu.files import check_output, replacing_directory
-from flash_stu.loading import default_device
+from flash_stu.model.loading import default_device
 from flash_stu.source import find_source
 from spectralds.curve import error_curve
 from spectralds.distill import model_filters, replace_stu_layers

@@ -5,9 +5,9 @@ import copy
 import torch
 
 from flash_stu.errors import UserError
-from flash_stu.filters import spectral_filters
-from flash_stu.layers import STU
-from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.filters.spectral import spectral_filters
+from flash_stu.model.layers import STU
+from flash_stu.model.modeling import FlashSTUForCausalLM
 from spectralds.bank import FilterBank
 from spectralds.fit import AUTO, TOLERANCE, LDSFit, fit_lds
 

@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from flash_stu.layers import LDS, STU
-from flash_stu.layers.context import SequenceContext
-from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.model.layers import LDS, STU
+from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.modeling import FlashSTUForCausalLM
 
 _LOGITS = 2**24  # held at once per model
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flash_stu.data import Tokenizer, load_tokenizer
-from flash_stu.loading import load_model
-from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.model.loading import load_model
+from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.source import is_checkpoint
 from flash_stu.training.export import load_checkpoint
 

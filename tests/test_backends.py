@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flash_stu import UserError
-from flash_stu.backends import require, why_not
+from flash_stu.ops.backends import require, why_not
 
 
 @pytest.fixture

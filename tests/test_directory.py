@@ -11,7 +11,7 @@ from transformers import pipeline
 
 from flash_stu import FlashSTUForCausalLM, UserError
 from flash_stu.data import load_tokenizer
-from flash_stu.loading import load_model, load_model_tokenizer, resolve_model_dir
+from flash_stu.model.loading import load_model, load_model_tokenizer, resolve_model_dir
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from flash_stu.errors import UserError, run_cli
 from flash_stu.evaluation import embedded
 from flash_stu.evaluation.embedded import write_embedded_data
 from flash_stu.files import MANIFEST, holding
-from flash_stu.filters import spectral_filters
+from flash_stu.filters.spectral import spectral_filters
 from scripts import convert_checkpoint, fetch_eval_data, plot_run, prepare_data
 
 SIZES = {

@@ -12,9 +12,9 @@ import torch
 from flash_stu import FlashSTUForCausalLM, UserError
 from flash_stu.data import load_tokenizer
 from flash_stu.errors import run_cli
-from flash_stu.generation import generate_text, generate_tokens, pad_left
-from flash_stu.layers import LDS
-from flash_stu.sampling import Sampling
+from flash_stu.generation.loop import generate_text, generate_tokens, pad_left
+from flash_stu.generation.sampling import Sampling
+from flash_stu.model.layers import LDS
 
 GREEDY = Sampling(temperature=0)
 VARIANTS = {

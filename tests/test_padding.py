@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from flash_stu import UserError
-from flash_stu.cache import FlashSTUCache
-from flash_stu.generation import generate_tokens
-from flash_stu.layers import LDS
-from flash_stu.sampling import Sampling
+from flash_stu.generation.loop import generate_tokens
+from flash_stu.generation.sampling import Sampling
+from flash_stu.model.cache import FlashSTUCache
+from flash_stu.model.layers import LDS
 
 VARIANTS = {
     "futurefill": {"decode_backend": "futurefill"},

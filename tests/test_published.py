@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from flash_stu import UserError
 from flash_stu.errors import run_cli
-from flash_stu.loading import load_model
-from flash_stu.published import convert, published_filters, read_config
+from flash_stu.model.loading import load_model
+from flash_stu.model.published import convert, published_filters, read_config
 from scripts.convert_checkpoint import main
 
 NEWER = {

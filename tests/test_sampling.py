@@ -5,7 +5,7 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from flash_stu import UserError
-from flash_stu.sampling import Sampler, Sampling
+from flash_stu.generation.sampling import Sampler, Sampling
 
 PROMPT = torch.tensor([[3, 3, 5], [1, 2, 0]])
 MASK = torch.tensor([[True, True, True], [False, True, True]])

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from flash_stu import FlashSTUCache, UserError, static_step
-from flash_stu.cache import state_tensors
-from flash_stu.generation import generate_tokens
-from flash_stu.layers import LDS
-from flash_stu.sampling import Sampling
-from flash_stu.static_step import StaticStep
+from flash_stu import FlashSTUCache, UserError
+from flash_stu.generation import static_step
+from flash_stu.generation.loop import generate_tokens
+from flash_stu.generation.sampling import Sampling
+from flash_stu.generation.static_step import StaticStep
+from flash_stu.model.cache import state_tensors
+from flash_stu.model.layers import LDS
 
 VARIANTS = [
     {"lds_state_dim": 12},

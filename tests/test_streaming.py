@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flash_stu import UserError
 from flash_stu.data import load_tokenizer
-from flash_stu.streaming import TextStream
+from flash_stu.generation.streaming import TextStream
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,17 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from flash_stu import backends
 from flash_stu.errors import UserError
 from flash_stu.evaluation.budget import Budget
 from flash_stu.evaluation.journal import Journal
 from flash_stu.evaluation.processes import ALONE, Processes
 from flash_stu.evaluation.progress import Progress
 from flash_stu.evaluation.scoring import Counters, Score, Window, score_windows, split_windows
-from flash_stu.generation import pad_left
-from flash_stu.layers import SlidingWindowAttention
-from flash_stu.loading import default_dtype
-from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.generation.loop import pad_left
+from flash_stu.model.layers import SlidingWindowAttention
+from flash_stu.model.loading import default_dtype
+from flash_stu.model.modeling import FlashSTUForCausalLM
+from flash_stu.ops import backends
 from flash_stu.source import load_source
 
 _UNLIMITED = 2**31  # what the harness is told where there is no longest input

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flash_stu.errors import UserError
-from flash_stu.loading import (
+from flash_stu.model.loading import (
     check_tensors,
     load_model,
     load_model_tokenizer,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from flash_stu.distributed import process_group, read_launch
 from flash_stu.errors import UserError
-from flash_stu.loading import choose_device
+from flash_stu.model.loading import choose_device
 from flash_stu.orphans import end_with_launcher
 
 _TIMEOUT = timedelta(days=1)  # a process waits for the slowest; torchrun ends all when one fails

@@ -20,7 +20,7 @@ from flash_stu.evaluation.report import format_report, warning
 from flash_stu.evaluation.results import result_files, write_results
 from flash_stu.evaluation.store import Store, item_file
 from flash_stu.evaluation.suite import resolve_tasks
-from flash_stu.loading import choose_device, default_dtype
+from flash_stu.model.loading import choose_device, default_dtype
 
 _PACKAGES = ("flash_stu", "lm_eval", "torch", "transformers", "datasets", "tokenizers")
 

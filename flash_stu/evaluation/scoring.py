@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flash_stu.cache import FlashSTUCache
 from flash_stu.evaluation.budget import Budget
 from flash_stu.evaluation.journal import Journal
 from flash_stu.evaluation.processes import ALONE, Processes
 from flash_stu.evaluation.progress import Progress
 from flash_stu.evaluation.sharing import Family, deal, plan_families
-from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.model.cache import FlashSTUCache
+from flash_stu.model.modeling import FlashSTUForCausalLM
 
 _LOGITS_AT_ONCE = 2**25  # float32 values held while projecting onto the vocabulary: 128 MiB
 _PAST_SHARE = 4  # tokens of state in a batch weigh this many times less than tokens to run

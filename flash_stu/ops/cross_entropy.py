@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from flash_stu import backends
 from flash_stu.errors import UserError
+from flash_stu.ops import backends
 
 BACKENDS = ("auto", "chunked", "liger")
 CHUNK_BYTES = 384 * 2**20  # of logits at a time, in all the forms in which they are held

@@ -19,7 +19,7 @@ Source: Shah et al. 2025, SpectraLDS (arXiv 2505.17868), section 4.
 
 import torch
 
-from flash_stu.ops.causal_conv import causal_conv
+from flash_stu.ops.conv.causal import causal_conv
 
 State = tuple[torch.Tensor, ...]
 _CHUNK = 64  # tokens of one phase in a chunk of lds_chunked

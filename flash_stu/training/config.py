@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from flash_stu.config import LARGEST_LENGTH, FlashSTUConfig
 from flash_stu.data import DataConfig
 from flash_stu.errors import UserError
+from flash_stu.model.config import LARGEST_LENGTH, FlashSTUConfig
 from flash_stu.paths import ExpandedPath
 from flash_stu.settings import LARGEST_SEED, Count, CountOrZero, Section, describe, parse_yaml, read_yaml, shown
 

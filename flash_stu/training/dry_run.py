@@ -2,7 +2,7 @@
 
 import torch
 
-from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.ops.cross_entropy import CHUNK_BYTES
 from flash_stu.training.config import RunConfig
 from flash_stu.training.parallel import resolve_resharding, resolve_strategy

@@ -8,7 +8,7 @@ from transformers.utils import logging
 from flash_stu import files
 from flash_stu.data import Tokenizer, load_tokenizer
 from flash_stu.errors import UserError
-from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.training.checkpoint import list_steps, load_weights
 from flash_stu.training.config import load_config
 

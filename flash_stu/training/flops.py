@@ -35,7 +35,7 @@ import re
 
 import torch
 
-from flash_stu.config import FlashSTUConfig
+from flash_stu.model.config import FlashSTUConfig
 
 # Dense tensor-core rates in bf16 (and fp16) with float32 sums, from NVIDIA's data sheets, which state twice as much for
 # sparse matrices from A100 on; the first row whose words are all in the device's name holds.

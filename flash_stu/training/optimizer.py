@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from flash_stu.model import Block
+from flash_stu.model.modeling import Block
 from flash_stu.training.config import OptimizerConfig
 
 

@@ -16,10 +16,10 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 
-from flash_stu.config import FlashSTUConfig
 from flash_stu.data import BatchLoader, Prefetcher, TokenDataset, load_tokenizer, prepare
 from flash_stu.errors import UserError
-from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.model.config import FlashSTUConfig
+from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.training.checkpoint import Checkpointer, RunState
 from flash_stu.training.config import RunConfig
 from flash_stu.training.evaluation_hook import TaskEvaluation

@@ -2,7 +2,7 @@
 
     python scripts/bench/branches.py [--steps 400] [--runs runs/branches] [--output results/cpu]
 
-A shared-branch STU sees even lags only (flash_stu/layers/stu.py): this trains the four models of that question on the
+A shared-branch STU sees even lags only (flash_stu/model/layers/stu.py): this trains the four models of that question on the
 embedded corpus, with the quickstart's settings and data order, and compares their losses. Runs that are finished are
 not trained again.
 """
@@ -17,7 +17,7 @@ from trained import CONFIG, STRETCH, train
 from flash_stu.arguments import integer, output_directory
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.figures import save_figure
-from flash_stu.loading import default_device
+from flash_stu.model.loading import default_device
 
 KINDS = {"hybrid": ["linear_attention", "sliding_attention"], "STU only": ["linear_attention"]}
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from flash_stu.backends import why_not
 from flash_stu.files import write_text
+from flash_stu.ops.backends import why_not
 
 
 def environment(device: torch.device) -> dict:

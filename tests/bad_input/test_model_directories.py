@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flash_stu import UserError
 from flash_stu.evaluation.model_directory import check_model_dir
-from flash_stu.loading import load_model
+from flash_stu.model.loading import load_model
 
 JSON = {"list": b"[]", "number": b"7", "null": b"null", "text": b'"x"', "empty": b"", "cut": b'{"a": '}
 JSON |= {"deep": b"[" * 20_000, "not UTF-8": b"\xff\xfe{", "digits": b'{"a": ' + b"9" * 5000 + b"}"}

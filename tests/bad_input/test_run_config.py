@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from flash_stu import UserError
-from flash_stu.config import BOUNDS
+from flash_stu.model.config import BOUNDS
 from flash_stu.training.config import RunConfig, load_config
 
 BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(

@@ -18,7 +18,7 @@ from flash_stu.evaluation.definitions import official_index
 from flash_stu.evaluation.harness import write_embedded_task
 from flash_stu.evaluation.local_data import write_local_task
 from flash_stu.evaluation.report import format_csv, format_report, format_table
-from flash_stu.loading import load_model
+from flash_stu.model.loading import load_model
 
 
 def test_results_of_two_models_equal_those_of_the_harness_alone(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from flash_stu.data import load_tokenizer
 from flash_stu.errors import UserError
 from flash_stu.evaluation.language_model import EvaluatedLM
-from flash_stu.loading import load_model
+from flash_stu.model.loading import load_model
 
 
 def requests(*pairs):

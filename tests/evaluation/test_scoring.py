@@ -14,7 +14,7 @@ from flash_stu.evaluation.journal import Journal
 from flash_stu.evaluation.processes import ALONE
 from flash_stu.evaluation.progress import Progress
 from flash_stu.evaluation.scoring import Counters, Window, score_windows, split_windows
-from flash_stu.loading import load_model
+from flash_stu.model.loading import load_model
 
 
 @pytest.mark.parametrize("length", [0, 1, 6, 7, 8, 13, 14, 15, 30])

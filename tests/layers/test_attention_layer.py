@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from flash_stu.layers import SlidingWindowAttention
-from flash_stu.layers.context import SequenceContext
-from flash_stu.layers.state import WindowState
+from flash_stu.model.layers import SlidingWindowAttention
+from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.layers.state import WindowState
 from flash_stu.ops.rotary import rotary_angles
 
 VARIANTS = [

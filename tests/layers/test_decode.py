@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM, UserError
-from flash_stu.filters import spectral_filters
-from flash_stu.layers import LDS, STU
-from flash_stu.layers.context import SequenceContext
+from flash_stu.filters.spectral import spectral_filters
+from flash_stu.model.layers import LDS, STU
+from flash_stu.model.layers.context import SequenceContext
 from spectralds import distill
 
 STU_BACKENDS = ("futurefill", "futurefill_epoched", "naive")

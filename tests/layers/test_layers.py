@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from flash_stu.filters import spectral_filters
-from flash_stu.layers import LDS, STU, GatedMLP, SlidingWindowAttention
-from flash_stu.layers.context import SequenceContext
+from flash_stu.filters.spectral import spectral_filters
+from flash_stu.model.layers import LDS, STU, GatedMLP, SlidingWindowAttention
+from flash_stu.model.layers.context import SequenceContext
 from flash_stu.ops.rotary import rotary_angles
 
 VARIANTS = [

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from flash_stu import FlashSTUForCausalLM
-from flash_stu.layers import LDS
-from flash_stu.layers.context import SequenceContext
-from flash_stu.loading import load_model
+from flash_stu.model.layers import LDS
+from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.loading import load_model
 from flash_stu.training.initialization import read_initial_weights
 from spectralds import distill
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_stu.errors import UserError
-from flash_stu.ops.attention import alibi_slopes, sliding_window_attention
+from flash_stu.ops.attention.choice import alibi_slopes, sliding_window_attention
 from flash_stu.ops.rotary import rotary_angles, rotate
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flash_stu.errors import UserError
-from flash_stu.ops.causal_conv import _fft_size, causal_conv
+from flash_stu.ops.conv.causal import _fft_size, causal_conv
 
 
 def oracle(x, filters, dilation):

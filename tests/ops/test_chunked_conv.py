@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from flash_stu.errors import UserError
-from flash_stu.filters import spectral_filters
-from flash_stu.ops import spectral_conv as module
-from flash_stu.ops.causal_conv import causal_conv
-from flash_stu.ops.chunked_conv import chunked_conv
-from flash_stu.ops.exponentials import exponential_tail
-from flash_stu.ops.spectral_conv import spectral_conv
+from flash_stu.filters.exponentials import exponential_tail
+from flash_stu.filters.spectral import spectral_filters
+from flash_stu.ops.conv import spectral as module
+from flash_stu.ops.conv.causal import causal_conv
+from flash_stu.ops.conv.chunked import chunked_conv
+from flash_stu.ops.conv.spectral import spectral_conv
 
 
 def draw(batch, length, channels, chunk, states, dtype=torch.float64):
@@ -43,7 +43,7 @@ SHAPES = [
 @pytest.mark.parametrize("segment", [1, 2**21])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_the_definition(shape, segment, monkeypatch):
-    monkeypatch.setattr("flash_stu.ops.chunked_conv._ELEMENTS", {False: segment, True: segment})
+    monkeypatch.setattr("flash_stu.ops.conv.chunked._ELEMENTS", {False: segment, True: segment})
     *sizes, dilation = shape
     x, near, decay, readout = draw(*sizes)
     chunk = sizes[3]

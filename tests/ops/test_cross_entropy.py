@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from flash_stu import FlashSTUConfig, UserError, backends
-from flash_stu.ops import cross_entropy
+from flash_stu import FlashSTUConfig, UserError
+from flash_stu.ops import backends, cross_entropy
 from flash_stu.ops.cross_entropy import linear_cross_entropy
 
 VOCABULARY, SIZE = 53, 8

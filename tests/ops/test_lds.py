@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_stu.ops import lds
-from flash_stu.ops.causal_conv import causal_conv
+from flash_stu.ops.conv.causal import causal_conv
 from flash_stu.ops.lds import (
     final_state,
     free_response,

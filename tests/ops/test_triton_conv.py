@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flash_stu.errors import UserError
-from flash_stu.ops.chunked_conv import chunked_conv
+from flash_stu.ops.conv.chunked import chunked_conv
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -58,7 +58,7 @@ def draw(shape, dtype):
     [(shape, torch.float32) for shape in SHAPES] + [(SHAPES[0], torch.float16), (SHAPES[1], torch.bfloat16)],
 )
 def test_against_the_pytorch_form(shape, dtype):
-    from flash_stu.ops.triton_conv import triton_conv
+    from flash_stu.ops.conv.triton import triton_conv
 
     x, near, weights, decay, readout, dilation = draw(shape, dtype)
     y = triton_conv(x, near, weights, decay, readout, dilation)
@@ -77,7 +77,7 @@ def test_against_the_pytorch_form(shape, dtype):
 @pytest.mark.parametrize("separate", [False, True])
 def test_is_the_stus_convolution(separate):
     from flash_stu import spectral_filters
-    from flash_stu.ops.spectral_conv import spectral_conv
+    from flash_stu.ops.conv.spectral import spectral_conv
 
     length = 150
     phi = spectral_filters(256, 6)[1].to(DEVICE)
@@ -101,7 +101,7 @@ def test_compiles_for_an_h100(name, dtype):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from flash_stu.ops import triton_conv
+    from flash_stu.ops.conv import triton as triton_conv
 
     kernel = getattr(triton_conv, name)
     constants = {"CHUNK": 16, "STATES": 32, "BLOCK": 64, "FEATURES": 24, "KINDS": 32, "PRECISION": "tf32x3"}
@@ -116,7 +116,7 @@ def test_compiles_for_an_h100(name, dtype):
 
 @needs_kernels
 def test_operator_is_registered_soundly():
-    from flash_stu.ops import triton_conv  # noqa: F401
+    from flash_stu.ops.conv import triton as triton_conv  # noqa: F401
 
     inputs = draw((1, 5, 2, 16, 3, 1, 2), torch.float32)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -125,7 +125,7 @@ def test_operator_is_registered_soundly():
 
 @needs_kernels
 def test_compiles_to_one_graph():
-    from flash_stu.ops.triton_conv import triton_conv
+    from flash_stu.ops.conv.triton import triton_conv
 
     x, near, weights, *system = draw((1, 7, 2, 16, 3, 1, 2), torch.float32)
 
@@ -139,7 +139,7 @@ def test_compiles_to_one_graph():
 
 @needs_kernels
 def test_bad_arguments():
-    from flash_stu.ops.triton_conv import triton_conv
+    from flash_stu.ops.conv.triton import triton_conv
 
     x, near, weights, *system = draw((1, 7, 2, 16, 3, 1, 2), torch.float32)
     with pytest.raises(UserError, match="got torch.float64; allowed: float32, bfloat16, float16"):
@@ -154,7 +154,7 @@ def test_bad_arguments():
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="says what is missing on a machine without a GPU")
 def test_missing_accelerator_says_why():
-    from flash_stu.ops.spectral_conv import spectral_conv
+    from flash_stu.ops.conv.spectral import spectral_conv
 
     with pytest.raises(UserError, match="'triton' is not available: it needs a CUDA GPU"):
         spectral_conv(torch.zeros(1, 4, 2), torch.zeros(4, 1), torch.zeros(1, 2), "triton")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash_stu.filters import spectral_filters
+from flash_stu.filters.spectral import spectral_filters
 from spectralds.bank import FilterBank
 from spectralds.bounds import hankel_singular_values
 from spectralds.fit import METHODS, fit_lds

@@ -7,9 +7,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flash_stu import FlashSTUForCausalLM, UserError
-from flash_stu.layers import LDS, STU
-from flash_stu.layers.context import SequenceContext
-from flash_stu.loading import load_model
+from flash_stu.model.layers import LDS, STU
+from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.loading import load_model
 from flash_stu.ops.lds import lds_scan, zero_state
 from spectralds import distill
 from spectralds.distill import fold, model_filters

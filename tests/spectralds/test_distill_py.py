@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash_stu.data import load_tokenizer
-from flash_stu.loading import load_model
+from flash_stu.model.loading import load_model
 from flash_stu.training.checkpoint import Checkpointer, RunState
 from flash_stu.training.parallel import World
 

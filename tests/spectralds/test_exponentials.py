@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flash_stu.filters import spectral_filters
-from flash_stu.lags import CompressedLags
+from flash_stu.filters.lags import CompressedLags
+from flash_stu.filters.spectral import spectral_filters
 from spectralds.bank import FilterBank
 from spectralds.exponentials import column_norms, powers
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flash_stu.errors import UserError
-from flash_stu.filters import spectral_filters
+from flash_stu.filters.spectral import spectral_filters
 from spectralds.bank import FilterBank
 from spectralds.fit import METHODS, LDSFit, best_candidate, fit_lds, round_nodes
 

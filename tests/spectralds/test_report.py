@@ -4,7 +4,7 @@ import pytest
 import torch
 from matplotlib import pyplot
 
-from flash_stu.filters import spectral_filters
+from flash_stu.filters.spectral import spectral_filters
 from spectralds import FilterBank, distill, fit_lds
 from spectralds.curve import error_curve
 from spectralds.fit import METHODS

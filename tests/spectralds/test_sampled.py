@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flash_stu.filters import spectral_filters
+from flash_stu.filters.spectral import spectral_filters
 from spectralds.bank import FilterBank
 from spectralds.fit import fit_lds
 from spectralds.sampled import sampled_nodes, spectral_representation, theorem_1

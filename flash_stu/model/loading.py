@@ -19,10 +19,10 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from flash_stu.config import check_bounds
 from flash_stu.errors import UserError
 from flash_stu.files import read_json, reason
-from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.model.config import check_bounds
+from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.settings import shown
 
 _FLOATING = ("F64", "F32", "F16", "BF16")

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flash_stu.config import FlashSTUConfig
-from flash_stu.layers.linear import ResidualLinear
+from flash_stu.model.config import FlashSTUConfig
+from flash_stu.model.layers.linear import ResidualLinear
 
 
 class GatedMLP(nn.Module):

@@ -1,4 +1,4 @@
-"""The chunked convolution of flash_stu.ops.chunked_conv as Triton kernels: one forward, one for all gradients.
+"""The chunked convolution of flash_stu.ops.conv.chunked as Triton kernels: one forward, one for all gradients.
 
 One program takes one phase of one sequence and a block of channels, and goes through the chunks in order (backward: in
 reverse) with the far states in registers: inputs are read, outputs written, and no state goes through memory. All
@@ -8,9 +8,9 @@ matrices, so that a chunk is multiplied by each of these and the channels' weigh
 the STU's definition read literally, and keeps 64 shifted loads and multiply-adds per output off the slow path.
 
 In bf16 and fp16 the factors of the products are rounded to that dtype; it costs no more than their rounding if the
-readout is that of flash_stu.ops.exponentials, whose terms do not cancel. Sums are float32.
+readout is that of flash_stu.filters.exponentials, whose terms do not cancel. Sums are float32.
 
-Import this module only where flash_stu.backends has no objection to "triton". With TRITON_INTERPRET=1 it runs on a CPU.
+Import this module only where flash_stu.ops.backends has no objection to "triton". With TRITON_INTERPRET=1 it runs on a CPU.
 """
 
 import torch
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch.nn.functional import pad
 
 from flash_stu.errors import UserError
-from flash_stu.ops.chunked_conv import exponentials
+from flash_stu.ops.conv.chunked import exponentials
 from flash_stu.ops.kept import kept_op
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -8,7 +8,7 @@ The Hankel matrices of spectral filtering are Gram matrices of decaying exponent
 with n = i + j and i, j = 1..L. Substituting a = exp(-e^s), the trapezoid rule in s converges exponentially, so a few
 hundred nodes give Z = V V^T to machine precision with V of shape (L, nodes). The left singular vectors of V are the
 filters and its squared singular values the eigenvalues. The columns of V are decaying exponentials, so V is compressed
-to a few hundred rows first (flash_stu.lags). Cost is O(L filters) instead of O(L^3), and small eigenvalues keep their
+to a few hundred rows first (flash_stu.filters.lags). Cost is O(L filters) instead of O(L^3), and small eigenvalues keep their
 relative accuracy because the decomposition sees their square roots.
 
 Source: Agarwal et al. 2023, Spectral State Space Models (arXiv 2312.06837), section 3; Liu et al. 2024, Flash STU
@@ -28,7 +28,7 @@ from safetensors.torch import load, save_file
 
 from flash_stu.errors import UserError, WriteError
 from flash_stu.files import replacing_file
-from flash_stu.lags import CompressedLags
+from flash_stu.filters.lags import CompressedLags
 
 BASES = ("hankel", "hankel_l")
 _QUADRATURE_STEP = 0.12  # in s; halving it changes no eigenvalue above 1e-13 of the first by more than 1e-11 of itself

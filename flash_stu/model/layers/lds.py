@@ -21,14 +21,14 @@ import math
 import torch
 from torch import nn
 
-from flash_stu.config import FlashSTUConfig
-from flash_stu.layers.constants import KeepFloat32
-from flash_stu.layers.context import SequenceContext
-from flash_stu.layers.linear import ResidualLinear
-from flash_stu.layers.state import LDSState
-from flash_stu.ops.causal_conv import causal_conv
+from flash_stu.model.config import FlashSTUConfig
+from flash_stu.model.layers.constants import KeepFloat32
+from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.layers.linear import ResidualLinear
+from flash_stu.model.layers.state import LDSState
+from flash_stu.ops.conv.causal import causal_conv
+from flash_stu.ops.conv.spectral import for_any_filter
 from flash_stu.ops.lds import final_state, free_response, lds_advance, lds_chunked, moved_decay, powers, zero_state
-from flash_stu.ops.spectral_conv import for_any_filter
 
 _CHUNK = 8192  # tokens convolved at a time: bounds the memory of a long input
 

@@ -1,9 +1,9 @@
 """The layers of a block. Every sequence mixer has `forward` for a whole sequence, `prefill` for a sequence that leaves
 a state behind, and `step` for one more token; a test holds the three together."""
 
-from flash_stu.layers.attention import SlidingWindowAttention
-from flash_stu.layers.lds import LDS
-from flash_stu.layers.mlp import GatedMLP
-from flash_stu.layers.stu import STU
+from flash_stu.model.layers.attention import SlidingWindowAttention
+from flash_stu.model.layers.lds import LDS
+from flash_stu.model.layers.mlp import GatedMLP
+from flash_stu.model.layers.stu import STU
 
 __all__ = ["LDS", "STU", "GatedMLP", "SlidingWindowAttention"]

@@ -11,7 +11,7 @@ the chunk before, plus a readout of `states` numbers per channel that sum up eve
     y[chunk i, t] += sum_j decay[j]^t readout[j] Z[i, j]
 
 Because no exponential ever has to give a lag below c+1, where sums of exponentials cancel most, 32 of them reach
-spectral filters to single precision with coefficients below one (flash_stu.ops.exponentials fits them). Cost is
+spectral filters to single precision with coefficients below one (flash_stu.filters.exponentials fits them). Cost is
 O(length (2c + 2 states) channels), linear in the length, and memory beyond the activations does not grow with it.
 
 Source: Shah et al. 2025, SpectraLDS (arXiv 2505.17868), section 4, for the states; the band of two chunks is ours.

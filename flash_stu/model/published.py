@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from flash_stu.config import BOUNDS, FlashSTUConfig
 from flash_stu.errors import UserError
 from flash_stu.files import read_json, reason
-from flash_stu.loading import check_finite
-from flash_stu.model import FlashSTUForCausalLM
+from flash_stu.model.config import BOUNDS, FlashSTUConfig
+from flash_stu.model.loading import check_finite
+from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.settings import LARGEST_COUNT, shown
 
 POSITIONS = ("published", "rope")

@@ -10,9 +10,9 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-from flash_stu import backends
 from flash_stu.errors import UserError
-from flash_stu.ops.banded_attention import banded_attention
+from flash_stu.ops import backends
+from flash_stu.ops.attention.banded import banded_attention
 
 BACKENDS = ("auto", "banded", "sdpa", "flex_attention", "flash_attn")
 _WORTH_COMPILING = 512  # queries; flex_attention is compiled anew for every length, and prompts come in all lengths

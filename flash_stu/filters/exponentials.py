@@ -1,6 +1,6 @@
 """The far end of spectral filters as a short sum of decaying exponentials.
 
-Spectral filters are integrals of decaying exponentials (flash_stu.filters), so no search is needed: decays are spaced
+Spectral filters are integrals of decaying exponentials (flash_stu.filters.spectral), so no search is needed: decays are spaced
 evenly in ln(-ln a), and the weights are linear in the filter. That linear map depends on lengths only; it is computed
 once for each, and applying it costs nothing beside a convolution. It is exact for such filters alone: of any other
 filter it keeps the part that such exponentials span.

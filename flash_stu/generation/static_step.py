@@ -10,8 +10,8 @@ from functools import cache
 
 import torch
 
-from flash_stu.cache import FlashSTUCache, state_tensors
 from flash_stu.errors import UserError
+from flash_stu.model.cache import FlashSTUCache, state_tensors
 
 
 class StaticStep:

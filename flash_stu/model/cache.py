@@ -1,7 +1,7 @@
 """The generation cache: one state per layer and the number of tokens seen.
 
 The only file that touches transformers' Cache, whose own layers assume keys and values, or states of a fixed shape.
-Ours are whatever the layer says (flash_stu.layers.state): the cache only stores them and picks rows of the batch.
+Ours are whatever the layer says (flash_stu.model.layers.state): the cache only stores them and picks rows of the batch.
 """
 
 from collections.abc import Iterator

@@ -10,8 +10,8 @@ still has a gradient.
 import torch
 from torch.nn.functional import pad
 
-from flash_stu import backends
 from flash_stu.errors import UserError
+from flash_stu.ops import backends
 from flash_stu.ops.kept import kept_op
 
 BACKENDS = ("auto", "direct", "fft", "flashfftconv")

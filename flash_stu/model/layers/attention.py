@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from flash_stu.config import FlashSTUConfig
-from flash_stu.layers.context import SequenceContext
-from flash_stu.layers.linear import ResidualLinear
-from flash_stu.layers.state import WindowState
-from flash_stu.ops.attention import alibi_slopes, attend_to_window, sliding_window_attention
+from flash_stu.model.config import FlashSTUConfig
+from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.layers.linear import ResidualLinear
+from flash_stu.model.layers.state import WindowState
+from flash_stu.ops.attention.choice import alibi_slopes, attend_to_window, sliding_window_attention
 from flash_stu.ops.rotary import rotate
 
 
@@ -18,7 +18,7 @@ class SlidingWindowAttention(nn.Module):
         config: hidden_size, num_attention_heads, num_key_value_heads, sliding_window, position_embedding, alibi_scale,
             attn_logit_softcapping, dropout, bias and attention_backend are read.
 
-    Source: as for flash_stu.ops.attention.
+    Source: as for flash_stu.ops.attention.choice.
     """
 
     def __init__(self, config: FlashSTUConfig) -> None:

@@ -75,17 +75,17 @@ class FlashSTUConfig(PreTrainedConfig):
         tie_word_embeddings: the head is the embedding.
         initializer_range: standard deviation of embeddings; linear layers use hidden_size^-1/2-scaled draws.
         num_filters: spectral filters K.
-        filter_basis: "hankel" or "hankel_l", see flash_stu.filters.
-        stu_type: "tensordot" or "full", see flash_stu.layers.stu.
-        stu_branches: "shared", "separate" or "positive", see flash_stu.layers.stu.
+        filter_basis: "hankel" or "hankel_l", see flash_stu.filters.spectral.
+        stu_type: "tensordot" or "full", see flash_stu.model.layers.stu.
+        stu_branches: "shared", "separate" or "positive", see flash_stu.model.layers.stu.
         lds_state_dim: state dimension of the LDS layers of a distilled model; None for STU layers.
-        lds_trainable: train the decays of the LDS layers too, see flash_stu.layers.lds.
+        lds_trainable: train the decays of the LDS layers too, see flash_stu.model.layers.lds.
         lds_state_dtype: "float32" or "float64", of the states that generation carries from token to token.
         decode_backend: what carries the past from token to token: "lds" for a distilled model; "futurefill",
             "futurefill_epoched" or "naive" for STU layers, see flash_stu.ops.futurefill; "auto" is the first that fits.
             Read at every prefill, so it can be changed on a model in use.
-        conv_backend: see flash_stu.ops.spectral_conv.
-        attention_backend: see flash_stu.ops.attention.
+        conv_backend: see flash_stu.ops.conv.spectral.
+        attention_backend: see flash_stu.ops.attention.choice.
         loss_backend: see flash_stu.ops.cross_entropy.
         use_cache: generate with a cache.
     """

@@ -1,6 +1,6 @@
 """The STU's convolution: filters that are learned combinations of constant spectral filters.
 
-Back ends are those of flash_stu.ops.causal_conv, which convolve with any filter, and two that use what a spectral
+Back ends are those of flash_stu.ops.conv.causal, which convolve with any filter, and two that use what a spectral
 filter is, a few taps and then a sum of decaying exponentials: `chunked` (matrix products, everywhere) and `triton`
 (the same as one kernel, on a GPU). "auto" takes the fastest of those that were measured.
 """
@@ -11,13 +11,13 @@ from functools import cache
 import torch
 from torch.nn.functional import pad
 
-from flash_stu import backends
 from flash_stu.errors import UserError
-from flash_stu.ops.causal_conv import BACKENDS as GENERIC_BACKENDS
-from flash_stu.ops.causal_conv import causal_conv
-from flash_stu.ops.causal_conv import choose as choose_generic
-from flash_stu.ops.chunked_conv import chunked_conv
-from flash_stu.ops.exponentials import exponential_tail
+from flash_stu.filters.exponentials import exponential_tail
+from flash_stu.ops import backends
+from flash_stu.ops.conv.causal import BACKENDS as GENERIC_BACKENDS
+from flash_stu.ops.conv.causal import causal_conv
+from flash_stu.ops.conv.causal import choose as choose_generic
+from flash_stu.ops.conv.chunked import chunked_conv
 
 BACKENDS = (*GENERIC_BACKENDS, "chunked", "triton")
 CHUNK = {"chunked": 32, "triton": 16}  # tokens of one phase; twice as many lags are near
@@ -82,7 +82,7 @@ def spectral_conv(
     readout = _mix(tail, weights, wide)
     if name == "chunked":
         return chunked_conv(x, _mix(near, weights, wide), decay, readout, None, dilation)[0]
-    from flash_stu.ops.triton_conv import triton_conv
+    from flash_stu.ops.conv.triton import triton_conv
 
     return triton_conv(x, near, weights, decay, readout, dilation)
 

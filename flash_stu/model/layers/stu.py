@@ -15,12 +15,12 @@ Source: Agarwal et al. 2023 (arXiv 2312.06837), eq. 5; Liu et al. 2024, Flash ST
 import torch
 from torch import nn
 
-from flash_stu.config import FlashSTUConfig
-from flash_stu.layers.context import SequenceContext
-from flash_stu.layers.linear import ResidualLinear
-from flash_stu.ops.causal_conv import causal_conv
+from flash_stu.model.config import FlashSTUConfig
+from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.layers.linear import ResidualLinear
+from flash_stu.ops.conv.causal import causal_conv
+from flash_stu.ops.conv.spectral import for_any_filter, spectral_conv
 from flash_stu.ops.futurefill import ConvState, Taps
-from flash_stu.ops.spectral_conv import for_any_filter, spectral_conv
 
 
 class STU(nn.Module):

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from flash_stu.cache import FlashSTUCache
 from flash_stu.errors import UserError
-from flash_stu.model import FlashSTUForCausalLM
-from flash_stu.sampling import Sampler, Sampling
-from flash_stu.static_step import StaticStep
-from flash_stu.streaming import TextStream
+from flash_stu.generation.sampling import Sampler, Sampling
+from flash_stu.generation.static_step import StaticStep
+from flash_stu.generation.streaming import TextStream
+from flash_stu.model.cache import FlashSTUCache
+from flash_stu.model.modeling import FlashSTUForCausalLM
 
 
 @torch.inference_mode()
@@ -36,7 +36,7 @@ def generate_tokens(
         sampling: how to choose a token; by default from the model's own distribution.
         attention_mask: (batch, length), 0 at padding; None if there is none.
         eos_token_id: stop when every row has produced it; a row that has goes on repeating it.
-        compile: see flash_stu.static_step; for a model without STU layers.
+        compile: see flash_stu.generation.static_step; for a model without STU layers.
 
     Yields:
         the next token of every row, (batch,).
@@ -84,7 +84,7 @@ def generate_text(
         max_new_tokens: tokens to generate at most per row.
         sampling: how to choose a token.
         stop: strings that end a row; the row's text stops before them.
-        compile: see flash_stu.static_step; for a model without STU layers.
+        compile: see flash_stu.generation.static_step; for a model without STU layers.
 
     Yields:
         for every token generated, the text that each row gained; often empty, all of it joined is the row's text.

@@ -11,15 +11,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers import initialization as hf_init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from flash_stu import export
-from flash_stu.cache import FlashSTUCache
-from flash_stu.config import FlashSTUConfig
 from flash_stu.errors import UserError
-from flash_stu.filters import spectral_filters
-from flash_stu.layers import LDS, STU, GatedMLP, SlidingWindowAttention
-from flash_stu.layers.constants import SpectralFilters
-from flash_stu.layers.context import SequenceContext
-from flash_stu.layers.linear import ResidualLinear
+from flash_stu.filters.spectral import spectral_filters
+from flash_stu.model import saving as export
+from flash_stu.model.cache import FlashSTUCache
+from flash_stu.model.config import FlashSTUConfig
+from flash_stu.model.layers import LDS, STU, GatedMLP, SlidingWindowAttention
+from flash_stu.model.layers.constants import SpectralFilters
+from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.layers.linear import ResidualLinear
 from flash_stu.ops.cross_entropy import linear_cross_entropy
 from flash_stu.ops.rotary import rotary_angles
 from flash_stu.padding import read_mask
@@ -73,7 +73,7 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
     _no_split_modules = ["Block"]
     _is_stateful = True
-    # see flash_stu.layers.constants
+    # see flash_stu.model.layers.constants
     _keep_in_fp32_modules_strict = {"readout", "readout_change", "decay", "log_rate_change", "phi"}
     _keys_to_ignore_on_load_missing = [r"_change$"]  # of a distilled model that is loaded to be trained
 

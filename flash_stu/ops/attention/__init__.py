@@ -1,0 +1,1 @@
+"""Sliding-window attention: the choice of a back end, the reference, and the back ends."""
