@@ -6,12 +6,9 @@ python distill.py --checkpoint RUN_OR_CHECKPOINT_OR_MODEL_DIR --output DIR [--st
 import sys
 from functools import partial
 
-from transformers.utils import logging
-
 from flash_stu.arguments import any_path, integer, number, output_directory
 from flash_stu.errors import ArgumentParser, UserError, run_cli
-from spectralds.directory import DTYPES, FIGURE, REPORT, VERIFY_TOLERANCE, distill_directory, summary
-from spectralds.fit import AUTO, MAX_STATE_DIM, METHODS, TOLERANCE
+from spectralds.options import AUTO, DTYPES, MAX_STATE_DIM, METHODS, TOLERANCE, VERIFY_TOLERANCE
 
 
 def main() -> int:
@@ -26,7 +23,7 @@ def main() -> int:
     add("--tolerance", type=number(0, 1, above=True), default=TOLERANCE, metavar="T",
         help="for auto: relative error of the impulse responses, in float32 (default: %(default)s)")  # fmt: skip
     add("--method", choices=(AUTO, *METHODS), default=AUTO, help="auto: the best of the others (default: %(default)s)")
-    add("--dtype", choices=tuple(DTYPES), help="of the weights written (default: as they are)")
+    add("--dtype", choices=DTYPES, help="of the weights written (default: as they are)")
     add("--verify", type=number(0, 1e6), nargs="?", const=VERIFY_TOLERANCE, metavar="T",
         help="compare logits, validation loss and generated tokens "
         "with the original's; exit with 1 if the logits' relative difference exceeds T "
@@ -36,6 +33,11 @@ def main() -> int:
     args = parser.parse_args()
     if args.text is not None and args.verify is None:
         raise UserError("--text says what to compare the models on: it goes with --verify")
+
+    from transformers.utils import logging
+
+    from spectralds.directory import FIGURE, REPORT, distill_directory, summary
+
     logging.disable_progress_bar()
     report = distill_directory(
         *(args.checkpoint, args.output, args.state_dim),

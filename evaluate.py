@@ -5,9 +5,7 @@ python evaluate.py --model DIR [--model DIR ...] [--tasks LIST] [--limit N] [--d
 """
 
 from flash_stu.arguments import any_path, input_directory, input_file, integer, output_directory, printable
-from flash_stu.distributed import read_launch
 from flash_stu.errors import ArgumentParser, run_cli
-from flash_stu.evaluation import evaluate
 
 
 def main() -> None:
@@ -36,6 +34,10 @@ def main() -> None:
     add("--batch-size", type=integer(), metavar="N", help="sequences per forward pass; default: as many as fit")
     add("--device", metavar="D", help="cpu, cuda or cuda:N; default: a GPU if there is one")
     options = vars(parser.parse_args())
+
+    from flash_stu.distributed import read_launch
+    from flash_stu.evaluation.runner import evaluate
+
     evaluate(options.pop("model"), texts=options.pop("text"), **options)
     if read_launch().rank == 0:
         print(f"\nresults: {options['output']}/results.json, table.md, table.csv, pictures")

@@ -2,8 +2,6 @@
 
 from flash_stu.arguments import input_file
 from flash_stu.errors import ArgumentParser, run_cli
-from flash_stu.training import Trainer, join_world, load_config, world_size
-from flash_stu.training.dry_run import describe
 
 
 def main() -> None:
@@ -13,6 +11,10 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the run's size, and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the config's")
     arguments = parser.parse_intermixed_args()
+
+    from flash_stu.training import Trainer, join_world, load_config, world_size
+    from flash_stu.training.dry_run import describe
+
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(describe(config, world_size()))

@@ -1,21 +1,27 @@
-"""The processes of a launch: what torchrun or a scheduler says in the environment, checked, and how they meet."""
+"""The processes that were started together: their places, how they meet, and what they exchange."""
 
 import os
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from flash_stu.errors import UserError
+from flash_stu.orphans import end_with_launcher
 
+T = TypeVar("T")
+
+_PAUSE = 1.0  # seconds
 CONNECT_SECONDS = 30  # for the store at MASTER_ADDR to answer
 MEET_SECONDS = 300  # for all processes to come: on many nodes their imports end minutes apart
-_MOST_PROCESSES = 2**20
+_MAX_PROCESSES = 2**20
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ def world_size() -> int:
     Raises:
         UserError: if the environment's WORLD_SIZE is no such number.
     """
-    return _number("WORLD_SIZE", 1, _MOST_PROCESSES, default=1)
+    return _number("WORLD_SIZE", 1, _MAX_PROCESSES, default=1)
 
 
 def read_launch() -> Launch:
@@ -47,25 +53,125 @@ def read_launch() -> Launch:
     return Launch(rank, size, _number("LOCAL_RANK", 0, size - 1, default=0))
 
 
+@dataclass(frozen=True)
+class World:
+    """The processes that work together, seen from one of them."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process got here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, *values: torch.Tensor | float) -> list[float]:
+        """Sum scalars over all processes, in float64; every process gets the same sums."""
+        total = torch.stack([torch.as_tensor(value, device=self.device).double() for value in values])
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        shared = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(shared, src=0, device=self.device)
+        return shared[0]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do something on the main process alone; returns its result on every process.
+
+        Raises:
+            Exception: on the main process, whatever the work raised.
+            SystemExit: on the others, if it raised anything: they end with status 2, and one message is enough.
+        """
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        result, failed = self.from_main((result, failure is not None))
+        if failed and not self.is_main:
+            time.sleep(_PAUSE)  # torchrun ends all as soon as one ends: let the main process finish its message
+            raise SystemExit(2)
+        if failed:
+            raise failure
+        return result
+
+    def gather(self, value: Any) -> list:
+        """Returns what every process passes here, by rank, on every process."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the main process do something before the others: what it downloads or converts, they find."""
+        if not self.is_main:
+            self.gather(None)
+        yield
+        if self.is_main:
+            self.gather(None)
+
+
+def local_device(kind: str) -> torch.device:
+    """Returns this process's device: the GPU of its local rank for "cuda", or the CPU.
+
+    Raises:
+        UserError: if there are fewer GPUs than processes.
+    """
+    if kind != "cuda":
+        return torch.device("cpu")
+    launch, visible = read_launch(), torch.cuda.device_count()
+    if launch.local_rank >= visible:
+        raise UserError(f"process {launch.local_rank} of this machine has no GPU; only {visible} are visible")
+    return torch.device("cuda", launch.local_rank)
+
+
 @contextmanager
-def process_group(launch: Launch, backend: str, timeout: timedelta, device: torch.device | None = None) -> Iterator:
-    """Join the process group of a launch, of one process too; leave it at the end.
+def join(device: torch.device, backend: str, timeout: timedelta, group_of_one: bool = False) -> Iterator[World]:
+    """Join the processes that were started together, or be alone; leave them at the end.
+
+    A process that torchrun started ends when torchrun has died.
 
     Args:
-        launch: from `read_launch`.
+        device: this process's.
         backend: "gloo" or "nccl".
         timeout: of every collective operation.
-        device: the GPU that NCCL is to use.
+        group_of_one: make a process group for a single process too.
 
     Raises:
         UserError: if MASTER_ADDR and MASTER_PORT are missing or lead nowhere, or the others do not come in time.
     """
+    end_with_launcher()
+    launch = read_launch()
+    world = World(launch.rank, launch.size, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if launch.size == 1 and not group_of_one:
+        yield world
+        return
     store = dist.HashStore() if launch.size == 1 else _meet(launch)
     dist.init_process_group(
-        backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout, device_id=device
+        backend,
+        store=store,
+        rank=launch.rank,
+        world_size=launch.size,
+        timeout=timeout,
+        device_id=device if backend == "nccl" else None,
     )
     try:
-        yield
+        yield world
     finally:
         dist.destroy_process_group()
 

@@ -34,6 +34,8 @@ class WriteError(UserError):
 
     def __str__(self) -> str:
         return "{} cannot be written: {}".format(*self.args)
+
+
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes, of a file system
 
 

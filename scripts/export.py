@@ -5,7 +5,6 @@ python scripts/export.py --run RUN [--step N] --output DIR
 
 from flash_stu.arguments import input_directory, integer, output_directory
 from flash_stu.errors import ArgumentParser, run_cli
-from flash_stu.training.export import export_checkpoint, find_checkpoint
 
 
 def main() -> None:
@@ -19,6 +18,9 @@ def main() -> None:
         "--output", type=output_directory, required=True, metavar="DIR", help="where the model directory goes"
     )
     arguments = parser.parse_args()
+
+    from flash_stu.training.export import export_checkpoint, find_checkpoint
+
     path = find_checkpoint(arguments.run, arguments.step)
     export_checkpoint(path, arguments.output)
     print(f"{path} written to {arguments.output}")

@@ -6,15 +6,9 @@ python scripts/generate.py --model runs/quickstart/final --prompt "The function 
 import sys
 import time
 
-import torch
-
 from flash_stu.arguments import SEED, any_path, integer, number
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.files import read_text
-from flash_stu.generation.loop import generate_text
-from flash_stu.generation.sampling import Sampling
-from flash_stu.model.loading import choose_device, default_dtype
-from flash_stu.source import load_source
 from flash_stu.utf8 import decode
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -22,6 +16,14 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 def main() -> None:
     args = parse()
+
+    import torch
+
+    from flash_stu.generation.loop import generate_text
+    from flash_stu.generation.sampling import Sampling
+    from flash_stu.model.loading import choose_device, default_dtype
+    from flash_stu.model.source import load_source
+
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
     prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
     if not prompts:

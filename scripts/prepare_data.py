@@ -1,8 +1,8 @@
 """Tokenise the corpus of a run, so that training finds its tokens.
 
-    python scripts/prepare_data.py --config configs/flash_stu_340m.yaml [data.cache_dir=DIR ...] [--shard i/N]
+    python scripts/prepare_data.py --config configs/flash_stu_340m.yaml [data.cache_dir=DIR ...] [--part i/N]
 
-Uses all cores. May be stopped or killed at any moment: the same command goes on from there. With --shard, N machines
+Uses all cores. May be stopped or killed at any moment: the same command goes on from there. With --part, N machines
 that share data.cache_dir do one part each (i from 1 to N), in any order; the last one to finish puts them together.
 """
 
@@ -11,10 +11,8 @@ import signal
 import sys
 
 from flash_stu.arguments import input_file
-from flash_stu.data import prepare, prepare_part
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.settings import shown
-from flash_stu.training.config import load_config
 
 
 def main() -> int:
@@ -23,10 +21,14 @@ def main() -> int:
     parser.add_argument(
         "--config", type=input_file, required=True, metavar="YAML", help="a run; only its data section is used"
     )
-    parser.add_argument("--shard", default="1/1", metavar="i/N", help="do the i-th of N parts (default: everything)")
+    parser.add_argument("--part", default="1/1", metavar="i/N", help="do the i-th of N parts (default: everything)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the config's")
     arguments = parser.parse_intermixed_args()
-    part, parts = parse_shard(arguments.shard)
+    part, parts = parse_part(arguments.part)
+
+    from flash_stu.data import prepare, prepare_part
+    from flash_stu.training.config import load_config
+
     config = load_config(arguments.config, arguments.overrides).data
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -34,11 +36,11 @@ def main() -> int:
         unfinished = prepare_part(config, part - 1, parts)
         if unfinished:
             missing = ", ".join(f"{index + 1}/{parts}" for index in unfinished)
-            print(f"part {part} of {parts} is done; still to be finished: --shard {missing}")
+            print(f"part {part} of {parts} is done; still to be finished: --part {missing}")
             return 0
         data = prepare(config)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes here", file=sys.stderr)
         return 130
     for name, split in [("train", data.train), ("validation", data.validation)]:
         size = f"{len(split):,} tokens, {split.num_documents:,} documents, {split.num_bytes / 1e6:,.1f} MB of text"
@@ -47,12 +49,12 @@ def main() -> int:
     return 0
 
 
-def parse_shard(text: str) -> tuple[int, int]:
+def parse_part(text: str) -> tuple[int, int]:
     """Read "i/N", i from 1 to N."""
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     part, parts = map(int, match.groups()) if match else (0, 0)
     if not 1 <= part <= parts:
-        raise UserError(f"--shard is {shown(text)}; allowed: i/N with i from 1 to N, such as 1/4")
+        raise UserError(f"--part is {shown(text)}; allowed: i/N with i from 1 to N, such as 1/4")
     return part, parts
 
 

@@ -9,10 +9,11 @@ import torch
 from flash_stu.errors import UserError
 from flash_stu.files import check_output, replacing_directory
 from flash_stu.model.loading import default_device
-from flash_stu.source import find_source
+from flash_stu.model.source import find_source
 from spectralds.curve import error_curve
-from spectralds.distill import model_filters, replace_stu_layers
-from spectralds.fit import AUTO, TOLERANCE, check_arguments, fit_lds
+from spectralds.distillation import model_filters, replace_stu_layers
+from spectralds.fit import check_arguments, fit_lds
+from spectralds.options import AUTO, DTYPES, TOLERANCE
 from spectralds.plots import plot_fit
 from spectralds.report import compare_generation, compare_layers, compare_models
 from spectralds.source import Source, open_source
@@ -20,8 +21,6 @@ from spectralds.text import ComparisonText, comparison_text
 
 _KIND, _LABEL = "distilled model", "--output"
 REPORT, FIGURE = "distillation.json", "distillation.png"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-VERIFY_TOLERANCE = 1e-3
 
 
 def distill_directory(
@@ -79,7 +78,7 @@ def distill_directory(
     say(f"fitting {bank.num_filters} filters of length {bank.length} with {states}, method {method}")
     fit = fit_lds(bank, state_dim, method, dilation=model.config.stu_dilation, tolerance=tolerance)
     curve = error_curve(bank, torch.float32, model.config.stu_dilation)
-    distilled = replace_stu_layers(model, fit).to(DTYPES.get(dtype))
+    distilled = replace_stu_layers(model, fit).to(dtype and getattr(torch, dtype))
     seconds["distill"] = lap()
     del fit.report["seconds"]
     report = {

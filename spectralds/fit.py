@@ -11,13 +11,11 @@ from flash_stu.errors import UserError
 from spectralds.balanced import balanced_nodes
 from spectralds.bank import FilterBank, quadrature_nodes
 from spectralds.exponentials import powers
+from spectralds.options import AUTO, MAX_AUTO_DIM, MAX_STATE_DIM, METHODS, TOLERANCE
 from spectralds.sampled import sampled_nodes, theorem_1
 
 _NODES = {"quadrature": quadrature_nodes, "balanced": balanced_nodes, "sampled": sampled_nodes}
-METHODS, AUTO = tuple(_NODES), "auto"
-TOLERANCE = 1e-5  # near what float32 arithmetic adds over 8192 steps, however exact the fit
 DTYPES = (torch.float32, torch.float64)
-MAX_STATE_DIM, MAX_AUTO_DIM = 1024, 256
 _ROWS = 16384  # lags of an impulse response computed at once
 
 

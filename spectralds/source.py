@@ -8,7 +8,7 @@ from pathlib import Path
 from flash_stu.data import Tokenizer, load_tokenizer
 from flash_stu.model.loading import load_model
 from flash_stu.model.modeling import FlashSTUForCausalLM
-from flash_stu.source import is_checkpoint
+from flash_stu.model.source import is_checkpoint
 from flash_stu.training.export import load_checkpoint
 
 _TOKENIZER_FILES = (
@@ -38,7 +38,7 @@ class Source:
 
 
 def open_source(directory: Path) -> Source:
-    """Load what `flash_stu.source.find_source` found.
+    """Load what `flash_stu.model.source.find_source` found.
 
     Raises:
         UserError: for weights that cannot be loaded.

@@ -124,10 +124,10 @@ class Staging:
 
     def _other_parts(self, job: Job, parts: int) -> str:
         done = [number for number, state in enumerate(self._states(job), start=1) if state.finished]
-        shard = f" --shard i/{len(job.parts)}" if len(job.parts) > 1 else ""
+        shard = f" --part i/{len(job.parts)}" if len(job.parts) > 1 else ""
         return (
             f"data.dataset {self._config.dataset!r} is being prepared in {len(job.parts)} part(s), not {parts} "
-            f"(finished: {', '.join(map(str, done)) or 'none'}); go on with scripts/prepare_data.py{shard}, "
+            f"(finished: {', '.join(map(str, done)) or 'none'}); resume with scripts/prepare_data.py{shard}, "
             f"or delete {self._path} to start again"
         )
 

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flash_stu.distributed import World
 from flash_stu.errors import UserError, writing
-from flash_stu.evaluation.processes import Processes
 from flash_stu.files import read_records, with_checksum, without_checksum, write_text
 
 
@@ -21,11 +21,11 @@ class Journal:
     Args:
         path: without the rank.
         key: all that decides the scores; files with another key are begun anew.
-        processes: who scores.
+        world: who scores.
     """
 
-    def __init__(self, path: Path, key: dict[str, Any], processes: Processes) -> None:
-        self.path, self.processes = path, processes
+    def __init__(self, path: Path, key: dict[str, Any], world: World) -> None:
+        self.path, self.world = path, world
         self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.call = -1
         self._file = None
@@ -38,12 +38,12 @@ class Journal:
         """
         self.call += 1
         found = {}
-        if self.processes.is_main:
+        if self.world.is_main:
             for path in self._files():
                 for record in self._scores(path) or []:
                     if record["call"] == self.call:
                         found |= {int(row): scores for row, scores in record["rows"].items()}
-        return self.processes.gather(found)[0]
+        return self.world.gather(found)[0]
 
     def add(self, rows: dict[int, list[tuple[float, bool]]]) -> None:
         """Note the scores of some rows of the current list of requests."""
@@ -57,14 +57,14 @@ class Journal:
         """Remove what was noted: the task is done."""
         if self._file is not None:
             self._file.close()
-        self.processes.gather(None)
-        if self.processes.is_main:
+        self.world.gather(None)
+        if self.world.is_main:
             for path in self._files():
                 _read(path)  # raises if it is not ours
                 path.unlink()
 
     def _open(self):
-        path = self.path.with_name(f"{self.path.name}.{self.processes.rank}")
+        path = self.path.with_name(f"{self.path.name}.{self.world.rank}")
         if path.is_file() and self._scores(path) is not None:
             file = path.open("a", encoding="utf-8")
             file.write("\n")  # ends a line that was cut short

@@ -7,18 +7,18 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.evaluation.budget import Budget
 from flash_stu.evaluation.journal import Journal
-from flash_stu.evaluation.processes import ALONE, Processes
 from flash_stu.evaluation.progress import Progress
 from flash_stu.evaluation.scoring import Counters, Score, Window, score_windows, split_windows
 from flash_stu.generation.loop import pad_left
 from flash_stu.model.layers import SlidingWindowAttention
 from flash_stu.model.loading import default_dtype
 from flash_stu.model.modeling import FlashSTUForCausalLM
+from flash_stu.model.source import load_source
 from flash_stu.ops import backends
-from flash_stu.source import load_source
 
 _UNLIMITED = 2**31  # what the harness is told where there is no longest input
 _GENERATED_AT_ONCE = 32  # sequences, where no batch size is set
@@ -35,14 +35,14 @@ class EvaluatedLM(HFLM):
         longest: the longest input the model can take; None if its state takes any.
     """
 
-    def __init__(self, model, tokenizer, batch_size: int | None = None, processes: Processes = ALONE) -> None:
+    def __init__(self, model, tokenizer, batch_size: int | None = None, world: World | None = None) -> None:
         """Wrap a model.
 
         Args:
             model: a causal language model of transformers, in eval mode.
             tokenizer: its tokenizer, of transformers.
             batch_size: sequences in a forward pass at most; None for as many as a budget of tokens allows.
-            processes: who shares the work.
+            world: who shares the work.
         """
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size or _GENERATED_AT_ONCE
@@ -53,7 +53,7 @@ class EvaluatedLM(HFLM):
         if self.longest is None:
             self._max_length = _UNLIMITED
         self.budget = Budget.automatic(model.device, batch_size)
-        self.processes = processes
+        self.world = world or World()
         self.counters = Counters()
         self.progress = Progress()
         self.journal: Journal | None = None
@@ -62,7 +62,7 @@ class EvaluatedLM(HFLM):
 
     @classmethod
     def load(
-        cls, directory: Path, device: str | torch.device, batch_size: int | None = None, processes: Processes = ALONE
+        cls, directory: Path, device: str | torch.device, batch_size: int | None = None, world: World | None = None
     ) -> "EvaluatedLM":
         """Load a model directory or a checkpoint, float32 on the CPU and bfloat16 on a GPU.
 
@@ -72,7 +72,7 @@ class EvaluatedLM(HFLM):
         model, tokenizer = load_source(directory, device, default_dtype(torch.device(device)))
         if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
             raise UserError(f"{directory}: the tokenizer has no end-of-text token to start a text with")
-        return cls(model, tokenizer, batch_size, processes)
+        return cls(model, tokenizer, batch_size, world)
 
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)  # ours is the only progress shown
@@ -106,13 +106,13 @@ class EvaluatedLM(HFLM):
         for request in requests:
             prompt, options = request.args
             self._count_length(len(self._prompt(prompt)) + self._new_tokens(options))
-        mine = requests[self.processes.rank :: self.processes.size]
+        mine = requests[self.world.rank :: self.world.size]
         self._generated = 0
         own = super().generate_until(mine, disable_tqdm=True) if mine else []
-        parts = self.processes.gather((own, self._generated))
+        parts = self.world.gather((own, self._generated))
         texts = [""] * len(requests)
         for rank, (part, tokens) in enumerate(parts):
-            texts[rank :: self.processes.size] = part
+            texts[rank :: self.world.size] = part
             counters.forward_tokens += tokens
             counters.forward_tokens_unshared += tokens
         return texts
@@ -145,7 +145,7 @@ class EvaluatedLM(HFLM):
 
     def score(self, windows: Sequence[Window]) -> list[Score]:
         """Score windows, whoever made them."""
-        settings = self.budget, self.counters, self.progress, self.processes, self.journal
+        settings = self.budget, self.counters, self.progress, self.world, self.journal
         return score_windows(self.model, windows, *settings)
 
     def _count_length(self, length: int) -> None:

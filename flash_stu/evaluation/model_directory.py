@@ -12,7 +12,7 @@ from flash_stu.model.loading import (
     read_model_config,
     weight_files,
 )
-from flash_stu.source import find_source, is_checkpoint
+from flash_stu.model.source import find_source, is_checkpoint
 from flash_stu.training.export import load_checkpoint
 
 
@@ -20,7 +20,7 @@ def check_model_dir(path: str | Path) -> Path:
     """Find the directory of weights that a path means and look whether its parts are there, whole and fit each other.
 
     Args:
-        path: see `flash_stu.source.find_source`.
+        path: see `flash_stu.model.source.find_source`.
 
     Raises:
         UserError: if it is missing, not a model, without tokenizer, or its weights are missing, truncated or others

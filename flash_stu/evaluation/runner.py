@@ -6,15 +6,16 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flash_stu.distributed import World, join, local_device, world_size
 from flash_stu.errors import UserError
 from flash_stu.evaluation.comparison import compare
 from flash_stu.evaluation.model_directory import check_model_dir, config_hash, content_hash, label_models
-from flash_stu.evaluation.processes import Processes, join_processes
 from flash_stu.evaluation.progress import Progress
 from flash_stu.evaluation.report import format_report, warning
 from flash_stu.evaluation.results import result_files, write_results
@@ -22,6 +23,7 @@ from flash_stu.evaluation.store import Store, item_file
 from flash_stu.evaluation.suite import resolve_tasks
 from flash_stu.model.loading import choose_device, default_dtype
 
+_TIMEOUT = timedelta(days=1)  # a process waits for the slowest; torchrun ends all when one fails
 _PACKAGES = ("flash_stu", "lm_eval", "torch", "transformers", "datasets", "tokenizers")
 
 
@@ -76,14 +78,14 @@ def evaluate(
     store.check(written)
     directories = [check_model_dir(path) for path in model_dirs]
 
-    with join_processes(device) as (processes, chosen):
+    with join(_own_device(device), "gloo", _TIMEOUT) as world:
         # The harness takes seconds to import, so this waits until the arguments are known to be good.
         from flash_stu.evaluation.harness import load_tasks
 
-        say = print if progress and processes.is_main else lambda *_, **__: None
+        say = print if progress and world.is_main else lambda *_, **__: None
         if specs:
             say(f"loading {', '.join(spec.name for spec in specs)}", flush=True)
-        with processes.main_first():
+        with world.main_first():
             loaded = load_tasks(specs, _path(data_dir), _path(include_path))
         results = {
             "versions": _versions(),
@@ -96,8 +98,8 @@ def evaluate(
                 "text_length": text_length,
                 "text_column": text_column,
                 "batch_size": batch_size,
-                "device": str(chosen),
-                "processes": processes.size,
+                "device": str(world.device),
+                "processes": world.size,
             },
             "models": {},
             "published": published,
@@ -106,8 +108,8 @@ def evaluate(
         jobs = [_task_job(task, limit) for task in loaded]
         jobs += [_text_job(path, text_column, text_length, limit) for path in files]
         items: dict[str, dict[str, list]] = {}
-        evaluation = _Evaluation(store, processes, chosen, batch_size, progress, results["versions"])
-        with store.holding(written) if processes.is_main else nullcontext():
+        evaluation = _Evaluation(store, world, batch_size, progress, results["versions"])
+        with store.holding(written) if world.is_main else nullcontext():
             for label, directory in zip(labels, directories, strict=True):
                 evaluation.find_all(label, directory, jobs)
             for label in labels:
@@ -156,12 +158,22 @@ def _text_job(path: Path, column: str, length: int | None, limit: int | None) ->
     return _Job("texts", path.name, key, lambda lm: (score_text(lm, path, column, length, limit), []))
 
 
+def _own_device(name: str | None) -> torch.device:
+    """Returns the device of this process: of several each takes the GPU of its local rank."""
+    chosen = choose_device(name)
+    if world_size() == 1 or chosen.type != "cuda":
+        return chosen
+    if chosen.index is not None:
+        raise UserError(f"--device is {name!r} for {world_size()} processes; allowed: cpu, cuda")
+    return local_device("cuda")
+
+
 class _Evaluation:
     """Models one after the other, each loaded only if something is left to measure on it."""
 
-    def __init__(self, store, processes: Processes, device: torch.device, batch_size, progress, versions) -> None:
-        self.store, self.processes, self.device, self.batch_size = store, processes, device, batch_size
-        self.progress, self.versions = progress and processes.is_main, versions
+    def __init__(self, store, world: World, batch_size, progress, versions) -> None:
+        self.store, self.world, self.batch_size = store, world, batch_size
+        self.progress, self.versions = progress and world.is_main, versions
         self.models: dict[str, dict[str, Any]] = {}
         self.found: dict[tuple[str, str], dict[str, Any]] = {}
         self.keys: dict[tuple[str, str], dict[str, Any]] = {}
@@ -169,7 +181,10 @@ class _Evaluation:
 
     def find_all(self, label: str, directory: Path, jobs: Sequence[_Job]) -> None:
         """Read what an earlier evaluation has found for a model, and refuse what belongs to another one."""
-        model = {"model": content_hash(directory), "dtype": str(default_dtype(self.device)).removeprefix("torch.")}
+        model = {
+            "model": content_hash(directory),
+            "dtype": str(default_dtype(self.world.device)).removeprefix("torch."),
+        }
         self.models[label] = {
             "path": str(directory),
             "config_hash": config_hash(directory),
@@ -181,7 +196,7 @@ class _Evaluation:
         }
         for job in jobs:
             self.keys[label, job.name] = key = model | job.key | {"versions": self.versions}
-            found = self.processes.gather(self.store.read(label, job.name, key) if self.processes.is_main else None)[0]
+            found = self.world.gather(self.store.read(label, job.name, key) if self.world.is_main else None)[0]
             if found is not None:
                 self.found[label, job.name] = found
 
@@ -198,7 +213,7 @@ class _Evaluation:
                 raise UserError(f"{label}: {error}") from error
             about = {"parameters": lm.model.num_parameters(), "trained_length": lm.trained_length}
             found = {"key": self.keys[place], "model": about, "result": result, "items": samples}
-            if self.processes.is_main:
+            if self.world.is_main:
                 self.store.write(label, job.name, found)
         model |= found["model"]
         model[job.kind][job.name] = found["result"]
@@ -214,7 +229,7 @@ class _Evaluation:
     def _run(self, lm, label: str, job: _Job) -> tuple[dict[str, Any], list]:
         if job.kind == "texts":  # they need every token's score, which a journal does not keep
             return job.run(lm)
-        lm.journal = self.store.journal(label, job.name, self.keys[label, job.name], self.processes)
+        lm.journal = self.store.journal(label, job.name, self.keys[label, job.name], self.world)
         result = job.run(lm)
         journal, lm.journal = lm.journal, None
         if journal is not None:
@@ -223,7 +238,7 @@ class _Evaluation:
 
     def write(self, results: dict[str, Any]) -> None:
         """Write the tables and pictures of what is known so far."""
-        if self.store.folder is not None and self.processes.is_main:
+        if self.store.folder is not None and self.world.is_main:
             with self.store.adding() as folder:
                 write_results(folder, results)
 
@@ -238,7 +253,7 @@ class _Evaluation:
 
             with quiet(logging.ERROR):  # the harness warns about models that it did not load itself
                 directory = Path(self.models[label]["path"])
-                self.lm = EvaluatedLM.load(directory, self.device, self.batch_size, self.processes)
+                self.lm = EvaluatedLM.load(directory, self.world.device, self.batch_size, self.world)
         return self.lm
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from flash_stu.distributed import World
 from flash_stu.evaluation.budget import Budget
 from flash_stu.evaluation.journal import Journal
-from flash_stu.evaluation.processes import ALONE, Processes
 from flash_stu.evaluation.progress import Progress
 from flash_stu.evaluation.sharing import Family, deal, plan_families
 from flash_stu.model.cache import FlashSTUCache
@@ -93,7 +93,7 @@ def score_windows(
     budget: Budget,
     counters: Counters,
     progress: Progress | None = None,
-    processes: Processes = ALONE,
+    world: World | None = None,
     journal: Journal | None = None,
 ) -> list[Score]:
     """Score every window.
@@ -104,7 +104,7 @@ def score_windows(
         budget: how much to run at a time; no effect on the result beyond rounding.
         counters: the tokens run are added.
         progress: told how many tokens there are for this process, and how many are done.
-        processes: who shares the work; each has all the windows, and gets all the scores.
+        world: who shares the work; each has all the windows, and gets all the scores.
         journal: what it knows is not run again, and what is run is noted there; of known scores only the sum is left.
 
     Returns:
@@ -113,7 +113,7 @@ def score_windows(
     Raises:
         UserError: if the GPU's memory does not hold a single sequence.
     """
-    progress = progress or Progress()
+    progress, world = progress or Progress(), world or World()
     sharing: dict[tuple[int, ...], list[int]] = {}  # inputs -> indices of the windows that have them
     for index, window in enumerate(windows):
         sharing.setdefault(window.inputs, []).append(index)
@@ -125,7 +125,7 @@ def score_windows(
     counters.forward_tokens_unshared += sum(len(window.inputs) for window in windows)
     known = {} if journal is None else {row: _from_journal(some) for row, some in journal.known().items()}
     left = [Family(f.prefix, tuple(row for row in f.members if row not in known)) for f in families]
-    mine = deal([family for family in left if family.members], lengths, processes.size)[processes.rank]
+    mine = deal([family for family in left if family.members], lengths, world.size)[world.rank]
     progress.start(sum(family.tokens(lengths) for family in mine))
     run = _Run(model, inputs, [[windows[i].targets for i in group] for group in members], budget, progress, journal)
     with torch.inference_mode(), _cheapest_state(model):
@@ -133,7 +133,7 @@ def score_windows(
     progress.close()
 
     scores: list[Score | None] = [None] * len(windows)
-    for part in [known, *processes.gather(found)]:
+    for part in [known, *world.gather(found)]:
         for row, row_scores in part.items():
             for index, score in zip(members[row], row_scores, strict=True):
                 scores[index] = score

@@ -14,9 +14,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.evaluation.journal import Journal
-from flash_stu.evaluation.processes import Processes
 from flash_stu.files import adding_files, check_files, check_growing, growing_directory
 
 _KIND, _LABEL = "evaluation", "--output"
@@ -81,9 +81,9 @@ class Store:
                 path.parent.mkdir(parents=True)
                 path.write_text(json.dumps(found), encoding="utf-8")
 
-    def journal(self, label: str, name: str, key: dict[str, Any], processes: Processes) -> Journal | None:
+    def journal(self, label: str, name: str, key: dict[str, Any], world: World) -> Journal | None:
         """Where the scores of a task are noted while it runs."""
-        return None if self.folder is None else Journal(self.folder / f"{item_file(label, name)}.part", key, processes)
+        return None if self.folder is None else Journal(self.folder / f"{item_file(label, name)}.part", key, world)
 
 
 def item_file(label: str, name: str) -> str:

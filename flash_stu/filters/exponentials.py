@@ -1,9 +1,9 @@
 """The far end of spectral filters as a short sum of decaying exponentials.
 
-Spectral filters are integrals of decaying exponentials (flash_stu.filters.spectral), so no search is needed: decays are spaced
-evenly in ln(-ln a), and the weights are linear in the filter. That linear map depends on lengths only; it is computed
-once for each, and applying it costs nothing beside a convolution. It is exact for such filters alone: of any other
-filter it keeps the part that such exponentials span.
+Spectral filters are integrals of decaying exponentials, so no search is needed: decays are spaced evenly in
+ln(-ln a), and the weights are linear in the filter. That linear map depends on lengths only; it is computed once for
+each, and applying it costs nothing beside a convolution. It is exact for such filters alone: of any other filter it
+keeps the part that such exponentials span.
 
 Filters that also oscillate, (-1)^t phi(t) or those of the hankel_l basis, need every decay with both signs.
 """
@@ -12,8 +12,6 @@ import math
 from functools import cache
 
 import torch
-
-from flash_stu.ops.kept import kept_op
 
 _FASTEST = 12.0  # decay of the fastest exponential over the offset, in e-foldings
 _SLOWEST = 0.5  # decay of the slowest over the whole filter
@@ -51,7 +49,7 @@ def _tail_map(lags: int, offset: int, both_signs: bool) -> tuple[torch.Tensor, t
     return decay, points + offset, inverse * weight / norms[:, None]
 
 
-@kept_op("flash_stu::exponential_tail")
+@torch.library.custom_op("flash_stu::exponential_tail", mutates_args=())
 def exponential_tail(filters: torch.Tensor, offset: int, both_signs: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Decays and weights with filters[offset + n] = sum_j decay[j]^n weights[j].
 

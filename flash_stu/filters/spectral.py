@@ -8,7 +8,7 @@ The Hankel matrices of spectral filtering are Gram matrices of decaying exponent
 with n = i + j and i, j = 1..L. Substituting a = exp(-e^s), the trapezoid rule in s converges exponentially, so a few
 hundred nodes give Z = V V^T to machine precision with V of shape (L, nodes). The left singular vectors of V are the
 filters and its squared singular values the eigenvalues. The columns of V are decaying exponentials, so V is compressed
-to a few hundred rows first (flash_stu.filters.lags). Cost is O(L filters) instead of O(L^3), and small eigenvalues keep their
+to a few hundred rows first (CompressedLags). Cost is O(L filters) instead of O(L^3), and small eigenvalues keep their
 relative accuracy because the decomposition sees their square roots.
 
 Source: Agarwal et al. 2023, Spectral State Space Models (arXiv 2312.06837), section 3; Liu et al. 2024, Flash STU

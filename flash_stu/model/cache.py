@@ -16,7 +16,7 @@ class FlashSTUCache(Cache):
     Attributes:
         states: per layer the state it returned last, or None before the first token.
         seq_length: tokens seen, padding included.
-        padding: (batch, length) of the first call, False at its padding; None if there was none (flash_stu.padding).
+        padding: (batch, length) of the first call, False at its padding; None if there was none.
     """
 
     is_compileable = False

@@ -8,7 +8,7 @@ from huggingface_hub.errors import (
     StrictDataclassClassValidationError,
     StrictDataclassFieldValidationError,
 )
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from flash_stu.errors import UserError
 from flash_stu.settings import shown
@@ -256,3 +256,6 @@ def check_bounds(values: dict) -> None:
         value = values.get(key)
         if isinstance(value, int | float) and not low <= value <= high:
             raise ValueError(f"{key} is {shown(value)}; allowed: {low} to {high}")
+
+
+AutoConfig.register(FlashSTUConfig.model_type, FlashSTUConfig, exist_ok=True)

@@ -7,7 +7,7 @@ parallelism, training or distillation; those act on it from outside.
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as hf_init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -20,9 +20,9 @@ from flash_stu.model.layers import LDS, STU, GatedMLP, SlidingWindowAttention
 from flash_stu.model.layers.constants import SpectralFilters
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.linear import ResidualLinear
+from flash_stu.model.padding import read_mask
 from flash_stu.ops.cross_entropy import linear_cross_entropy
 from flash_stu.ops.rotary import rotary_angles
-from flash_stu.padding import read_mask
 
 
 class Block(nn.Module):
@@ -139,7 +139,7 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         Args:
             input_ids: (batch, length); or inputs_embeds instead.
             attention_mask: (batch, tokens in the cache + length), 0 at padding, which may be anywhere in the first call
-                of a cache and nowhere after it; see flash_stu.padding.
+                of a cache and nowhere after it; see flash_stu.model.padding.
             position_ids: (batch, length); by default counted from the cache.
             past_key_values: cache to continue from.
             inputs_embeds: (batch, length, hidden_size).
@@ -261,6 +261,5 @@ class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
         return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-AutoConfig.register(FlashSTUConfig.model_type, FlashSTUConfig, exist_ok=True)
 AutoModel.register(FlashSTUConfig, FlashSTUModel, exist_ok=True)
 AutoModelForCausalLM.register(FlashSTUConfig, FlashSTUForCausalLM, exist_ok=True)

@@ -18,6 +18,7 @@ KEPT = {
     "aten::_scaled_dot_product_cudnn_attention",
     "flex_attention",
     "flash_attn::_flash_attn_forward",
+    "flash_stu::exponential_tail",
 }
 
 

@@ -40,17 +40,15 @@ class TaskEvaluation:
         if config.tasks is None:
             return
         from flash_stu.evaluation.harness import load_tasks  # takes seconds to import
-        from flash_stu.evaluation.processes import Processes
         from flash_stu.evaluation.suite import resolve_tasks
 
-        self.processes = Processes(world.rank, world.size)
         folders = {key: getattr(config, key) and Path(getattr(config, key)) for key in ("data_dir", "include_path")}
         for key, folder in folders.items():
             if folder is not None and not folder.is_dir():
                 raise UserError(f"evaluation.{key} is '{folder}', which is not a directory")
         try:
             specs, _ = resolve_tasks(config.tasks)
-            with self.processes.main_first():
+            with self.world.main_first():
                 self.tasks = load_tasks(specs, **folders)
         except UserError as error:
             raise UserError(f"evaluation.tasks: {error}") from None
@@ -76,7 +74,7 @@ class TaskEvaluation:
 
         with quiet():
             copy = whole_copy(model, self.world.device, default_dtype(self.world.device))
-            lm = EvaluatedLM(copy, self.tokenizer.to_transformers(), processes=self.processes)
+            lm = EvaluatedLM(copy, self.tokenizer.to_transformers(), world=self.world)
         found = {}
         for task in self.tasks:
             lm.progress = Progress(on_advance=lambda name=task.spec.name: mark(f"evaluating {name}"))

@@ -7,16 +7,12 @@ grid (HSDP): each row of it shards one whole model, and the rows average their g
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -24,104 +20,33 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from flash_stu.distributed import process_group, read_launch, world_size
+from flash_stu.distributed import World, join, local_device, world_size
 from flash_stu.errors import UserError
 from flash_stu.ops import kept
-from flash_stu.orphans import end_with_launcher
 from flash_stu.training.config import ParallelConfig, RunConfig
 from flash_stu.training.initialization import initialize, read_initial_weights
 
-T = TypeVar("T")
-
-_PAUSE = 1.0  # seconds
 _KEPT_BYTES = 8 << 30  # of gathered parameters: a tenth of an H100's memory
 _DDP_LIMIT = 10**9  # parameters; with their gradients and AdamW's moments, 16 GB in float32
 
 
-@dataclass(frozen=True)
-class World:
-    """The processes of a run, seen from one of them."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that prints and writes."""
-        return self.rank == 0
-
-    def barrier(self) -> None:
-        """Wait until every process got here."""
-        if self.size > 1:
-            dist.barrier()
-
-    def sum(self, *values: torch.Tensor | float) -> list[float]:
-        """Sum scalars over all processes, in float64; every process gets the same sums."""
-        total = torch.stack([torch.as_tensor(value, device=self.device).double() for value in values])
-        if self.size > 1:
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def from_main(self, value: Any) -> Any:
-        """The main process's value, on every process."""
-        shared = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(shared, src=0, device=self.device)
-        return shared[0]
-
-    def on_main(self, work: Callable[[], T]) -> T:
-        """Do something on the main process alone; returns its result on every process.
-
-        Raises:
-            Exception: on the main process, whatever the work raised.
-            SystemExit: on the others, if it raised anything: they end with status 2, and one message is enough.
-        """
-        result, failure = None, None
-        if self.is_main:
-            try:
-                result = work()
-            except Exception as error:
-                failure = error
-        result, failed = self.from_main((result, failure is not None))
-        if failed and not self.is_main:
-            time.sleep(_PAUSE)  # torchrun ends all as soon as one ends: let the main process finish its message
-            raise SystemExit(2)
-        if failed:
-            raise failure
-        return result
-
-
 @contextmanager
 def join_world(config: RunConfig) -> Iterator[World]:
-    """Join the processes that torchrun started, or be alone; leave them at the end.
+    """Join the processes of a run, or be alone; leave them at the end.
 
     Each process takes the GPU of its local rank, or the CPU where there is none, and ends when torchrun has died.
 
     Raises:
         UserError: if there are several processes but no strategy for them, or fewer GPUs than processes.
     """
-    end_with_launcher()
-    size = world_size()
-    if size > 1 and config.parallel.strategy == "none":
-        raise UserError(f"parallel.strategy is 'none' for {size} processes; allowed: 'auto', 'ddp', 'fsdp'")
-    launch = read_launch()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if launch.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {launch.local_rank} of this node has no GPU; only {torch.cuda.device_count()} are visible"
-            )
-        device = torch.device("cuda", launch.local_rank)
-        torch.cuda.set_device(device)
-    world = World(launch.rank, size, device)
-    if size == 1 and config.parallel.strategy in ("auto", "none"):
-        yield world
-        return
-    gpu = device if device.type == "cuda" else None
+    strategy = config.parallel.strategy
+    if world_size() > 1 and strategy == "none":
+        raise UserError(f"parallel.strategy is 'none' for {world_size()} processes; allowed: 'auto', 'ddp', 'fsdp'")
+    device = local_device("cuda" if torch.cuda.is_available() else "cpu")
     # later than the watchdog's, which knows who is to blame
     timeout = timedelta(minutes=2 * config.parallel.timeout_minutes + 1)
-    with process_group(launch, "gloo" if gpu is None else "nccl", timeout, gpu):
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with join(device, backend, timeout, group_of_one=strategy in ("ddp", "fsdp")) as world:
         yield world
 
 

@@ -2,7 +2,7 @@
 
     python scripts/bench/branches.py [--steps 400] [--runs runs/branches] [--output results/cpu]
 
-A shared-branch STU sees even lags only (flash_stu/model/layers/stu.py): this trains the four models of that question on the
+A shared-branch STU sees even lags only: this trains the four models of that question on the
 embedded corpus, with the quickstart's settings and data order, and compares their losses. Runs that are finished are
 not trained again.
 """

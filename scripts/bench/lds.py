@@ -22,7 +22,7 @@ from flash_stu.model.layers import LDS, STU
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.loading import default_device
 from spectralds.bank import FilterBank
-from spectralds.distill import fold
+from spectralds.distillation import fold
 from spectralds.fit import MAX_STATE_DIM, LDSFit, fit_lds
 
 

@@ -17,7 +17,7 @@ TABLE = [
     (
         "scripts/prepare_data.py",
         ["--config", "taken"],
-        "--shard",
+        "--part",
         ["", "0/1", "2/1", "1/0", "-1/2", "1", "a/b", "1/1e9"],
     ),
     ("distill.py", ["--checkpoint", "folder"], "--output", PLACES),

@@ -72,19 +72,19 @@ def test_training_finds_what_it_wrote(run, config, monkeypatch):
 
 
 def test_parts(run, config):
-    assert run("--shard", "2/3")[1] == ["part 2 of 3 is done; still to be finished: --shard 1/3, 3/3"]
-    assert run("--shard", "1/3")[1] == ["part 1 of 3 is done; still to be finished: --shard 3/3"]
-    assert run("--shard", "1/3")[1] == ["part 1 of 3 is done; still to be finished: --shard 3/3"]
+    assert run("--part", "2/3")[1] == ["part 2 of 3 is done; still to be finished: --part 1/3, 3/3"]
+    assert run("--part", "1/3")[1] == ["part 1 of 3 is done; still to be finished: --part 3/3"]
+    assert run("--part", "1/3")[1] == ["part 1 of 3 is done; still to be finished: --part 3/3"]
     entry = next(Path(config.cache_dir).glob(".*.unfinished"))
     expected = (
         f"error: data.dataset '{config.dataset}' is being prepared in 3 part(s), not {{}} (finished: 1, 2); "
-        f"go on with scripts/prepare_data.py --shard i/3, or delete {entry} to start again"
+        f"resume with scripts/prepare_data.py --part i/3, or delete {entry} to start again"
     )
     assert refusal(run) == expected.format(1)
-    assert refusal(run, "--shard", "4/4") == expected.format(4)
+    assert refusal(run, "--part", "4/4") == expected.format(4)
     with pytest.raises(ValueError, match="is being prepared in 3 part"):
         prepare(config, progress=False)
-    status, output, errors = run("--shard", "3/3")
+    status, output, errors = run("--part", "3/3")
     assert status == 0 and output[2] in errors[2]
     assert "3 shard(s)" in output[0]
     assert prepare(config).train.num_documents + prepare(config).validation.num_documents == 150
@@ -92,15 +92,15 @@ def test_parts(run, config):
 
 def test_impossible_parts(run, config):
     for wrong in ("0/3", "4/3", "1", "a/b", "1/0", "-1/3"):
-        assert refusal(run, f"--shard={wrong}") == (
-            f"error: --shard is {wrong!r}; allowed: i/N with i from 1 to N, such as 1/4"
+        assert refusal(run, f"--part={wrong}") == (
+            f"error: --part is {wrong!r}; allowed: i/N with i from 1 to N, such as 1/4"
         )
-    assert refusal(run, "--shard", "1/4") == (
+    assert refusal(run, "--part", "1/4") == (
         f"error: data.dataset '{config.dataset}' cannot be divided into 4 parts: "
         "it has 3 file(s) or parquet row group(s)"
     )
     assert "1 file(s) or parquet row group(s); with data.max_documents each split is one" in refusal(
-        run, "--shard", "1/2", "data.max_documents=7"
+        run, "--part", "1/2", "data.max_documents=7"
     )
 
 
@@ -118,8 +118,8 @@ def test_one_process_has_the_whole_in_work(run, config, fork, monkeypatch):
     process = fork.Process(target=prepare, args=(config, False))
     process.start()
     process.join(60)
-    message = refusal(run, "--shard", "1/2")
-    assert "in 1 part(s), not 2 (finished: none); go on with scripts/prepare_data.py, or delete" in message
+    message = refusal(run, "--part", "1/2")
+    assert "in 1 part(s), not 2 (finished: none); resume with scripts/prepare_data.py, or delete" in message
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

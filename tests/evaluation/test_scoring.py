@@ -7,11 +7,11 @@ import pytest
 import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.evaluation import scoring
 from flash_stu.evaluation.budget import Budget
 from flash_stu.evaluation.journal import Journal
-from flash_stu.evaluation.processes import ALONE
 from flash_stu.evaluation.progress import Progress
 from flash_stu.evaluation.scoring import Counters, Window, score_windows, split_windows
 from flash_stu.model.loading import load_model
@@ -156,7 +156,7 @@ def test_scores_that_a_journal_knows_are_not_run_again(stu_dir, tmp_path, monkey
 
     monkeypatch.setattr(model.model, "forward", stop)
     with pytest.raises(KeyboardInterrupt):
-        score_windows(model, windows, Budget(100), Counters(), journal=Journal(tmp_path / "part", {"a": 1}, ALONE))
+        score_windows(model, windows, Budget(100), Counters(), journal=Journal(tmp_path / "part", {"a": 1}, World()))
     (path,) = tmp_path.glob("part*")
     path.write_text(path.read_text()[:-9])  # died while it wrote its last line
     noted = {int(row) for line in path.read_text().splitlines()[1:-1] for row in json.loads(line)["rows"]}
@@ -170,16 +170,16 @@ def test_scores_that_a_journal_knows_are_not_run_again(stu_dir, tmp_path, monkey
         return run(input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(model.model, "forward", count)
-    journal, counters = Journal(tmp_path / "part", {"a": 1}, ALONE), Counters()
+    journal, counters = Journal(tmp_path / "part", {"a": 1}, World()), Counters()
     found = score_windows(model, windows, Budget(1), counters, journal=journal)
     assert tokens < counters.forward_tokens - 20
     for one, other in zip(wanted, found, strict=True):
         assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-4)
         assert one.greedy == other.greedy
-    again = Journal(tmp_path / "part", {"a": 1}, ALONE)
+    again = Journal(tmp_path / "part", {"a": 1}, World())
     assert len(again.known()) == len({window.inputs for window in windows})
     assert again.known() == {}  # the second list of requests of the same task
-    assert Journal(tmp_path / "part", {"a": 2}, ALONE).known() == {}
+    assert Journal(tmp_path / "part", {"a": 2}, World()).known() == {}
     journal.close()
     assert list(tmp_path.glob("part*")) == []
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.evaluation.journal import Journal
-from flash_stu.evaluation.processes import ALONE
 from flash_stu.evaluation.store import Store
 
 KEY = {"model": "a1", "task": {"name": "piqa", "shots": 0}, "limit": None}
@@ -68,12 +68,12 @@ def test_a_directory_held_for_nothing_is_gone(tmp_path):
 
 
 def noted(path, key=KEY):
-    return Journal(path, key, ALONE).known()
+    return Journal(path, key, World()).known()
 
 
 def test_altered_lines_of_a_journal_count_for_nothing(tmp_path):
     path = tmp_path / "piqa.json.part"
-    journal = Journal(path, KEY, ALONE)
+    journal = Journal(path, KEY, World())
     journal.known()
     for row in range(4):
         journal.add({row: [(-1.5, True)]})
@@ -95,7 +95,7 @@ def test_altered_lines_of_a_journal_count_for_nothing(tmp_path):
 def test_what_is_no_journal_is_refused_by_name_and_stays(content, tmp_path):
     file = tmp_path / "piqa.json.part.0"
     file.write_bytes(content)
-    journal = Journal(tmp_path / "piqa.json.part", KEY, ALONE)
+    journal = Journal(tmp_path / "piqa.json.part", KEY, World())
     for refused in (journal.known, lambda: journal.add({0: []}), journal.close):
         with pytest.raises(UserError, match=r"piqa.json.part.0 is not a journal of this program"):
             refused()

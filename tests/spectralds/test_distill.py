@@ -12,7 +12,7 @@ from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.loading import load_model
 from flash_stu.ops.lds import lds_scan, zero_state
 from spectralds import distill
-from spectralds.distill import fold, model_filters
+from spectralds.distillation import fold, model_filters
 from spectralds.fit import fit_lds
 from spectralds.report import compare_layers
 

@@ -10,7 +10,7 @@ the STU's definition read literally, and keeps 64 shifted loads and multiply-add
 In bf16 and fp16 the factors of the products are rounded to that dtype; it costs no more than their rounding if the
 readout is that of flash_stu.filters.exponentials, whose terms do not cancel. Sums are float32.
 
-Import this module only where flash_stu.ops.backends has no objection to "triton". With TRITON_INTERPRET=1 it runs on a CPU.
+Import this module only where flash_stu.ops.backends accepts "triton". With TRITON_INTERPRET=1 it runs on a CPU.
 """
 
 import torch
