@@ -20,7 +20,7 @@ def error_curve(
     Returns:
         lists as long as state_dims: state_dim, an error under the name of each method, and bound (see `Bounds.mse`).
     """
-    curve = {"state_dim": list(state_dims)}
+    curve: dict[str, list] = {"state_dim": list(state_dims)}
     with few_threads():
         for method in METHODS:
             errors = (best_candidate(bank, h, method, dtype, dilation).relative_error for h in state_dims)

@@ -4,8 +4,8 @@ import math
 
 import torch
 
+from flash_stu.filters.exponentials import column_norms
 from spectralds.bank import FilterBank, slowest_and_fastest
-from spectralds.exponentials import column_norms
 
 _POOL = 1024  # systems sampled
 _RESOLVED = 1e-13  # part of a unit vector that is more than rounding

@@ -1,4 +1,4 @@
-"""From logits to the next token: the settings of sampling, checked, and what applies them."""
+"""From logits to the next token: the settings of sampling, and the sampler that applies them."""
 
 import math
 from dataclasses import dataclass
@@ -40,15 +40,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or positive")
-        _check("top-k", self.top_k, self.top_k is None or self.top_k >= 1, "1 or more")
-        _check("top-p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0, up to 1")
-        _check("min-p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1")
+        _check("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "1 or more")
+        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0, up to 1")
+        _check("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1")
         penalty = self.repetition_penalty
-        _check("repetition-penalty", penalty, 0 < penalty < math.inf, "positive; 1 for no penalty")
+        _check("repetition_penalty", penalty, 0 < penalty < math.inf, "positive; 1 for no penalty")
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "0 or more, below 2**63")
 
 
-def _check(name: str, value, good: bool, allowed: str) -> None:
+def _check(name: str, value: float | None, good: bool, allowed: str) -> None:
     if not good:
         raise UserError(f"{name} is {value}; allowed: {allowed}")
 

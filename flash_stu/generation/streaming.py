@@ -50,7 +50,7 @@ class TextStream:
         return self._release(text)
 
     def finish(self) -> str:
-        """Say that no token follows and return what was held back."""
+        """End the text and return what was held back."""
         if self.finished:
             return ""
         text = self._release(self._tokenizer.decode(self._undecoded, skip_special_tokens=True))
@@ -72,6 +72,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text with which the stop string begins."""
+    """Returns the length of the longest end of the text with which the stop string begins."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""What a path to a model can mean: a model directory, a training run, or a checkpoint of one."""
+"""Find and load the model that a path means: a model directory, a training run, or a checkpoint of one."""
 
 from pathlib import Path
 
@@ -54,4 +54,4 @@ def load_source(
         tokenizer = load_model_tokenizer(directory)  # the quicker one to be refused
         return load_model(directory, device, dtype), tokenizer
     model, tokenizer = load_checkpoint(directory)
-    return model.to(device, dtype), tokenizer.to_transformers()
+    return model.to(device=device, dtype=dtype), tokenizer.to_transformers()

@@ -4,17 +4,18 @@ import copy
 
 import pytest
 import torch
+from references import lds_scan
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flash_stu import FlashSTUForCausalLM, UserError
 from flash_stu.model.layers import LDS, STU
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.loading import load_model
-from flash_stu.ops.lds import lds_scan, zero_state
+from flash_stu.ops.lds import zero_state
 from spectralds import distill
+from spectralds.comparison import compare_layers
 from spectralds.distillation import fold, model_filters
 from spectralds.fit import fit_lds
-from spectralds.report import compare_layers
 
 TYPES = ("tensordot", "full")
 BRANCHES = ("shared", "separate", "positive")

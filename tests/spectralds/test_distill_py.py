@@ -189,7 +189,7 @@ def test_a_run_is_compared_on_its_own_validation_split(command, model_dir, tmp_p
 
     (tmp_path / "corpus.jsonl").unlink()
     status, _, stderr = command("--checkpoint", run, "--output", tmp_path / "other", "--verify")
-    assert status == 2 and "choose another text for the comparison with --text" in stderr
+    assert status == 2 and "or compare on another text (argument text)" in stderr
     assert command("--checkpoint", run, "--output", tmp_path / "other", "--verify", "--text", "embedded")[0] == 0
 
 
@@ -222,7 +222,7 @@ def test_dtype_of_the_weights_written(command, model_dir, tmp_path, tiny_model, 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--state-dim", 41], "state_dim is 41; allowed: even numbers from 2 to 1024, or auto"),
+        (["--state-dim", 41], "--state-dim is 41; allowed: even numbers from 2 to 1024, or auto"),
         (["--state-dim", "few"], "argument --state-dim: 'few' is not an integer"),
         (["--method", "sgd"], "argument --method: invalid choice: 'sgd'"),
         (["--state-dim", "auto", "--tolerance", 1e-12], "state dimensions up to 256 do not reach it"),

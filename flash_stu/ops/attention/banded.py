@@ -11,7 +11,7 @@ Source: Dao et al. 2022, FlashAttention (arXiv 2205.14135), algorithm 4, for the
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -86,7 +86,18 @@ class _Band:
         tiles: all _Tiles, in the order in which forward and backward pass go through them.
     """
 
-    def __init__(self, query, key, value, window, softcap, slopes, key_mask, dropout, seed) -> None:
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: int,
+        softcap: float | None,
+        slopes: torch.Tensor | None,
+        key_mask: torch.Tensor | None,
+        dropout: float,
+        seed: torch.Tensor | None,
+    ) -> None:
         batch, heads, queries, head_dim = query.shape
         kv_heads, keys = key.shape[1], key.shape[2]
         device, on_gpu = query.device, query.is_cuda
@@ -165,7 +176,7 @@ class _Band:
         return _shaped(memory, *weights.shape).bernoulli_(self.kept, generator=self.generator)
 
 
-def _tiles(heads, height, block, queries, keys, reach, elements) -> Iterator[_Tile]:
+def _tiles(heads: int, height: int, block: int, queries: int, keys: int, reach: int, elements: int) -> Iterator[_Tile]:
     for start in range(0, queries, block):
         stop = min(start + block, queries)
         past = keys - queries
@@ -243,7 +254,7 @@ def _empty_output(query: torch.Tensor) -> torch.Tensor:
 
 
 @_attention.register_fake
-def _(query, key, value, window, softcap, slopes, key_mask, dropout, seed):
+def _(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _empty_output(query), query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
@@ -294,21 +305,34 @@ def _attention_backward(
             to_scores = to_scores.to(band.factor)
             _add_product(to_key[heads, columns], to_scores.mT, band.query[heads, :, rows].flatten(1, 2))
             to_query[heads, :, rows] = torch.bmm(to_scores, near).unflatten(1, (band.group, -1))
-        grads = (to_query.mul_(band.scale), to_key.mul_(band.scale / band.query_scale), to_value)
-        return tuple(g.view(t.shape).to(t.dtype) for g, t in zip(grads, (query, key, value), strict=True))
+        to_query.mul_(band.scale)
+        to_key.mul_(band.scale / band.query_scale)
+        return _as(to_query, query), _as(to_key, key), _as(to_value, value)
+
+
+def _as(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return grad.view(like.shape).to(like.dtype)
 
 
 @_attention_backward.register_fake
-def _(grad, y, lse, query, key, value, window, softcap, slopes, key_mask, dropout, seed):
+def _(
+    _grad: torch.Tensor,
+    _y: torch.Tensor,
+    _lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *_: Any,
+) -> tuple[torch.Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
 
 
-def _save_inputs(ctx, inputs, output) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     query, key, value, ctx.window, ctx.softcap, slopes, key_mask, ctx.dropout, seed = inputs
     ctx.save_for_backward(*output, query, key, value, slopes, key_mask, seed)
 
 
-def _differentiate(ctx, grad: torch.Tensor, _):
+def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *tensors, slopes, key_mask, seed = ctx.saved_tensors
     grads = torch.ops.flash_stu.banded_attention_backward(
         grad, *tensors, ctx.window, ctx.softcap, slopes, key_mask, ctx.dropout, seed

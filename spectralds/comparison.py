@@ -78,7 +78,8 @@ def compare_layers(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
     length, size = original.config.max_position_embeddings, original.config.hidden_size
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, length, size, generator=generator).to(original.device, original.dtype)
-    context = SequenceContext(filters=original.model.filters())
+    filters = original.model.filters
+    context = SequenceContext(None if filters is None else filters.phi)
     layers, recurrence = [], None
     pairs = zip(original.model.layers, distilled.model.layers, strict=True)
     for index, (before, after) in enumerate(pairs):
@@ -94,7 +95,7 @@ def compare_layers(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
 def compare_generation(
     original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM, windows: torch.Tensor, prompts: int = 4
 ) -> dict:
-    """Let both models go on from pieces of real text, always with the likeliest token.
+    """Continue pieces of real text with both models, always with the likeliest token.
 
     Args:
         original, distilled: on one device, in evaluation mode, the same dtype.

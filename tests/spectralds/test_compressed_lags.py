@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from flash_stu.filters.exponentials import column_norms, powers
 from flash_stu.filters.lags import CompressedLags
 from flash_stu.filters.spectral import spectral_filters
 from spectralds.bank import FilterBank
-from spectralds.exponentials import column_norms, powers
 
 COUNTS = (0, 1, 63, 64, 65, 100, 1000, 8191)
 
