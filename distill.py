@@ -45,46 +45,21 @@ def parse() -> Namespace:
     """Returns the command line."""
     parser = ArgumentParser(description="Replace a model's STU layers by linear dynamical systems.")
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        type=any_path,
-        required=True,
-        metavar="DIR",
-        help="transformers model directory, training run, or its checkpoints/step-N",
-    )
+    model = "model directory, training run, or its checkpoints/step-N"
+    add("--checkpoint", type=any_path, required=True, metavar="DIR", help=model)
     add("--output", type=output_directory, required=True, metavar="DIR", help="where the distilled model goes")
-    add(
-        "--state-dim",
-        type=state_dim,
-        default=160,
-        metavar="N",
-        help="states per layer and channel, or auto (default: %(default)s)",
-    )
-    add(
-        "--tolerance",
-        type=number(0, 1, above=True),
-        default=TOLERANCE,
-        metavar="T",
-        help="for auto: relative error of the impulse responses, in float32 (default: %(default)s)",
-    )
+    states = "states per layer and channel, or auto (default: %(default)s)"
+    add("--state-dim", type=state_dim, default=160, metavar="N", help=states)
+    error = "for auto: relative error of the impulse responses, in float32 (default: %(default)s)"
+    add("--tolerance", type=number(0, 1, above=True), default=TOLERANCE, metavar="T", help=error)
     add("--method", choices=(AUTO, *METHODS), default=AUTO, help="auto: the best of the others (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="of the weights written (default: as they are)")
-    add(
-        "--verify",
-        type=number(0, 1e6),
-        nargs="?",
-        const=VERIFY_TOLERANCE,
-        metavar="T",
-        help="compare logits, validation loss and generated tokens with the original's; exit with 1 if the logits' "
-        "relative difference exceeds T (default: %(const)s)",
-    )
-    add(
-        "--text",
-        type=any_path,
-        metavar="FILE",
-        help="for --verify: what to compare on, or 'embedded'; default: the validation split of the run, else the "
-        "embedded corpus",
-    )
+    verify = """compare logits, validation loss and generated tokens with the original's; exit with 1 if the logits'
+        relative difference exceeds T (default: %(const)s)"""
+    add("--verify", type=number(0, 1e6), nargs="?", const=VERIFY_TOLERANCE, metavar="T", help=verify)
+    text = """for --verify: what to compare on, or 'embedded'; default: the validation split of the run, else the
+        embedded corpus"""
+    add("--text", type=any_path, metavar="FILE", help=text)
     args = parser.parse_args()
     if args.text is not None and args.verify is None:
         raise UserError("--text says what to compare the models on: it goes with --verify")

@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from flash_stu.arguments import any_path, input_file, output_directory
 from flash_stu.data import load_tokenizer
-from flash_stu.errors import ArgumentParser, UserError, run_cli
-from flash_stu.files import check_output, reason, replacing_directory
+from flash_stu.errors import ArgumentParser, UserError, reason, run_cli
+from flash_stu.files import check_output, replacing_directory
 from flash_stu.model.published import POSITIONS, convert, read_config
 from flash_stu.model.weights import check_finite
 

@@ -1,6 +1,7 @@
 """Measure a distilled model against its original: logits and loss on real text, outputs layer by layer."""
 
 import math
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -83,7 +84,7 @@ def compare_layers(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
     layers, recurrence = [], None
     pairs = zip(original.model.layers, distilled.model.layers, strict=True)
     for index, (before, after) in enumerate(pairs):
-        if isinstance(before.mixer, STU):
+        if isinstance(before.mixer, STU) and isinstance(after.mixer, LDS):
             expected = before.mixer(x, context)
             layers.append({"layer": index, "relative_difference": _relative(after.mixer(x, context), expected)})
             if recurrence is None:
@@ -112,7 +113,7 @@ def compare_generation(
     ids = pieces[:: max(1, len(pieces) // prompts)][:prompts].to(original.device)
     settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
     before, after = (
-        model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, length:]
+        cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, length:]
         for model in (original, distilled)
     )
     same = (before == after).long().cumprod(dim=1)

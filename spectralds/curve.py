@@ -3,7 +3,8 @@
 import torch
 
 from spectralds.bank import FilterBank
-from spectralds.fit import METHODS, best_candidate, few_threads
+from spectralds.fit import best_candidate, few_threads
+from spectralds.options import METHODS
 
 STATE_DIMS = (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 112, 128, 160)
 

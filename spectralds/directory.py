@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -87,7 +87,7 @@ def distill_directory(
     curve = error_curve(bank, torch.float32, model.config.stu_dilation)
     distilled = replace_stu_layers(model, fit)
     if dtype is not None:
-        distilled = distilled.to(dtype=getattr(torch, dtype))
+        cast(torch.nn.Module, distilled).to(getattr(torch, dtype))
     seconds["distill"] = lap()
     del fit.report["seconds"]
     report = {
@@ -164,7 +164,7 @@ def _compare(
 ) -> dict[str, Any]:
     """Returns the report's entries on what distillation changed; both models are moved and become float32."""
     for moved in (model, distilled):
-        moved.to(default_device(), torch.float32)
+        cast(torch.nn.Module, moved).to(default_device(), torch.float32)
     say(f"comparing the layers on {model.config.max_position_embeddings} tokens of noise")
     layers = compare_layers(model, distilled)
     say(f"comparing the models on {sample.windows[:, 1:].numel()} tokens: {sample.source}")

@@ -9,7 +9,8 @@ from flash_stu.filters.spectral import spectral_filters
 from flash_stu.model.layers import STU
 from flash_stu.model.modeling import FlashSTUForCausalLM
 from spectralds.bank import FilterBank
-from spectralds.fit import AUTO, TOLERANCE, LDSFit, fit_lds
+from spectralds.fit import LDSFit, fit_lds
+from spectralds.options import AUTO, TOLERANCE
 
 
 def distill(

@@ -12,7 +12,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from flash_stu.figures import save_figure
 from flash_stu.filters.exponentials import powers
 from spectralds.bank import FilterBank
-from spectralds.fit import METHODS, LDSFit
+from spectralds.fit import LDSFit
+from spectralds.options import METHODS
 
 # Okabe and Ito's palette: told apart with any colour vision
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"

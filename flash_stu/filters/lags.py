@@ -2,8 +2,6 @@
 
 import torch
 
-from flash_stu.filters.exponentials import powers
-
 _DENSE = 64  # lags kept one by one
 _POINTS = 24  # per block [n, 2n): the largest error of an exponential, whatever its rate, is 6^-24 = 2e-19
 
@@ -65,10 +63,6 @@ class CompressedLags:
             parts.append(basis @ rows[place : place + basis.shape[1]])
             place += basis.shape[1]
         return torch.cat(parts)
-
-    def exponentials(self, nodes: torch.Tensor) -> torch.Tensor:
-        """Returns rows of nodes ** lag, nodes in (0, 1): (rows, nodes)."""
-        return self.compress(powers(nodes, self.points))
 
 
 def _block(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

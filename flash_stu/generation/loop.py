@@ -100,7 +100,8 @@ def generate_text(
             raise UserError(f"prompt {prompt!r} is empty; at least one token is needed")
     rows = [TextStream(tokenizer, ids, stop) for ids in encoded]
     input_ids, mask = pad_left(encoded, model.device)
-    tokens = generate_tokens(model, input_ids, max_new_tokens, sampling, mask, tokenizer.eos_token_id, compile)
+    eos = tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else None
+    tokens = generate_tokens(model, input_ids, max_new_tokens, sampling, mask, eos, compile)
     for number, token in enumerate(tokens, start=1):
         pieces = [row.push(value) for row, value in zip(rows, token.tolist(), strict=True)]
         if number == max_new_tokens:

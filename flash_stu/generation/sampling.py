@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
@@ -70,7 +71,7 @@ class Sampler:
             self.seen = torch.zeros(len(prompt), vocab_size, dtype=torch.bool, device=prompt.device)
             self.seen[mask.nonzero()[:, 0], prompt[mask]] = True
         self.greedy = sampling.temperature == 0
-        self.warp = LogitsProcessorList()
+        self.warp: Any = LogitsProcessorList()  # of processors that do not look at the text
         if sampling.temperature not in (0, 1):
             self.warp.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k is not None:

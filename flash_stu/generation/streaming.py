@@ -1,6 +1,7 @@
 """From tokens to text as it is generated: nothing is shown that a later token could still change."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ class TextStream:
         if "" in stop:
             raise UserError("a stop string is empty; allowed: one character or more")
         self.finished = False
-        self._tokenizer = tokenizer
+        self._tokenizer: Any = tokenizer
         self._stream = DecodeStream(list(prompt), skip_special_tokens=True)
         self._stop = tuple(stop)
         self._undecoded: list[int] = []

@@ -256,10 +256,12 @@ class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: Any, **__: Any
-    ) -> None:
+    ) -> bool:
         # generate() would build transformers' own cache, whose layers cannot hold our states
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = FlashSTUCache(self.config.num_hidden_layers)
+            return True
+        return False
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from flash_stu.errors import UserError
-from flash_stu.files import read_json, reason
+from flash_stu.errors import UserError, reason
+from flash_stu.files import read_json
 from flash_stu.model.config import BOUNDS, FlashSTUConfig
 from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.model.weights import check_finite

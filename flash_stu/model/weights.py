@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from flash_stu.errors import UserError
-from flash_stu.files import read_json, reason
+from flash_stu.errors import UserError, reason
+from flash_stu.files import read_json
 from flash_stu.settings import shown
 
 

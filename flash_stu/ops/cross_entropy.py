@@ -106,11 +106,11 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Scaled in place and given away, so that the weight's gradient can become weight.grad without being copied;
         # a second backward through a retained graph works it out again.
         gradients, ctx.gradients = ctx.gradients or _sweep(*ctx.saved_tensors, *ctx.again)[1], None
-        hidden, weight, bias = (None if g is None else g.mul_(grads[0]) for g in gradients)
+        hidden, weight, bias = (None if g is None else g.mul_(grad_outputs[0]) for g in gradients)
         return hidden, weight, None, bias, None
 
 

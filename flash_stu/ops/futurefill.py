@@ -55,7 +55,7 @@ class Taps:
         return features.to(self.mixing.dtype).flatten(1) @ self.mixing.flatten(0, 1)
 
     def future(self, inputs: torch.Tensor, count: int) -> torch.Tensor:
-        """Returns the part of inputs (batch, length, channels) in the next `count` outputs, (batch, count, channels)."""
+        """Returns the part of inputs (batch, length, channels) in the `count` outputs after them."""
         length = inputs.shape[1]
         size = 1 << (length + count - 1).bit_length()  # what wraps around falls on outputs before `length`
         wide = torch.promote_types(inputs.dtype, self.reversed.dtype)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.library import CustomOpDef
 from torch.utils.checkpoint import CheckpointPolicy
 
 KEPT = {
@@ -23,7 +22,7 @@ KEPT = {
 }
 
 
-def kept_op(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def kept_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Returns a decorator that defines a functional custom operator, "namespace::name", whose result is kept."""
     KEPT.add(name)
     return torch.library.custom_op(name, mutates_args=())

@@ -315,16 +315,9 @@ def _as(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 @_attention_backward.register_fake
-def _(
-    _grad: torch.Tensor,
-    _y: torch.Tensor,
-    _lse: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *_: Any,
-) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+def _(*operands: Any) -> tuple[torch.Tensor, ...]:
+    query_key_value = operands[3:6]
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in query_key_value)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

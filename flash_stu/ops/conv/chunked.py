@@ -296,16 +296,8 @@ def _chunked_backward(
 
 
 @_chunked_backward.register_fake
-def _(
-    _grad: torch.Tensor,
-    grad_far: torch.Tensor,
-    x: torch.Tensor,
-    history: torch.Tensor,
-    _starts: torch.Tensor,
-    taps: torch.Tensor,
-    _decay: torch.Tensor,
-    readout: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
+def _(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    _, grad_far, x, history, _, taps, _, readout = operands
     like = (x, history, grad_far, taps, readout)
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in like)
 

@@ -244,6 +244,9 @@ class _Launch(NamedTuple):
     grid: tuple[int, int]
     options: dict[str, Any]
 
+    def run(self, kernel: Any, *operands: Any, **options: Any) -> None:
+        kernel[self.grid](*operands, **self.options, **options)
+
 
 def _prepare(
     x: torch.Tensor,
@@ -293,8 +296,7 @@ def _conv(
     x = x.contiguous()
     y = torch.empty_like(x)
     launch = _prepare(x, near, weights, decay, readout, dilation)
-    operands = (x, y, launch.bands[0], *launch.constants, *x.shape[1:], dilation)
-    _forward_kernel[launch.grid](*operands, **launch.options)
+    launch.run(_forward_kernel, x, y, launch.bands[0], *launch.constants, *x.shape[1:], dilation)
     return y
 
 
@@ -320,20 +322,13 @@ def _conv_backward(
     to_readout = weights.new_empty((launch.grid[0], launch.options["STATES"], x.shape[2]))
     results = (grad_x, to_weights, to_readout)
     operands = (grad, x, *results, launch.bands[1], *launch.constants, *x.shape[1:], dilation)
-    _backward_kernel[launch.grid](*operands, **launch.options, KINDS=_next_power_of_2(near.shape[1]))
+    launch.run(_backward_kernel, *operands, KINDS=_next_power_of_2(near.shape[1]))
     return grad_x, to_weights.sum(dim=0), to_readout.sum(dim=0)[: len(decay)].clone()
 
 
 @_conv_backward.register_fake
-def _(
-    _grad: torch.Tensor,
-    x: torch.Tensor,
-    _near: torch.Tensor,
-    weights: torch.Tensor,
-    _decay: torch.Tensor,
-    readout: torch.Tensor,
-    _dilation: int,
-) -> tuple[torch.Tensor, ...]:
+def _(*operands: Any) -> tuple[torch.Tensor, ...]:
+    _, x, _, weights, _, readout, _ = operands
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weights, readout))
 
 
