@@ -145,7 +145,7 @@ def summary(report: dict) -> str:
 def _sample(original: Original, text: str | None) -> ComparisonText:
     """Returns the text to compare on, checked against the model."""
     if not original.has_tokenizer:
-        raise UserError(f"verify compares the models on text and needs a tokenizer; {original.directory} has none")
+        raise UserError(f"verify needs a tokenizer; there is no tokenizer beside the model in {original.directory}")
     config = original.model.config
     sample = comparison_text(original.load_tokenizer, original.run, text, config.max_position_embeddings)
     if int(sample.windows.max()) >= config.vocab_size:

@@ -67,11 +67,6 @@ class FlashSTUCache(Cache):
     def batch_size(self) -> int:
         return -1 if self.states[0] is None else self._tensor().shape[0]
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory held by all states, in bytes."""
-        return sum(t.nbytes for state in self.states if state is not None for t in state_tensors(state))
-
     def _tensor(self) -> torch.Tensor:
         return next(state_tensors(self.states[0]))
 

@@ -106,7 +106,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - once_differentiable loses the names
+        ctx: Any, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         # Scaled in place and given away, so that the weight's gradient can become weight.grad without being copied;
         # a second backward through a retained graph works it out again.
         gradients, ctx.gradients = ctx.gradients or _sweep(*ctx.saved_tensors, *ctx.again)[1], None
