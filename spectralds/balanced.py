@@ -18,8 +18,8 @@ def balanced_nodes(bank: FilterBank, count: int) -> torch.Tensor:
     decays are squares of the nodes.
 
     Past float64's resolution the small singular values are noise, and eigenvalues leave (0, 1): at length 8192 and 24
-    filters 44 nodes are resolved. Any more go between those, evenly in s = ln(-ln a), so that the error goes on
-    falling. A bank too rough for any truncation gets the nodes of the quadrature.
+    filters 44 nodes are resolved. Any more are placed between those, evenly in s = ln(-ln a), so that the error
+    keeps falling. A bank too rough for any truncation gets the nodes of the quadrature.
 
     Args:
         bank: the filters.
@@ -66,7 +66,7 @@ def _truncate(
 
 
 def _fill(nodes: torch.Tensor, count: int) -> torch.Tensor:
-    """Returns the given nodes, and as many more in the gaps between them as `count` asks for, spread over the gaps."""
+    """Returns the given nodes, and others in the gaps between them, spread over the gaps, up to `count`."""
     gaps, extra = len(nodes) - 1, count - len(nodes)
     if extra <= 0:
         return nodes

@@ -26,7 +26,7 @@ def compare_models(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
         tokens, windows, window_length; max_abs_logit_difference and mean_abs_logit_difference;
         relative_logit_difference (Frobenius, to the logits less their mean over the vocabulary);
         validation_loss_before and validation_loss_after, nats per token; argmax_agreement, the fraction of
-        tokens for which both think the same next token likeliest.
+        tokens for which the likeliest next token is the same.
     """
     device = original.device
     step = max(1, _LOGITS // original.config.vocab_size)

@@ -18,7 +18,7 @@ from flash_stu.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, with the meanings and the order of transformers' generate.
+    """Settings for choosing the next token, with the meanings and the order of transformers' generate.
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token and ignores the next three.
@@ -26,7 +26,7 @@ class Sampling:
         top_p: sample among the fewest tokens whose probabilities add up to p; None for all.
         min_p: sample among the tokens at least p times as likely as the likeliest; None for all.
         repetition_penalty: positive logits of tokens already in the text are divided by it, negative ones multiplied.
-        seed: of the sampling; None leaves torch's global generator in charge.
+        seed: of the sampling; None uses torch's global generator.
 
     Raises:
         UserError: for a value outside its range.

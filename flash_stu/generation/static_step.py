@@ -22,7 +22,7 @@ class StaticStep:
     Args:
         model: a causal model in eval mode without STU layers: those remember more with every token.
         past: its cache after the prompts; the states in it are taken over and change from now on.
-        compile: fuse the kernels with torch.compile first; worth its minute or so for long texts.
+        compile: fuse the kernels with torch.compile first, which takes about a minute and pays off for long texts.
 
     Raises:
         UserError: for a model with STU layers.

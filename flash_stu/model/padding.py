@@ -14,7 +14,7 @@ from flash_stu.model.cache import FlashSTUCache
 
 
 class Alignment(NamedTuple):
-    """How the columns of a batch are moved.
+    """A permutation of each row of a batch that moves padding to the front, and its inverse.
 
     Attributes:
         mask: (batch, length), False at padding, which comes first in every row.

@@ -78,9 +78,14 @@ def test_fold_against_the_definition_of_the_layer(tiny_model, stu_type, branches
 )
 def test_whole_layers_over_8192_tokens_in_float32(tiny_model, branches, basis):
     model = tiny_model(
-        max_position_embeddings=8192, num_filters=24, num_hidden_layers=1, layer_types=["linear_attention"],
-        stu_branches=branches, filter_basis=basis, hidden_size=8,
-    )  # fmt: skip
+        max_position_embeddings=8192,
+        num_filters=24,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        stu_branches=branches,
+        filter_basis=basis,
+        hidden_size=8,
+    )
     measured = compare_layers(model, distill(model))
     assert measured["length"] == 8192
     assert len(measured["layers"]) == 1

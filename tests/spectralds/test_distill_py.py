@@ -202,8 +202,10 @@ def test_a_model_without_a_tokenizer_is_distilled_but_not_verified(command, mode
     assert status == 2 and "no tokenizer beside the model" in stderr and not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("before, asked, after", [("bfloat16", None, "bfloat16"), ("bfloat16", "float32", "float32"),
-                                                  ("float32", "bfloat16", "bfloat16")])  # fmt: skip
+@pytest.mark.parametrize(
+    "before, asked, after",
+    [("bfloat16", None, "bfloat16"), ("bfloat16", "float32", "float32"), ("float32", "bfloat16", "bfloat16")],
+)
 def test_dtype_of_the_weights_written(command, model_dir, tmp_path, tiny_model, before, asked, after):
     tiny_model(**SIZES).to(getattr(torch, before)).save_pretrained(model_dir)
     output = tmp_path / "distilled"
@@ -262,5 +264,7 @@ def test_broken_checkpoints_are_named(command, model_dir, tmp_path):
 def test_a_model_without_stu_layers_is_refused(command, model_dir, tiny_model, tmp_path):
     tiny_model(**SIZES, layer_types=["sliding_attention"] * 4).save_pretrained(model_dir)
     status, _, stderr = command("--checkpoint", model_dir, "--output", tmp_path / "distilled")
-    assert (status, stderr) == (2, "error: the model has no STU layers to distill: its layer_types are all "
-                            "sliding_attention\n")  # fmt: skip
+    assert (status, stderr) == (
+        2,
+        "error: the model has no STU layers to distill: its layer_types are all sliding_attention\n",
+    )

@@ -71,7 +71,7 @@ class LDS(KeepFloat32):
             self.exact = (*self.exact, "log_rate_change", "readout_change")
 
     def reset_parameters(self, init: ModuleType) -> None:
-        """Draw this module's own weights, for a layer that is trained from scratch; a distilled one has a fit's.
+        """Draw this module's own weights, for a layer that is trained from scratch: a distilled layer's are the fit's.
 
         Decays get rates spread evenly in the log, from the filters' length to a token or less, and both signs where
         odd lags count. The readout undoes the gain of each state, so that the output has the variance of u.

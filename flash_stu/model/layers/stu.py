@@ -105,7 +105,7 @@ class STU(nn.Module):
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: ConvState | None = None
     ) -> tuple[torch.Tensor, ConvState]:
-        """The same after the tokens in `state`, which is taken over and comes back extended."""
+        """Convolve a sequence after the tokens in `state`, whose buffers the state returned takes over."""
         inputs = self._inputs(x, context)
         if state is None:
             taps = Taps(self.taps(context.spectral_filters()), None if self.tensordot else self.M_phi.flatten(0, 1))

@@ -34,21 +34,11 @@ def banded_attention(
     key_mask: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Attend to the last `window` keys; the last query is aligned with the last key.
+    """As `sliding_window_attention`, with its arguments: the reference for the other back ends.
 
-    Args:
-        query: (batch, heads, queries, head_dim).
-        key: (batch, kv_heads, keys, head_dim), keys >= queries; kv_heads divides heads.
-        value: like key.
-        window: number of keys a query sees, its own included.
-        softcap: scores become softcap * tanh(score / softcap); None for plain scores.
-        slopes: (heads,): slope * distance in tokens is subtracted from the capped score; constants, without a gradient.
-        key_mask: (batch, keys), False where a key is padding; None if there is none. A query without keys gets zeros.
-        dropout: probability of dropping an attention weight, below 1.
-
-    Returns:
-        (batch, heads, queries, head_dim) in the query's dtype, whatever autocast says; the softmax is in float32, in
-        float64 for float64 queries. In memory the heads of a token are side by side.
+    The result is in the query's dtype, whatever autocast says; the softmax is in float32, in float64 for float64
+    queries. Slopes get no gradient, and a query without keys gets zeros. In memory the heads of a token are side by
+    side.
     """
     if query.numel() == 0:
         return query.clone()
@@ -249,7 +239,7 @@ def _attention(
 
 
 def _empty_output(query: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, queries, head_dim) with a token's heads side by side, as the layer goes on with them."""
+    """Returns (batch, heads, queries, head_dim), a token's heads side by side, as the output projection reads them."""
     return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 

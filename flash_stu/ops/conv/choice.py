@@ -94,7 +94,7 @@ def spectral_conv(
 
     Raises:
         UserError: for shapes that do not fit together, a back end that is unknown or not available, or a sequence
-            longer than the filters with one that would go on as exponentials beyond them.
+            longer than the filters with a back end that would continue the filters as exponentials.
 
     Source: Liu et al. 2024, Flash STU (arXiv 2409.10489), section 3.2.
     """

@@ -40,7 +40,7 @@ def _time_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def _time_first(x: torch.Tensor) -> torch.Tensor:
-    """Undo _time_last."""
+    """Invert _time_last."""
     batch, phases, channels, length = x.shape
     result = x.new_empty(batch, length, phases * channels)
     for to, of in zip(result, x.flatten(1, 2), strict=True):
@@ -49,7 +49,7 @@ def _time_first(x: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(x: torch.Tensor) -> list[slice]:
-    """Channels whose spectra are held at once: on a CPU so few that they stay in the caches."""
+    """Returns blocks of channels whose spectra are held together: on a CPU so few that they stay in the caches."""
     size = x.shape[-1] if x.is_cuda else _BLOCK
     return [slice(start, start + size) for start in range(0, x.shape[-1], size)]
 
