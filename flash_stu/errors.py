@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries written in Rust end a message
+_options: dict[str, str] = {}  # of the command line in use, by the names of arguments
 _BROKEN_PIPE = 141  # what a shell reports of a program ended by SIGPIPE
 
 
@@ -55,10 +56,19 @@ def why_not_text(value: str) -> str | None:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, with a wrong command line reported like any other bad input and no abbreviated options."""
+    """argparse's parser, with a wrong command line reported like any other bad input and no abbreviated options.
 
-    def __init__(self, description: str | None = None, **options: Any) -> None:
-        super().__init__(description=(description or "").partition("\n")[0], allow_abbrev=False, **options)
+    Functions name their arguments in messages; `run_cli` writes the options instead that are called like them.
+    """
+
+    def __init__(self, description: str | None = None, **settings: Any) -> None:
+        super().__init__(description=(description or "").partition("\n")[0], allow_abbrev=False, **settings)
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        action = super().add_argument(*names, **settings)
+        if action.option_strings:
+            _options[action.dest] = action.option_strings[0]
+        return action
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -74,6 +84,7 @@ def run_cli(main: Callable[[], int | None]) -> int:
         the exit status: main's own; 2 for a UserError or a failure of the operating system, such as a full disk; 130
         when interrupted from the keyboard; 141 when whoever read the output has gone.
     """
+    _options.clear()
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -120,7 +131,8 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def _fail(message: str) -> int:
-    line = " ".join(message.splitlines())
+    first, *others = " ".join(message.splitlines()).split(" ")
+    line = " ".join([_options.get(first, first), *others])
     printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # no escape sequences for a terminal
     print(f"error: {printable}", file=sys.stderr)
     return 2

@@ -13,16 +13,16 @@ from transformers.utils import logging
 
 from flash_stu.arguments import any_path, input_file, output_directory
 from flash_stu.data import load_tokenizer
-from flash_stu.errors import ArgumentParser, UserError, run_cli
-from flash_stu.files import check_output, reason, replacing_directory
-from flash_stu.model.loading import check_finite
+from flash_stu.errors import ArgumentParser, UserError, reason, run_cli
+from flash_stu.files import check_output, replacing_directory
 from flash_stu.model.published import POSITIONS, convert, read_config
+from flash_stu.model.weights import check_finite
 
 _KIND = "converted model"
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description="Convert a checkpoint of the published code into a model directory.")
     parser.add_argument("--checkpoint", type=input_file, required=True, help=".safetensors file")
     parser.add_argument("--config", type=input_file, required=True, help="its config.json, in the published layout")
     parser.add_argument(

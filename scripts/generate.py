@@ -5,6 +5,7 @@ python scripts/generate.py --model runs/quickstart/final --prompt "The function 
 
 import sys
 import time
+from argparse import Namespace
 
 from flash_stu.arguments import SEED, any_path, integer, number
 from flash_stu.errors import ArgumentParser, UserError, run_cli
@@ -19,12 +20,18 @@ def main() -> None:
 
     import torch
 
-    from flash_stu.generation.loop import generate_text
-    from flash_stu.generation.sampling import Sampling
-    from flash_stu.model.loading import choose_device, default_dtype
+    from flash_stu.devices import choose_device, default_dtype
+    from flash_stu.generation import Sampling, generate_text
     from flash_stu.model.source import load_source
 
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    sampling = Sampling(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
     prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
     if not prompts:
         raise UserError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
@@ -52,21 +59,21 @@ def main() -> None:
     print(f"[{count} tokens{batch}, {count * len(prompts) / seconds:.1f} tokens/s]", file=sys.stderr)
 
 
-def parse():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+def parse() -> Namespace:
+    """Returns the command line."""
+    parser = ArgumentParser(description="Generate text from a model directory.")
     add = parser.add_argument
     add("--model", type=any_path, required=True, help="model directory, training run, or its checkpoints/step-N")
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     add("--prompt-file", type=any_path, metavar="FILE", help="one prompt per line; - reads standard input")
     add("--max-new-tokens", type=integer(), default=200, metavar="N")
-    add("--temperature", type=number(0, 1e6), default=0.8, metavar="T",
-        help="0 takes the most likely token; default 0.8")  # fmt: skip
+    add("--temperature", type=number(0, 1e6), default=0.8, metavar="T", help="0: the likeliest token; default 0.8")
     add("--top-k", type=integer(), metavar="K", help="sample among the K most likely tokens")
-    add("--top-p", type=number(0, 1, above=True), default=0.95, metavar="P",
-        help="among the fewest that add up to P; default 0.95")  # fmt: skip
+    top_p = number(0, 1, above=True)
+    add("--top-p", type=top_p, default=0.95, metavar="P", help="among the fewest that add up to P; default 0.95")
     add("--min-p", type=number(0, 1), metavar="P", help="among those at least P times as likely as the likeliest")
-    add("--repetition-penalty", type=number(1e-3, 1e3), default=1.0, metavar="R",
-        help="above 1: repeat less; default 1")  # fmt: skip
+    penalty = number(1e-3, 1e3)
+    add("--repetition-penalty", type=penalty, default=1.0, metavar="R", help="above 1: repeat less; default 1")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add("--seed", type=SEED, default=0, help="the same seed gives the same text; default 0")
     add("--device", metavar="D", help="cpu, cuda or cuda:N; default: a GPU if there is one")
@@ -76,7 +83,7 @@ def parse():
 
 
 def read_prompts(name: str) -> list[str]:
-    """The lines of a file, blank ones left out; a line ends at a newline and nowhere else.
+    """Returns the lines of a file, blank ones left out; a line ends at a newline and nowhere else.
 
     Raises:
         UserError: for a file that cannot be read or holds no prompt.

@@ -2,14 +2,14 @@
 
 import torch
 
+from flash_stu.filters.exponentials import powers
 from flash_stu.filters.lags import CompressedLags
 from spectralds.bank import FilterBank, quadrature_nodes
 from spectralds.bounds import FLOOR, hankel_blocks
-from spectralds.exponentials import powers
 
 
 def balanced_nodes(bank: FilterBank, count: int) -> torch.Tensor:
-    """Decays of the balanced truncation of a filter bank, slowest first.
+    """Compute the decays of the balanced truncation of a filter bank, slowest first.
 
     The fine realisation's Hankel matrix H = U S V^T, over the lags below length / 2 on either side, is
     truncated to its `count` largest singular values; in those coordinates the state matrix is S^-1/2 U^T (H
@@ -18,8 +18,8 @@ def balanced_nodes(bank: FilterBank, count: int) -> torch.Tensor:
     decays are squares of the nodes.
 
     Past float64's resolution the small singular values are noise, and eigenvalues leave (0, 1): at length 8192 and 24
-    filters 44 nodes are resolved. Any more go between those, evenly in s = ln(-ln a), so that the error goes on
-    falling. A bank too rough for any truncation gets the nodes of the quadrature.
+    filters 44 nodes are resolved. Any more are placed between those, evenly in s = ln(-ln a), so that the error
+    keeps falling. A bank too rough for any truncation gets the nodes of the quadrature.
 
     Args:
         bank: the filters.
@@ -37,7 +37,7 @@ def balanced_nodes(bank: FilterBank, count: int) -> torch.Tensor:
 
 
 def _hankel(bank: FilterBank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U, S and V^T of the Hankel matrix, in an orthonormal basis of its inputs and outputs, and the shifted matrix."""
+    """Returns U, S and V^T of the Hankel matrix, in an orthonormal basis of inputs and outputs, and the shifted one."""
     nodes, coefficients = bank.realisation
     decay, readout = nodes**bank.step, coefficients * nodes[:, None] ** bank.first
     lags = CompressedLags((bank.length // bank.step + 1) // 2)
@@ -54,8 +54,10 @@ def _largest_order(bank: FilterBank) -> int:
     return order
 
 
-def _truncate(left, singular, right, shifted, order: int) -> torch.Tensor | None:
-    """Decays of the truncation, slowest first; None if they are not all real and in (0, 1)."""
+def _truncate(
+    left: torch.Tensor, singular: torch.Tensor, right: torch.Tensor, shifted: torch.Tensor, order: int
+) -> torch.Tensor | None:
+    """Returns decays of the truncation, slowest first, or None if they are not all real and in (0, 1)."""
     root = singular[:order].sqrt()
     decays = torch.linalg.eigvals((left[:, :order].T @ shifted @ right[:order].T) / root / root[:, None])
     if (decays.imag != 0).any() or decays.real.min() <= 0 or decays.real.max() >= 1:
@@ -64,7 +66,7 @@ def _truncate(left, singular, right, shifted, order: int) -> torch.Tensor | None
 
 
 def _fill(nodes: torch.Tensor, count: int) -> torch.Tensor:
-    """The given nodes, and as many more in the gaps between them as `count` asks for, spread over the gaps."""
+    """Returns the given nodes, and others in the gaps between them, spread over the gaps, up to `count`."""
     gaps, extra = len(nodes) - 1, count - len(nodes)
     if extra <= 0:
         return nodes

@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 
 from flash_stu.errors import UserError
+from flash_stu.filters.exponentials import column_norms, powers
 from flash_stu.filters.lags import CompressedLags
 from spectralds.bounds import Bounds
-from spectralds.exponentials import column_norms, powers
 
 T = TypeVar("T")
 _ROWS = 65536  # lags evaluated at once: a filter of 2^20 lags then needs no more memory than one of 2^16
@@ -18,7 +18,7 @@ _SPACING = 0.12  # of the fine realisation's nodes, in s = ln(-ln a): finer ones
 
 
 class FilterBank:
-    """Filters phi (length, filters), and what can be known about them before a state dimension is chosen.
+    """Filters phi (length, filters), and all that is computed from them before a state dimension is chosen.
 
     A spectral filter is an integral of decaying exponentials, so a sum over enough nodes a_j reproduces it:
     phi_k(t) = sum_j c[j, k] a_j^t. The filters of the "hankel_l" basis vanish on every other lag; they are
@@ -32,7 +32,7 @@ class FilterBank:
         UserError: if phi is not a finite floating matrix with at least two rows.
     """
 
-    def __init__(self, phi: torch.Tensor):
+    def __init__(self, phi: torch.Tensor) -> None:
         if phi.ndim != 2 or not phi.is_floating_point() or phi.shape[0] < 2 or phi.shape[1] < 1:
             raise UserError(f"phi is {phi.dtype} of shape {tuple(phi.shape)}; allowed: floating, (length, filters)")
         if not phi.isfinite().all():
@@ -46,7 +46,7 @@ class FilterBank:
         self._shared = {}
 
     def shared(self, compute: Callable[["FilterBank"], T]) -> T:
-        """compute(self), done once: what several fits of these filters need."""
+        """Returns compute(self), computed once for all fits of these filters."""
         if compute not in self._shared:
             self._shared[compute] = compute(self)
         return self._shared[compute]
@@ -57,7 +57,7 @@ class FilterBank:
         return [Group(self, first) for first in sorted(set(self.first.tolist()))]
 
     def solve(self, nodes: torch.Tensor, precision: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Least squares coefficients of the filters on given nodes, each filter on the lags it lives on.
+        """Compute least squares coefficients of the filters on given nodes, each filter on the lags it lives on.
 
         Large coefficients cancel, and what cancels is lost to rounding at run time. The singular value
         decomposition is therefore truncated where the residual plus `precision` times the coefficient norm
@@ -90,15 +90,15 @@ class FilterBank:
         return coefficients, energy.sqrt()
 
     def relative_error(self, nodes: torch.Tensor, coefficients: torch.Tensor) -> float:
-        """Frobenius norm of the difference between the filters and what the coefficients stand for, over that of the
-        filters; at the cost of a few hundred lags.
+        """Returns the Frobenius norm of the difference between the filters and the sums with these coefficients, over
+        that of the filters; at the cost of a few hundred lags.
         """
         squares = [
             (group.exponentials(nodes) @ coefficients[:, group.columns] - group.targets).square().sum()
             + group.outside.square()
             for group in self.groups
         ]
-        return float(sum(squares).sqrt() / self.norm)
+        return float(sum(squares, start=torch.zeros((), dtype=torch.float64)).sqrt() / self.norm)
 
     @cached_property
     def realisation(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,11 +114,11 @@ class FilterBank:
 
     @cached_property
     def bounds(self) -> Bounds:
-        """What any system that reproduces both branches' features can reach."""
+        """The least errors that any system for both branches' features can reach."""
         return Bounds(*self.features(*self.realisation), self.length)
 
     def features(self, nodes: torch.Tensor, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The system of both branches' features, U+ (filters phi) and U- (filters (-1)^t phi).
+        """Returns the system of both branches' features, U+ (filters phi) and U- (filters (-1)^t phi).
 
         Args:
             nodes: (n,); coefficients: of the filters on these nodes, (n, filters).
@@ -137,7 +137,7 @@ class FilterBank:
         return torch.cat([nodes, -nodes]), torch.cat([plus, minus], dim=1)
 
     def evaluate(self, nodes: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-        """The filters that coefficients (nodes, filters) stand for, (length, filters), float64."""
+        """Returns the sums of exponentials with coefficients (nodes, filters): (length, filters), float64."""
         filters = torch.zeros(self.length, self.num_filters, dtype=torch.float64)
         for group in self.groups:
             lags = torch.arange(group.first, self.length, self.step)
@@ -151,10 +151,10 @@ class Group:
 
     Attributes:
         columns: their indices; first: the lag; count: how many lags they live on.
-        targets: rows of the filters (rows, columns); outside: the norm of what the rows do not hold.
+        targets: rows of the filters (rows, columns); outside: the norm of the filters' part that the rows do not hold.
     """
 
-    def __init__(self, bank: FilterBank, first: int):
+    def __init__(self, bank: FilterBank, first: int) -> None:
         self.columns, self.first, self._step = (bank.first == first).nonzero()[:, 0], first, bank.step
         values = bank.phi[first :: bank.step, self.columns]
         self.count = len(values)
@@ -162,24 +162,26 @@ class Group:
         self.targets, self.outside = self._lags.project(values)
 
     def exponentials(self, nodes: torch.Tensor) -> torch.Tensor:
-        """Rows of nodes ** lag over the group's lags, (rows, nodes)."""
+        """Returns rows of nodes ** lag over the group's lags, (rows, nodes)."""
         return self._lags.compress(powers(nodes, self.first + self._step * self._lags.points))
 
 
 def slowest_and_fastest(bank: FilterBank) -> tuple[float, float]:
-    """The range of s = ln(-ln a) that holds every time constant a filter can show: from its length to 1/8 token."""
+    """Returns the range of s = ln(-ln a) for every time constant a filter can show: from its length to 1/8 token."""
     return -math.log(bank.length), math.log(8)
 
 
 def quadrature_nodes(bank: FilterBank, count: int) -> torch.Tensor:
-    """Decays a = exp(-e^s), `count` of them, s equally spaced over `slowest_and_fastest`, slowest first, float64."""
+    """Returns `count` decays a = exp(-e^s), s equally spaced over `slowest_and_fastest`, slowest first, float64."""
     return torch.linspace(*slowest_and_fastest(bank), count, dtype=torch.float64).exp().neg().exp()
 
 
-def _truncated_solve(matrix, targets, residual, precision) -> torch.Tensor:
-    """Minimum norm least squares solution of matrix x = targets, truncated as `solve` says.
+def _truncated_solve(
+    matrix: torch.Tensor, targets: torch.Tensor, residual: torch.Tensor, precision: float
+) -> torch.Tensor:
+    """Returns the minimum norm least squares solution of matrix x = targets, truncated as in `FilterBank.solve`.
 
-    residual: norm of what the rows below `matrix` leave of the targets.
+    residual: norm of the targets' rows below `matrix`.
     """
     left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
     parts = left.T @ targets

@@ -1,17 +1,17 @@
-"""What a linear dynamical system can reach: Hankel singular values and the AAK bound."""
+"""Bounds on the error of any linear dynamical system: Hankel singular values and the AAK bound."""
 
 import math
 
 import torch
 
+from flash_stu.filters.exponentials import powers
 from flash_stu.filters.lags import CompressedLags
-from spectralds.exponentials import powers
 
 FLOOR = 1e-14  # Hankel singular values below this fraction of the largest are rounding
 
 
 def hankel_blocks(coefficients: torch.Tensor, triangle: torch.Tensor) -> torch.Tensor:
-    """Hankel matrices of a diagonal system in an orthonormal basis of its inputs and outputs, stacked.
+    """Compute the Hankel matrices of a diagonal system in an orthonormal basis of its inputs and outputs, stacked.
 
     The Hankel matrix of one output, H[i, j] = sum_n c[n] decay[n]^(i + j), is V diag(c) V^T with V the
     Vandermonde matrix of the decays. With V = Q R it has the singular values of the small R diag(c) R^T.
@@ -26,8 +26,10 @@ def hankel_blocks(coefficients: torch.Tensor, triangle: torch.Tensor) -> torch.T
     return blocks.reshape(-1, triangle.shape[0])
 
 
-def hankel_singular_values(decay, coefficients, length: int, weighted: bool = False) -> torch.Tensor:
-    """Singular values of the Hankel matrix that a filter bank of a given length determines, largest first.
+def hankel_singular_values(
+    decay: torch.Tensor, coefficients: torch.Tensor, length: int, weighted: bool = False
+) -> torch.Tensor:
+    """Compute singular values of the Hankel matrix that a filter bank of a given length determines, largest first.
 
     The matrix maps past inputs to future outputs, H[(i, k), j] = f_k(i + j), with i and j below (length + 1)
     / 2, so that only lags of the filters enter. H is never formed.
@@ -62,7 +64,7 @@ def hankel_singular_values(decay, coefficients, length: int, weighted: bool = Fa
 
 
 class Bounds:
-    """What the filters themselves allow, for every state dimension at once.
+    """Bounds that hold for any system that approximates given filters, for every state dimension.
 
     Args:
         decay, coefficients, length: as for `hankel_singular_values`.
@@ -72,17 +74,17 @@ class Bounds:
         weighted: the same for the weighted matrix.
     """
 
-    def __init__(self, decay: torch.Tensor, coefficients: torch.Tensor, length: int):
+    def __init__(self, decay: torch.Tensor, coefficients: torch.Tensor, length: int) -> None:
         self._entries = coefficients.shape[1] * length
         self.hankel = _above_rounding(hankel_singular_values(decay, coefficients, length))
         self.weighted = _above_rounding(hankel_singular_values(decay, coefficients, length, weighted=True))
 
     def aak(self, state_dim: int) -> float:
-        """Least Hankel-norm error of a system of this dimension; 0.0 where it is below rounding."""
+        """Returns the least Hankel-norm error of a system of this dimension; 0.0 where it is below rounding."""
         return float(self.hankel[state_dim]) if state_dim < len(self.hankel) else 0.0
 
     def mse(self, state_dim: int) -> float:
-        """Mean squared error that no system of this dimension undercuts; 0.0 where it is below rounding."""
+        """Returns the mean squared error that no system of this dimension undercuts; 0.0 where it is below rounding."""
         return float(self.weighted[state_dim:].square().sum()) / self._entries
 
 

@@ -3,7 +3,8 @@
 import torch
 
 from spectralds.bank import FilterBank
-from spectralds.fit import METHODS, best_candidate, few_threads
+from spectralds.fit import best_candidate, few_threads
+from spectralds.options import METHODS
 
 STATE_DIMS = (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 112, 128, 160)
 
@@ -20,7 +21,7 @@ def error_curve(
     Returns:
         lists as long as state_dims: state_dim, an error under the name of each method, and bound (see `Bounds.mse`).
     """
-    curve = {"state_dim": list(state_dims)}
+    curve: dict[str, list] = {"state_dim": list(state_dims)}
     with few_threads():
         for method in METHODS:
             errors = (best_candidate(bank, h, method, dtype, dilation).relative_error for h in state_dims)

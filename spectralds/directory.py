@@ -2,24 +2,27 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
+from flash_stu.devices import default_device
 from flash_stu.errors import UserError
 from flash_stu.files import check_output, replacing_directory
-from flash_stu.model.loading import default_device
+from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.model.source import find_source
+from spectralds.comparison import compare_generation, compare_layers, compare_models
+from spectralds.comparison_text import ComparisonText, comparison_text
 from spectralds.curve import error_curve
-from spectralds.distillation import model_filters, replace_stu_layers
+from spectralds.distillation import model_filters, replace_stu_layers, require_stu_layers
 from spectralds.fit import check_arguments, fit_lds
 from spectralds.options import AUTO, DTYPES, TOLERANCE
+from spectralds.original import Original
 from spectralds.plots import plot_fit
-from spectralds.report import compare_generation, compare_layers, compare_models
-from spectralds.source import Source, open_source
-from spectralds.text import ComparisonText, comparison_text
 
-_KIND, _LABEL = "distilled model", "--output"
+_KIND = "distilled model"
 REPORT, FIGURE = "distillation.json", "distillation.png"
 
 
@@ -32,7 +35,7 @@ def distill_directory(
     dtype: str | None = None,
     verify: float | None = None,
     text: str | None = None,
-    say=lambda line: None,
+    say: Callable[[str], object] | None = None,
 ) -> dict:
     """Distill a model on disk, and on request measure what that changed.
 
@@ -42,43 +45,49 @@ def distill_directory(
         output: directory to write: the distilled model and its tokenizer, distillation.json,
             distillation.png. An earlier distillation there, if nobody changed it, is replaced once the new one is
             complete; the same arguments write the same files.
-        state_dim, method, tolerance: see `fit_lds`.
+        state_dim: see `fit_lds`, like method and tolerance.
+        method: how the decays are chosen.
+        tolerance: relative error that state_dim "auto" reaches.
         dtype: "float32" or "bfloat16", of the weights written; None: as they are. Decays and readouts of the LDS
             layers are float32 in any case.
         verify: compare the models, and call the distillation verified if relative_logit_difference (see
             `compare_models`) is at most this. None: only the fit is measured.
         text: what to compare the models on, see `comparison_text`.
-        say: told what is being done, a line at a time.
+        say: called with a line at the beginning of each part of the work.
 
     Returns:
         the content of distillation.json: source; state_dim, method and tolerance as asked for; dtype; fit (see
         `fit_lds`), eigenvalues (the positive half), curve (see `error_curve`); layers, comparison and generation
         (see `compare_layers`, `compare_models` with its text, `compare_generation`) and verified, which are None
-        without `verify`. In the returned one only: seconds, that each part took.
+        without `verify`. Also seconds, the time of each part, which is not written.
 
     Raises:
-        UserError: for a checkpoint that is none or has no STU layers, a model without a tokenizer that is to be
-            verified, an output that is something else's, and as `fit_lds` and `comparison_text`.
+        UserError: for a checkpoint that is not a model or has no STU layers, a model without a tokenizer that is to be
+            verified, an output that was not created by this program, and as `fit_lds` and `comparison_text`.
     """
     check_arguments(state_dim, method, tolerance=tolerance)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     directory, output = find_source(checkpoint, "distilled"), Path(output)
-    check_output(output, _KIND, _LABEL)
+    check_output(output, _KIND)
     if directory.resolve().is_relative_to(output.resolve()):
-        raise UserError(f"{_LABEL} {output} holds the model to distill, {directory}; choose another directory")
+        raise UserError(f"output {output} holds the model to distill, {directory}; choose another directory")
+    say = say or (lambda _: None)
     seconds, lap = {}, _stopwatch()
-    source = open_source(directory)
-    model, bank = source.model, model_filters(source.model)
+    original = Original.load(directory)
+    model = require_stu_layers(original.model)
+    bank = model_filters(model)
     seconds["load"] = lap()
-    sample = None if verify is None else _sample(source, text)
+    sample = None if verify is None else _sample(original, text)
     seconds["text"] = lap()
 
     states = "the fewest states" if state_dim == AUTO else f"{state_dim} states"
     say(f"fitting {bank.num_filters} filters of length {bank.length} with {states}, method {method}")
     fit = fit_lds(bank, state_dim, method, dilation=model.config.stu_dilation, tolerance=tolerance)
     curve = error_curve(bank, torch.float32, model.config.stu_dilation)
-    distilled = replace_stu_layers(model, fit).to(dtype and getattr(torch, dtype))
+    distilled = replace_stu_layers(model, fit)
+    if dtype is not None:
+        cast(torch.nn.Module, distilled).to(getattr(torch, dtype))
     seconds["distill"] = lap()
     del fit.report["seconds"]
     report = {
@@ -92,11 +101,11 @@ def distill_directory(
         "curve": curve,
         **dict.fromkeys(("layers", "comparison", "generation", "verified")),
     }
-    with replacing_directory(output, _KIND, _LABEL) as temporary:
+    with replacing_directory(output, _KIND) as temporary:
         distilled.save_pretrained(temporary)
-        source.copy_tokenizer(temporary)
+        original.save_tokenizer(temporary)
         seconds["save"] = lap()
-        if sample is not None:
+        if sample is not None and verify is not None:
             report |= _compare(model, distilled, sample, verify, say)
             seconds["compare"] = lap()
         plot_fit(bank, fit, curve, temporary / FIGURE)
@@ -106,7 +115,7 @@ def distill_directory(
 
 
 def summary(report: dict) -> str:
-    """The few lines of a report that a user looks for first."""
+    """Returns the few lines of a report that a user looks for first."""
     fit, layers, comparison = report["fit"], report["layers"], report["comparison"]
     lines = [
         f"state dimension  {fit['state_dim']}, method {fit['method']}",
@@ -133,22 +142,29 @@ def summary(report: dict) -> str:
     return "\n".join(lines)
 
 
-def _sample(source: Source, text: str | None) -> ComparisonText:
-    """The text to compare on, checked against the model."""
-    if not source.has_tokenizer:
-        raise UserError(
-            f"{source.directory}: no tokenizer beside the model, and comparing on text (--verify) needs one"
-        )
-    config = source.model.config
-    sample = comparison_text(source.tokenizer, source.run, text, config.max_position_embeddings)
+def _sample(original: Original, text: str | None) -> ComparisonText:
+    """Returns the text to compare on, checked against the model."""
+    if not original.has_tokenizer:
+        raise UserError(f"verify needs a tokenizer; there is no tokenizer beside the model in {original.directory}")
+    config = original.model.config
+    sample = comparison_text(original.load_tokenizer, original.run, text, config.max_position_embeddings)
     if int(sample.windows.max()) >= config.vocab_size:
-        raise UserError(f"{source.directory}: the tokenizer's ids exceed the model's vocabulary of {config.vocab_size}")
+        raise UserError(
+            f"{original.directory}: the tokenizer's ids exceed the model's vocabulary of {config.vocab_size}"
+        )
     return sample
 
 
-def _compare(model, distilled, sample: ComparisonText, allowed: float, say) -> dict:
-    """The report's entries on what distillation changed; both models are moved and become float32."""
-    model, distilled = (m.float().to(default_device()) for m in (model, distilled))
+def _compare(
+    model: FlashSTUForCausalLM,
+    distilled: FlashSTUForCausalLM,
+    sample: ComparisonText,
+    allowed: float,
+    say: Callable[[str], object],
+) -> dict[str, Any]:
+    """Returns the report's entries on what distillation changed; both models are moved and become float32."""
+    for moved in (model, distilled):
+        cast(torch.nn.Module, moved).to(default_device(), torch.float32)
     say(f"comparing the layers on {model.config.max_position_embeddings} tokens of noise")
     layers = compare_layers(model, distilled)
     say(f"comparing the models on {sample.windows[:, 1:].numel()} tokens: {sample.source}")
@@ -161,8 +177,8 @@ def _compare(model, distilled, sample: ComparisonText, allowed: float, say) -> d
     }
 
 
-def _stopwatch():
-    """A function that returns the seconds since its last call."""
+def _stopwatch() -> Callable[[], float]:
+    """Returns a function that returns the seconds since its last call."""
     last = time.perf_counter()
 
     def lap() -> float:

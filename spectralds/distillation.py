@@ -9,7 +9,8 @@ from flash_stu.filters.spectral import spectral_filters
 from flash_stu.model.layers import STU
 from flash_stu.model.modeling import FlashSTUForCausalLM
 from spectralds.bank import FilterBank
-from spectralds.fit import AUTO, TOLERANCE, LDSFit, fit_lds
+from spectralds.fit import LDSFit, fit_lds
+from spectralds.options import AUTO, TOLERANCE
 
 
 def distill(
@@ -30,18 +31,20 @@ def distill(
     Raises:
         UserError: for a model without STU layers, and as `fit_lds`.
     """
+    require_stu_layers(model)
     fit = fit_lds(model_filters(model), state_dim, method, torch.float32, model.config.stu_dilation, tolerance)
     return replace_stu_layers(copy.deepcopy(model), fit)
 
 
 def model_filters(model: FlashSTUForCausalLM) -> FilterBank:
-    """The filters a model was trained with, in float64.
+    """Returns the filters a model was trained with, in float64.
 
     A checkpoint holds them in float32. Where those are the rounded filters of its configuration the exact
     ones are taken, so that no rounding is fitted; filters of another origin (a converted checkpoint) are
     taken as they are.
     """
-    _require_stu_layers(model)
+    if model.model.filters is None:
+        raise ValueError("the model has no spectral filters")
     config, stored = model.config, model.model.filters.phi.detach().cpu()
     exact = spectral_filters(config.max_position_embeddings, config.num_filters, config.filter_basis)[1]
     rounding = 4 * torch.finfo(stored.dtype).eps * exact.abs().amax(dim=0)
@@ -50,7 +53,6 @@ def model_filters(model: FlashSTUForCausalLM) -> FilterBank:
 
 def replace_stu_layers(model: FlashSTUForCausalLM, fit: LDSFit) -> FlashSTUForCausalLM:
     """Build the distilled model from a model and the fit of its filters; it shares the other weights' memory."""
-    _require_stu_layers(model)
     config = copy.deepcopy(model.config)
     config.lds_state_dim, config.lds_trainable, config.decode_backend = len(fit.A), False, "auto"
     with torch.device("meta"):
@@ -72,7 +74,7 @@ def replace_stu_layers(model: FlashSTUForCausalLM, fit: LDSFit) -> FlashSTUForCa
 
 
 def fold(fit: LDSFit, layer: STU) -> dict[str, torch.Tensor]:
-    """Tensors of the LDS layer that stands in for an STU layer, but for its input projection.
+    """Compute the tensors of the LDS layer that replaces an STU layer, except its input projection.
 
     With h states, K filters and D channels the coefficients C (h, 2K) of the features U+, U- meet the
     layer's weights M+, M-. tensordot: readout = C+ M+ + C- M-, (h, D). full: readout = C of the features
@@ -100,7 +102,12 @@ def fold(fit: LDSFit, layer: STU) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _require_stu_layers(model) -> None:
+def require_stu_layers(model: torch.nn.Module) -> FlashSTUForCausalLM:
+    """Returns the model if it can be distilled.
+
+    Raises:
+        UserError: for a model of another kind, a distilled one, or one of attention layers only.
+    """
     if not isinstance(model, FlashSTUForCausalLM):
         raise UserError(f"a {type(model).__name__} cannot be distilled; allowed: FlashSTUForCausalLM")
     if model.config.lds_state_dim is not None:
@@ -109,3 +116,4 @@ def _require_stu_layers(model) -> None:
         )
     if not model.config.uses_stu:
         raise UserError("the model has no STU layers to distill: its layer_types are all sliding_attention")
+    return model

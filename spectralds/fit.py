@@ -2,15 +2,16 @@
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from flash_stu.errors import UserError
+from flash_stu.filters.exponentials import powers
 from spectralds.balanced import balanced_nodes
 from spectralds.bank import FilterBank, quadrature_nodes
-from spectralds.exponentials import powers
 from spectralds.options import AUTO, MAX_AUTO_DIM, MAX_STATE_DIM, METHODS, TOLERANCE
 from spectralds.sampled import sampled_nodes, theorem_1
 
@@ -36,7 +37,7 @@ class LDSFit:
     report: dict = field(repr=False)
 
     def impulse_response(self, length: int) -> torch.Tensor:
-        """The outputs after a unit impulse at time 0, (length, 2K), float64."""
+        """Returns the outputs after a unit impulse at time 0, (length, 2K), float64."""
         lags = torch.arange(length, dtype=torch.float64)
         return torch.cat([powers(self.A, part) @ (self.B[:, None] * self.C) for part in lags.split(_ROWS)])
 
@@ -71,7 +72,7 @@ def fit_lds(
         the system. Its report holds, beside the arguments (method: the one that was used; tolerance: None where
         state_dim was given): mse, max_abs_error and relative_error (Frobenius) over all filters, the same three per
         filter; run_time_error, the relative error of the impulse responses once C is rounded to `dtype` as well, and
-        rounding_floor, what it stays at however many states there are; max_coefficient, coefficient_norm (of
+        rounding_floor, its limit for many states; max_coefficient, coefficient_norm (of
         exponentials scaled to unit length), coefficient_spectral_norm (of the map from impulse responses to filters);
         lambda_max, lambda_max_h and theorem_1_bound (see `theorem_1`); hankel_norm of the features and
         hankel_error (Frobenius norm of the error's Hankel matrix, at least its Hankel norm) with aak_bound,
@@ -79,7 +80,7 @@ def fit_lds(
         float64's rounding; seconds.
 
     Raises:
-        UserError: for filters, a state dimension, method, dtype, dilation or tolerance that cannot be.
+        UserError: for invalid filters or an invalid state dimension, method, dtype, dilation or tolerance.
 
     Source: Shah et al. 2025, SpectraLDS (arXiv 2505.17868) for the system's form; the closed form replaces
     its sampling of systems.
@@ -88,7 +89,7 @@ def fit_lds(
     check_arguments(state_dim, method, dtype, dilation, tolerance)
     bank = phi if isinstance(phi, FilterBank) else FilterBank(phi)
     with few_threads():
-        if state_dim == AUTO:
+        if isinstance(state_dim, str):
             candidate = _smallest(bank, method, dtype, dilation, tolerance)
         else:
             candidate = best_candidate(bank, state_dim, method, dtype, dilation)
@@ -120,7 +121,7 @@ def fit_lds(
 
 @dataclass(frozen=True)
 class Candidate:
-    """Nodes of one sign and their coefficients, before anything but the error is known.
+    """Nodes of one sign and their coefficients, with nothing computed of them but the error.
 
     Attributes:
         method: that chose the nodes; nodes: (n,); coefficients: (n, filters); norm: of the coefficients, see `solve`.
@@ -134,12 +135,12 @@ class Candidate:
     relative_error: float
 
     def run_time_error(self, bank: FilterBank, dtype: torch.dtype) -> float:
-        """The relative error with coefficients rounded to `dtype`."""
+        """Returns the relative error with coefficients rounded to `dtype`."""
         return bank.relative_error(self.nodes, self.coefficients.to(dtype).double())
 
 
 def best_candidate(bank: FilterBank, state_dim: int, method: str, dtype: torch.dtype, dilation: int) -> Candidate:
-    """The candidate of a method, or for "auto" the one of least error; arguments as in `fit_lds`."""
+    """Returns the candidate of a method, or for "auto" the one of least error; arguments as in `fit_lds`."""
     candidates = [
         _candidate(bank, name, _NODES[name](bank, state_dim // 2), dtype, dilation)
         for name in (METHODS if method == AUTO else (method,))
@@ -148,7 +149,8 @@ def best_candidate(bank: FilterBank, state_dim: int, method: str, dtype: torch.d
 
 
 def rounding_floor(bank: FilterBank, dtype: torch.dtype) -> float:
-    """What rounding leaves: the run-time error of the bank's fine realisation, which has more states than any need.
+    """Returns the error that rounding leaves: the run-time error of the bank's fine realisation, which has more states
+    than any fit needs.
 
     It is the filters' share of the floor. Small filters whose coefficients would have to be large are given up in
     `FilterBank.solve`; at K = 24 and length 8192 nothing is, and rounded output weights are all of it.
@@ -164,7 +166,7 @@ def _candidate(bank: FilterBank, method: str, nodes: torch.Tensor, dtype: torch.
 
 
 def _smallest(bank: FilterBank, method: str, dtype: torch.dtype, dilation: int, tolerance: float) -> Candidate:
-    """The candidate of the smallest state dimension whose run-time error is at most `tolerance`.
+    """Returns the candidate of the smallest state dimension whose run-time error is at most `tolerance`.
 
     The bound on the error tells where to begin: no smaller system can reach the tolerance. From there every state
     dimension is tried, because rounding makes the error jump about once it is near its floor.
@@ -214,8 +216,8 @@ def round_nodes(nodes: torch.Tensor, dtype: torch.dtype, dilation: int) -> torch
 
 
 @contextmanager
-def few_threads():
-    """One thread: factorisations of a few hundred rows are so small that more only wait for each other."""
+def few_threads() -> Iterator[None]:
+    """Run on one thread: factorisations of a few hundred rows are so small that more only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

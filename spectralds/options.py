@@ -1,4 +1,4 @@
-"""The options of a distillation, for whoever has to know them before anything heavy is imported."""
+"""The options of a distillation, without heavy imports, for the command line."""
 
 METHODS, AUTO = ("quadrature", "balanced", "sampled"), "auto"
 TOLERANCE = 1e-5  # near what float32 arithmetic adds over 8192 steps, however exact the fit

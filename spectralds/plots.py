@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from flash_stu.figures import save_figure
+from flash_stu.filters.exponentials import powers
 from spectralds.bank import FilterBank
-from spectralds.exponentials import powers
-from spectralds.fit import METHODS, LDSFit
+from spectralds.fit import LDSFit
+from spectralds.options import METHODS
 
 # Okabe and Ito's palette: told apart with any colour vision
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -43,7 +45,7 @@ def plot_fit(bank: FilterBank, fit: LDSFit, curve: dict[str, list], path: str | 
     save_figure(figure, path)
 
 
-def _draw_filters(axes, bank: FilterBank, fit: LDSFit) -> None:
+def _draw_filters(axes: Axes, bank: FilterBank, fit: LDSFit) -> None:
     last = bank.num_filters - 1
     shown = sorted({0, 1, *(round(last * part) for part in (0.2, 0.45, 0.7, 1))} & set(range(last + 1)))
     count = (bank.length + bank.step - 1) // bank.step
@@ -69,7 +71,7 @@ def _draw_filters(axes, bank: FilterBank, fit: LDSFit) -> None:
     axes.legend(handles[:2], labels[:2], frameon=False, loc="upper right", ncols=2)
 
 
-def _draw_errors(axes, bank: FilterBank, fit: LDSFit) -> None:
+def _draw_errors(axes: Axes, bank: FilterBank, fit: LDSFit) -> None:
     numbers = np.arange(1, bank.num_filters + 1)
     report = fit.report["per_filter"]
     curves = (
@@ -88,7 +90,7 @@ def _draw_errors(axes, bank: FilterBank, fit: LDSFit) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_dimensions(axes, curve: dict[str, list], fit: LDSFit) -> None:
+def _draw_dimensions(axes: Axes, curve: dict[str, list], fit: LDSFit) -> None:
     report, dims = fit.report, curve["state_dim"]
     for method, (color, marker) in zip(METHODS, ((_BLUE, "o"), (_ORANGE, "s"), (_GREEN, "^")), strict=True):
         axes.semilogy(dims, curve[method], color=color, marker=marker, markersize=4, linewidth=1.2, label=method)
@@ -105,16 +107,21 @@ def _draw_dimensions(axes, curve: dict[str, list], fit: LDSFit) -> None:
     axes.legend(frameon=False, loc="upper right")
 
 
-def _draw_decays(axes, bank: FilterBank, fit: LDSFit) -> None:
+def _draw_decays(axes: Axes, bank: FilterBank, fit: LDSFit) -> None:
     half = len(fit.A) // 2
     memory = -1 / fit.A[:half].log()
     weight = fit.C[:half, : bank.num_filters].norm(dim=1)
     axes.loglog(memory, weight, color=_GREEN, marker="o", markersize=4, linestyle="none")
     axes.axvline(bank.length, color=_GREY, linestyle=":", linewidth=1.4)
     axes.annotate(
-        "filter length", (bank.length, 0.94), xycoords=("data", "axes fraction"), xytext=(-5, 0),
-        textcoords="offset points", ha="right", color=_GREY,
-    )  # fmt: skip
+        "filter length",
+        (bank.length, 0.94),
+        xycoords=("data", "axes fraction"),
+        xytext=(-5, 0),
+        textcoords="offset points",
+        ha="right",
+        color=_GREY,
+    )
     axes.set_xlabel("memory of an eigenvalue a, -1 / ln a (tokens)")
     axes.set_ylabel("norm of its output weights")
     axes.set_title(f"the {half} positive eigenvalues (and their negatives)")

@@ -4,8 +4,8 @@ import math
 
 import torch
 
+from flash_stu.filters.exponentials import column_norms
 from spectralds.bank import FilterBank, slowest_and_fastest
-from spectralds.exponentials import column_norms
 
 _POOL = 1024  # systems sampled
 _RESOLVED = 1e-13  # part of a unit vector that is more than rounding
@@ -81,7 +81,7 @@ def spectral_representation(bank: FilterBank, nodes: torch.Tensor) -> torch.Tens
 
 
 def theorem_1(bank: FilterBank, nodes: torch.Tensor) -> dict[str, float]:
-    """The quantities of the paper's Theorem 1 for the h systems of dimension one that a fit's nodes stand for.
+    """Compute the quantities of the paper's Theorem 1 for the h systems of dimension one that are a fit's nodes.
 
     Each impulse response is a combination of the k filters up to an error that falls like exp(-k / log L): mu = M Phi
     + E. With the Penrose inverse M~ of M, Phi - M~ mu = -M~ E, hence the theorem's bound c lambda_max h exp(-k / log

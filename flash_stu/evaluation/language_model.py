@@ -7,6 +7,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from flash_stu.devices import default_dtype
 from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.evaluation.budget import Budget
@@ -15,7 +16,6 @@ from flash_stu.evaluation.progress import Progress
 from flash_stu.evaluation.scoring import Counters, Score, Window, score_windows, split_windows
 from flash_stu.generation.loop import pad_left
 from flash_stu.model.layers import SlidingWindowAttention
-from flash_stu.model.loading import default_dtype
 from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.model.source import load_source
 from flash_stu.ops import backends

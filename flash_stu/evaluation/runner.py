@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from flash_stu.devices import choose_device, default_dtype
 from flash_stu.distributed import World, join, local_device, world_size
 from flash_stu.errors import UserError
 from flash_stu.evaluation.comparison import compare
@@ -21,7 +22,6 @@ from flash_stu.evaluation.report import format_report, warning
 from flash_stu.evaluation.results import result_files, write_results
 from flash_stu.evaluation.store import Store, item_file
 from flash_stu.evaluation.suite import resolve_tasks
-from flash_stu.model.loading import choose_device, default_dtype
 
 _TIMEOUT = timedelta(days=1)  # a process waits for the slowest; torchrun ends all when one fails
 _PACKAGES = ("flash_stu", "lm_eval", "torch", "transformers", "datasets", "tokenizers")

@@ -22,7 +22,7 @@ class CompressedLags:
         points: where a function has to be known, (rows,), float64, in lags.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int) -> None:
         dense = min(count, _DENSE)
         self._dense = dense
         self.points = torch.arange(dense, dtype=torch.float64)
@@ -36,7 +36,11 @@ class CompressedLags:
             start = end
 
     def compress(self, values: torch.Tensor) -> torch.Tensor:
-        """Rows whose inner products are those of functions over all lags; values at `points`, (points, columns)."""
+        """Returns rows whose inner products are those of functions over all lags.
+
+        Args:
+            values: of the functions at `points`, (points, columns).
+        """
         parts, place = [values[: self._dense]], self._dense
         for _, _, _, mix in self._blocks:
             parts.append(mix @ values[place : place + mix.shape[1]])
@@ -44,7 +48,7 @@ class CompressedLags:
         return torch.cat(parts)
 
     def project(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows for data on the lags, (count, columns), and the norm of what no smooth function has, a scalar."""
+        """Returns rows for data on the lags, (count, columns), and the norm of the part that no smooth function has."""
         parts, outside = [values[: self._dense]], values.new_zeros(())
         for start, end, basis, _ in self._blocks:
             block = values[start:end]
@@ -53,20 +57,16 @@ class CompressedLags:
         return torch.cat(parts), outside.sqrt()
 
     def expand(self, rows: torch.Tensor) -> torch.Tensor:
-        """The function on every lag, (count, columns), that rows (rows, columns) stand for."""
+        """Returns the function on every lag, (count, columns), of which these are the rows, (rows, columns)."""
         parts, place = [rows[: self._dense]], self._dense
         for _, _, basis, _ in self._blocks:
             parts.append(basis @ rows[place : place + basis.shape[1]])
             place += basis.shape[1]
         return torch.cat(parts)
 
-    def exponentials(self, nodes: torch.Tensor) -> torch.Tensor:
-        """Rows of nodes ** lag, nodes in (0, 1): (rows, nodes)."""
-        return self.compress(nodes[None] ** self.points[:, None])
-
 
 def _block(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Points, orthonormal basis and map of one block of lags."""
+    """Returns points, orthonormal basis and map of one block of lags."""
     lags = torch.arange(start, end, dtype=torch.float64)
     if len(lags) <= _POINTS:
         identity = torch.eye(len(lags), dtype=torch.float64)

@@ -69,7 +69,7 @@ def spectral_filters(seq_len: int, num_filters: int, basis: str = "hankel") -> t
 
 
 def compute_filters(seq_len: int, num_filters: int, basis: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What spectral_filters returns, without the cache."""
+    """As `spectral_filters`, without the cache."""
     if basis == "hankel":
         lags = torch.arange(seq_len, dtype=torch.float64)
         sigma, phi = _eigenpairs(lags, num_filters, basis)
@@ -91,7 +91,7 @@ def compute_filters(seq_len: int, num_filters: int, basis: str) -> tuple[torch.T
 
 
 def _eigenpairs(lags: torch.Tensor, count: int, basis: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenpairs of the Gram matrix over the given lags, through QR and the SVD of the small factor."""
+    """Returns eigenpairs of the Gram matrix over the given lags, through QR and the SVD of the small factor."""
     first, last = math.log(1e-5 / (lags[-1] + 1)), math.log(60.0)
     rate = torch.linspace(first, last, math.ceil((last - first) / _QUADRATURE_STEP), dtype=torch.float64).exp()
     # sqrt of the integrand's weight and of |da/ds| = e^s exp(-e^s), in forms that do not cancel near a = 1
@@ -120,7 +120,7 @@ def _cache_path(seq_len: int, num_filters: int, basis: str) -> Path:
 
 
 def _read_cache(path: Path, seq_len: int, num_filters: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Read an entry; None if there is none or it is not, bit for bit, what was written."""
+    """Returns an entry, or None if there is none or it is not, bit for bit, as it was written."""
     try:
         tensors = load(path.read_bytes())
         sigma, phi, checksum = tensors["sigma"], tensors["phi"], int(tensors["checksum"])
@@ -138,4 +138,4 @@ def _write_cache(path: Path, sigma: torch.Tensor, phi: torch.Tensor) -> None:
 
 
 def _checksum(sigma: torch.Tensor, phi: torch.Tensor) -> int:
-    return zlib.crc32(phi.contiguous().numpy(), zlib.crc32(sigma.contiguous().numpy()))
+    return zlib.crc32(phi.contiguous().numpy().data, zlib.crc32(sigma.contiguous().numpy().data))

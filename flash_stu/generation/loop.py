@@ -7,7 +7,7 @@ however long the text is, and on a GPU they are one CUDA graph.
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_stu.errors import UserError
 from flash_stu.generation.sampling import Sampler, Sampling
@@ -19,7 +19,7 @@ from flash_stu.model.modeling import FlashSTUForCausalLM
 
 @torch.inference_mode()
 def generate_tokens(
-    model: FlashSTUForCausalLM,
+    model: PreTrainedModel,
     input_ids: torch.Tensor,
     max_new_tokens: int,
     sampling: Sampling | None = None,
@@ -30,21 +30,23 @@ def generate_tokens(
     """Generate tokens after a batch of prompts and yield each as soon as it is known.
 
     Args:
-        model: in eval mode.
+        model: a FlashSTUForCausalLM in eval mode.
         input_ids: prompts, (batch, length) with at least one token, shorter ones padded.
         max_new_tokens: tokens to generate at most.
         sampling: how to choose a token; by default from the model's own distribution.
         attention_mask: (batch, length), 0 at padding; None if there is none.
-        eos_token_id: stop when every row has produced it; a row that has goes on repeating it.
+        eos_token_id: stop when every row has produced it; further tokens of a row that has are the same one.
         compile: see flash_stu.generation.static_step; for a model without STU layers.
 
     Yields:
         the next token of every row, (batch,).
 
     Raises:
-        UserError: for another kind of model, an empty prompt, a mask that cannot be, when prompt and new tokens
-            together are longer than an undistilled model's filters, or for logits that are not finite after the prompt.
+        UserError: for another kind of model, an empty prompt, an invalid mask, prompt and new tokens that together are
+            longer than an undistilled model's filters, or logits that are not finite after the prompt.
     """
+    if not isinstance(model, FlashSTUForCausalLM):
+        raise UserError(f"a {type(model).__name__} cannot be run here; allowed: FlashSTUForCausalLM")
     _check_prompt(model, input_ids, max_new_tokens)
     cache = FlashSTUCache(model.config.num_hidden_layers)
     logits = model(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1).logits[:, -1]
@@ -67,7 +69,7 @@ def generate_tokens(
 
 
 def generate_text(
-    model: FlashSTUForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     max_new_tokens: int,
@@ -78,7 +80,7 @@ def generate_text(
     """Continue a batch of prompts and yield the text as it comes.
 
     Args:
-        model: in eval mode.
+        model: a FlashSTUForCausalLM in eval mode.
         tokenizer: the model's; its end-of-text token ends a row.
         prompts: one per row, of any lengths.
         max_new_tokens: tokens to generate at most per row.
@@ -98,7 +100,8 @@ def generate_text(
             raise UserError(f"prompt {prompt!r} is empty; at least one token is needed")
     rows = [TextStream(tokenizer, ids, stop) for ids in encoded]
     input_ids, mask = pad_left(encoded, model.device)
-    tokens = generate_tokens(model, input_ids, max_new_tokens, sampling, mask, tokenizer.eos_token_id, compile)
+    eos = tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else None
+    tokens = generate_tokens(model, input_ids, max_new_tokens, sampling, mask, eos, compile)
     for number, token in enumerate(tokens, start=1):
         pieces = [row.push(value) for row, value in zip(rows, token.tolist(), strict=True)]
         if number == max_new_tokens:
@@ -116,9 +119,7 @@ def pad_left(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") 
     return ids, mask
 
 
-def _check_prompt(model, input_ids, max_new_tokens) -> None:
-    if not isinstance(model, FlashSTUForCausalLM):
-        raise UserError(f"a {type(model).__name__} cannot be run here; allowed: FlashSTUForCausalLM")
+def _check_prompt(model: FlashSTUForCausalLM, input_ids: torch.Tensor, max_new_tokens: int) -> None:
     if input_ids.shape[1] == 0:
         raise UserError("the prompt is empty; at least one token is needed")
     total = input_ids.shape[1] + max_new_tokens
@@ -129,8 +130,10 @@ def _check_prompt(model, input_ids, max_new_tokens) -> None:
         )
 
 
-def _step_function(model, cache: FlashSTUCache, compile: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What turns the newest tokens (batch, 1) into logits (batch, vocab_size)."""
+def _step_function(
+    model: FlashSTUForCausalLM, cache: FlashSTUCache, compile: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the function that turns the newest tokens (batch, 1) into logits (batch, vocab_size)."""
     if compile or (model.device.type == "cuda" and not model.config.uses_stu):
         return StaticStep(model, cache, compile)
     return lambda tokens: model(tokens, past_key_values=cache).logits[:, -1]

@@ -1,7 +1,8 @@
-"""From logits to the next token: the settings of sampling, checked, and what applies them."""
+"""From logits to the next token: the settings of sampling, and the sampler that applies them."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
@@ -17,7 +18,7 @@ from flash_stu.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, with the meanings and the order of transformers' generate.
+    """Settings for choosing the next token, with the meanings and the order of transformers' generate.
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token and ignores the next three.
@@ -25,7 +26,7 @@ class Sampling:
         top_p: sample among the fewest tokens whose probabilities add up to p; None for all.
         min_p: sample among the tokens at least p times as likely as the likeliest; None for all.
         repetition_penalty: positive logits of tokens already in the text are divided by it, negative ones multiplied.
-        seed: of the sampling; None leaves torch's global generator in charge.
+        seed: of the sampling; None uses torch's global generator.
 
     Raises:
         UserError: for a value outside its range.
@@ -40,15 +41,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or positive")
-        _check("top-k", self.top_k, self.top_k is None or self.top_k >= 1, "1 or more")
-        _check("top-p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0, up to 1")
-        _check("min-p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1")
+        _check("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "1 or more")
+        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0, up to 1")
+        _check("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1")
         penalty = self.repetition_penalty
-        _check("repetition-penalty", penalty, 0 < penalty < math.inf, "positive; 1 for no penalty")
+        _check("repetition_penalty", penalty, 0 < penalty < math.inf, "positive; 1 for no penalty")
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "0 or more, below 2**63")
 
 
-def _check(name: str, value, good: bool, allowed: str) -> None:
+def _check(name: str, value: float | None, good: bool, allowed: str) -> None:
     if not good:
         raise UserError(f"{name} is {value}; allowed: {allowed}")
 
@@ -70,7 +71,7 @@ class Sampler:
             self.seen = torch.zeros(len(prompt), vocab_size, dtype=torch.bool, device=prompt.device)
             self.seen[mask.nonzero()[:, 0], prompt[mask]] = True
         self.greedy = sampling.temperature == 0
-        self.warp = LogitsProcessorList()
+        self.warp: Any = LogitsProcessorList()  # of processors that do not look at the text
         if sampling.temperature not in (0, 1):
             self.warp.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k is not None:

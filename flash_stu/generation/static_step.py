@@ -1,17 +1,19 @@
-"""The one-token step of generation on tensors that stay where they are: what a CUDA graph can replay.
+"""The one-token step of generation on tensors that stay where they are, so that a CUDA graph can replay it.
 
 Launching a step's kernels one by one takes longer than running them; a graph launches all of them at once. It replays
 the same kernels on the same memory, so whatever changes from token to token has to live in fixed tensors: the
 token, its position, and the layers' states, into which the states that the layers return are copied.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import torch
 
 from flash_stu.errors import UserError
 from flash_stu.model.cache import FlashSTUCache, state_tensors
+from flash_stu.model.modeling import FlashSTUForCausalLM
 
 
 class StaticStep:
@@ -20,13 +22,13 @@ class StaticStep:
     Args:
         model: a causal model in eval mode without STU layers: those remember more with every token.
         past: its cache after the prompts; the states in it are taken over and change from now on.
-        compile: fuse the kernels with torch.compile first; worth its minute or so for long texts.
+        compile: fuse the kernels with torch.compile first, which takes about a minute and pays off for long texts.
 
     Raises:
         UserError: for a model with STU layers.
     """
 
-    def __init__(self, model, past: FlashSTUCache, compile: bool = False) -> None:
+    def __init__(self, model: FlashSTUForCausalLM, past: FlashSTUCache, compile: bool = False) -> None:
         if model.config.uses_stu:
             raise UserError("a compiled step needs states of constant size; this model has STU layers: distill it")
         self.model = model
@@ -39,7 +41,7 @@ class StaticStep:
             self._capture()
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, vocab_size) after one more token per row, (batch, 1); the next call overwrites them."""
+        """Returns logits (batch, vocab_size) after one more token per row, (batch, 1); overwritten by the next call."""
         self.tokens.copy_(tokens)
         if self.graph is None:
             return self._run()
@@ -71,8 +73,10 @@ class StaticStep:
             tensor.copy_(value)
 
 
-def _step(model, tokens: torch.Tensor, position: torch.Tensor, states: tuple) -> torch.Tensor:
-    """Logits after one more token; position and states are advanced in place."""
+def _step(
+    model: FlashSTUForCausalLM, tokens: torch.Tensor, position: torch.Tensor, states: tuple[Any, ...]
+) -> torch.Tensor:
+    """Returns logits after one more token; position and states are advanced in place."""
     past = FlashSTUCache(len(states))
     past.states = list(states)
     logits = model(tokens, position_ids=position, past_key_values=past).logits[:, -1]
@@ -86,5 +90,5 @@ def _step(model, tokens: torch.Tensor, position: torch.Tensor, states: tuple) ->
 
 
 @cache
-def _compiled_step():
+def _compiled_step() -> Callable[..., torch.Tensor]:
     return torch.compile(_step, dynamic=False)

@@ -1,6 +1,7 @@
 """From tokens to text as it is generated: nothing is shown that a later token could still change."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ class TextStream:
         if "" in stop:
             raise UserError("a stop string is empty; allowed: one character or more")
         self.finished = False
-        self._tokenizer = tokenizer
+        self._tokenizer: Any = tokenizer
         self._stream = DecodeStream(list(prompt), skip_special_tokens=True)
         self._stop = tuple(stop)
         self._undecoded: list[int] = []
@@ -50,7 +51,7 @@ class TextStream:
         return self._release(text)
 
     def finish(self) -> str:
-        """Say that no token follows and return what was held back."""
+        """End the text and return what was held back."""
         if self.finished:
             return ""
         text = self._release(self._tokenizer.decode(self._undecoded, skip_special_tokens=True))
@@ -72,6 +73,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text with which the stop string begins."""
+    """Returns the length of the longest end of the text with which the stop string begins."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,10 +1,11 @@
 """The generation cache: one state per layer and the number of tokens seen.
 
 The only file that touches transformers' Cache, whose own layers assume keys and values, or states of a fixed shape.
-Ours are whatever the layer says (flash_stu.model.layers.state): the cache only stores them and picks rows of the batch.
+Ours are defined by the layers (flash_stu.model.layers.state): the cache only stores them and picks rows of the batch.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -19,27 +20,28 @@ class FlashSTUCache(Cache):
         padding: (batch, length) of the first call, False at its padding; None if there was none.
     """
 
-    is_compileable = False
-    is_initialized = True
-    is_croppable = False
-    is_sliding = (False,)
+    # constants where transformers computes properties from its layers
+    is_compileable = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+    is_initialized = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+    is_croppable = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+    is_sliding = (False,)  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[])
-        self.states: list = [None] * num_layers
+        self.states: list[Any] = [None] * num_layers
         self.seq_length = 0
         self.padding: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.states)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
         return self.seq_length
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
+    def get_max_length(self, *_: Any, **__: Any) -> int:
         return -1
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
         return self.seq_length + query_length, 0
 
     def reset(self) -> None:
@@ -58,24 +60,19 @@ class FlashSTUCache(Cache):
         size = self.batch_size
         self.batch_select_indices(torch.arange(size, device=self._tensor().device).repeat_interleave(repeats))
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError("a recurrent state cannot be rolled back; speculative decoding is not supported")
 
     @property
     def batch_size(self) -> int:
         return -1 if self.states[0] is None else self._tensor().shape[0]
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory held by all states, in bytes."""
-        return sum(t.nbytes for state in self.states if state is not None for t in state_tensors(state))
-
     def _tensor(self) -> torch.Tensor:
         return next(state_tensors(self.states[0]))
 
 
-def state_tensors(state) -> Iterator[torch.Tensor]:
-    """All tensors in one layer's state, in the order of its fields."""
+def state_tensors(state: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    """Yields all tensors in one layer's state, in the order of its fields."""
     for field in state:
         if isinstance(field, torch.Tensor):
             yield field

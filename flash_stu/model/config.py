@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import fields
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import (
@@ -11,6 +12,8 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, PreTrainedConfig
 
 from flash_stu.errors import UserError
+from flash_stu.filters.spectral import BASES
+from flash_stu.ops import attention, conv, cross_entropy, futurefill
 from flash_stu.settings import shown
 
 LAYER_TYPES = ("linear_attention", "sliding_attention")
@@ -36,17 +39,15 @@ BOUNDS = {  # of every number of a model, both ends allowed; far outside what an
 }
 _CHOICES = {
     "position_embedding": ("rope", "alibi", "none"),
-    "filter_basis": ("hankel", "hankel_l"),
+    "filter_basis": BASES,
     "stu_type": ("tensordot", "full"),
     "stu_branches": ("shared", "separate", "positive"),
-    "conv_backend": ("auto", "direct", "fft", "flashfftconv", "chunked", "triton"),
-    "attention_backend": ("auto", "banded", "sdpa", "flex_attention", "flash_attn"),
-    "loss_backend": ("auto", "chunked", "liger"),
+    "conv_backend": conv.BACKENDS,
+    "attention_backend": attention.BACKENDS,
+    "loss_backend": cross_entropy.BACKENDS,
     "lds_state_dtype": ("float32", "float64"),
-    "decode_backend": ("auto", "lds", "futurefill", "futurefill_epoched", "naive"),
+    "decode_backend": ("auto", "lds", *futurefill.BACKENDS),
 }
-
-
 _LONGEST_REASON = 400  # characters of a message of another library, which may quote whole values
 
 
@@ -81,10 +82,10 @@ class FlashSTUConfig(PreTrainedConfig):
         lds_state_dim: state dimension of the LDS layers of a distilled model; None for STU layers.
         lds_trainable: train the decays of the LDS layers too, see flash_stu.model.layers.lds.
         lds_state_dtype: "float32" or "float64", of the states that generation carries from token to token.
-        decode_backend: what carries the past from token to token: "lds" for a distilled model; "futurefill",
+        decode_backend: how the past is carried from token to token: "lds" for a distilled model; "futurefill",
             "futurefill_epoched" or "naive" for STU layers, see flash_stu.ops.futurefill; "auto" is the first that fits.
             Read at every prefill, so it can be changed on a model in use.
-        conv_backend: see flash_stu.ops.conv.spectral.
+        conv_backend: see flash_stu.ops.conv.choice.
         attention_backend: see flash_stu.ops.attention.choice.
         loss_backend: see flash_stu.ops.cross_entropy.
         use_cache: generate with a cache.
@@ -127,7 +128,7 @@ class FlashSTUConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         check_bounds(self.__dict__)  # before anything is built from them
         if self.layer_types is None:
             self.layer_types = [LAYER_TYPES[i % 2] for i in range(self.num_hidden_layers)]
@@ -137,10 +138,10 @@ class FlashSTUConfig(PreTrainedConfig):
 
     @classmethod
     def from_user(cls, values: dict) -> "FlashSTUConfig":
-        """Build a configuration from what a user wrote, refusing what it does not know.
+        """Build a configuration from entries that a user wrote.
 
         Raises:
-            UserError: for an unknown key, a wrong type or an impossible combination, naming the key.
+            UserError: for an unknown key, a wrong type or an invalid combination, naming the key.
         """
         known = [f.name for f in fields(cls)]
         own = set(cls.__annotations__)
@@ -160,6 +161,11 @@ class FlashSTUConfig(PreTrainedConfig):
         return {key: getattr(self, key) for key in type(self).__annotations__}
 
     @property
+    def block_types(self) -> list[str]:
+        """`layer_types`, which construction has filled in: one for each block."""
+        return self.layer_types or []
+
+    @property
     def stu_dilation(self) -> int:
         """Distance between the lags an STU layer mixes, in tokens: 2 if its branches are shared."""
         return 2 if self.stu_branches == "shared" else 1
@@ -167,20 +173,20 @@ class FlashSTUConfig(PreTrainedConfig):
     @property
     def uses_stu(self) -> bool:
         """Whether any layer convolves with the spectral filters."""
-        return "linear_attention" in self.layer_types and self.lds_state_dim is None
+        return "linear_attention" in self.block_types and self.lds_state_dim is None
 
     def resolve_decode_backend(self) -> str:
-        """The decode backend in use: decode_backend, or what "auto" means for this model.
+        """Returns the decode back end in use: decode_backend, or the one that "auto" means for this model.
 
         Raises:
             UserError: for one that this model's layers do not have.
         """
-        if "linear_attention" not in self.layer_types:
+        if "linear_attention" not in self.block_types:
             kind, allowed = "only attention layers", ("auto",)
         elif self.lds_state_dim is not None:
             kind, allowed = "LDS layers", ("lds", "auto")
         else:
-            kind, allowed = "STU layers", ("futurefill", "futurefill_epoched", "naive", "auto")
+            kind, allowed = "STU layers", (*futurefill.BACKENDS, "auto")
         if self.decode_backend not in allowed:
             raise UserError(
                 f"decode_backend is {self.decode_backend!r}, but the model has {kind}; allowed: {', '.join(allowed)}"
@@ -188,7 +194,7 @@ class FlashSTUConfig(PreTrainedConfig):
         return allowed[0] if self.decode_backend == "auto" else self.decode_backend
 
     def validate_architecture(self) -> None:
-        """Run by transformers on construction: one line for each thing that cannot be built."""
+        """Called by transformers on construction: raises a ValueError of one line for a model that cannot be built."""
         for key, allowed in _CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} is {shown(getattr(self, key))}; allowed: {', '.join(allowed)}")
@@ -197,11 +203,11 @@ class FlashSTUConfig(PreTrainedConfig):
             ids = value if isinstance(value, list) else [] if value is None else [value]
             if value == [] or not all(0 <= token < self.vocab_size for token in ids):
                 raise ValueError(f"{key} is {shown(value)}; allowed: 0 to {self.vocab_size - 1}, or null")
-        if len(self.layer_types) != self.num_hidden_layers:
+        if len(self.block_types) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_types names {len(self.layer_types)} layers; num_hidden_layers is {self.num_hidden_layers}"
+                f"layer_types names {len(self.block_types)} layers; num_hidden_layers is {self.num_hidden_layers}"
             )
-        for kind in self.layer_types:
+        for kind in self.block_types:
             if kind not in LAYER_TYPES:
                 raise ValueError(f"layer_types has {shown(kind)}; allowed: {', '.join(LAYER_TYPES)}")
         if self.hidden_size % self.num_attention_heads:
@@ -210,7 +216,7 @@ class FlashSTUConfig(PreTrainedConfig):
             )
         if self.position_embedding == "rope" and self.hidden_size // self.num_attention_heads % 2:
             raise ValueError("position_embedding 'rope' needs an even hidden_size / num_attention_heads")
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads {self.num_key_value_heads}"
@@ -230,7 +236,7 @@ class FlashSTUConfig(PreTrainedConfig):
     def count_weights(self) -> int:
         """Returns how many numbers the model stores: parameters, a tied head once, and constants such as filters."""
         hidden, inner, bias = self.hidden_size, self.intermediate_size, int(self.bias)
-        keys = self.num_key_value_heads * (hidden // self.num_attention_heads)
+        keys = (self.num_key_value_heads or self.num_attention_heads) * (hidden // self.num_attention_heads)
         attention = 2 * (hidden + keys) * (hidden + bias)
         filters = self.num_filters * (2 if self.stu_branches == "separate" else 1)
         tensordot = self.stu_type == "tensordot"
@@ -241,7 +247,7 @@ class FlashSTUConfig(PreTrainedConfig):
         elif tensordot:
             linear += filters * hidden
         block = 2 * hidden + 3 * hidden * inner + bias * (2 * inner + hidden)
-        layers = sum(block + (linear if kind == "linear_attention" else attention) for kind in self.layer_types)
+        layers = sum(block + (linear if kind == "linear_attention" else attention) for kind in self.block_types)
         ends = self.vocab_size * (hidden + bias + (0 if self.tie_word_embeddings else hidden)) + hidden
         return layers + ends + (self.max_position_embeddings * self.num_filters if self.uses_stu else 0)
 

@@ -1,13 +1,13 @@
-"""Model directories on disk: load one, or say in a line why not."""
+"""Load a transformers model directory, or raise one line that names what is wrong with it."""
 
+import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -20,9 +20,10 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from flash_stu.errors import UserError
-from flash_stu.files import read_json, reason
+from flash_stu.files import read_json
 from flash_stu.model.config import check_bounds
-from flash_stu.model.modeling import FlashSTUForCausalLM
+from flash_stu.model.modeling import OPTIONAL_TENSORS, FlashSTUForCausalLM
+from flash_stu.model.weights import StoredTensor, check_finite, find_tensors
 from flash_stu.settings import shown
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
@@ -31,7 +32,7 @@ _LONGEST_REASON = 300  # characters
 
 
 def resolve_model_dir(path: str | Path) -> Path:
-    """Find the transformers directory that a path means: itself, or `final` in a training run.
+    """Returns the transformers directory that a path means: itself, or `final` in a training run.
 
     Raises:
         UserError: if there is no model there.
@@ -45,15 +46,6 @@ def resolve_model_dir(path: str | Path) -> Path:
     if (path / "checkpoints").is_dir():
         raise UserError(f"{path}: the training run has no final/ yet; let it finish")
     raise UserError(f"{path}: not a model directory (no config.json, no final/config.json)")
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor of a model directory is and what it is, from the header of its file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def read_model_config(directory: Path) -> PreTrainedConfig:
@@ -77,48 +69,6 @@ def read_model_config(directory: Path) -> PreTrainedConfig:
             raise UserError(f"{path}: {_one_line(error)}") from None
 
 
-def find_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a model directory by name, read from the headers of its safetensors files.
-
-    Raises:
-        UserError: if a file is missing or damaged.
-    """
-    tensors = {}
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    part = file.get_slice(name)
-                    tensors[name] = StoredTensor(path, part.get_dtype(), tuple(part.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged or truncated: {reason(error)}") from None
-    return tensors
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """Returns the safetensors files with a model's weights: one, or those that its index names.
-
-    Raises:
-        UserError: if one is missing, or the index is damaged.
-    """
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if not single.is_file() and index.is_file():
-        content = read_json(index)
-        places, metadata = content.get("weight_map"), content.get("metadata")
-        if not isinstance(places, dict) or not isinstance(metadata, dict) or not places:
-            raise UserError(f"{index}: weight_map, of tensors to files, and metadata are needed")
-        for name in places.values():
-            if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-                raise UserError(f"{index}: weight_map names {shown(name)}; allowed: .safetensors files beside it")
-        files = [directory / name for name in sorted(set(places.values()))]
-    else:
-        files = [single]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{directory}: {file.name}, a .safetensors file with weights, is missing")
-    return files
-
-
 def check_tensors(directory: Path, config: PreTrainedConfig) -> bool:
     """Compare names, shapes and dtypes of a directory's tensors with the model of its configuration; loads nothing.
 
@@ -136,18 +86,18 @@ def check_tensors(directory: Path, config: PreTrainedConfig) -> bool:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{directory}: no causal language model: {_one_line(error)}") from None
-    problem = _difference(found, model, config)
+    problem = _difference(found, model)
     if problem and isinstance(model, FlashSTUForCausalLM):
         raise UserError(f"{directory}: {problem}")
     return problem is None
 
 
-def _difference(found: dict[str, StoredTensor], model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
-    """The first thing in which stored tensors are not a model's."""
-    tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
+def _difference(found: dict[str, StoredTensor], model: PreTrainedModel) -> str | None:
+    """Returns the first difference between stored tensors and a model's, or None."""
+    tied = set(model.all_tied_weights_keys)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     for name, shape in expected.items():
-        optional = any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
+        optional = any(re.search(pattern, name) for pattern in OPTIONAL_TENSORS)
         if name not in found and not optional:
             return f"the weights have no tensor {name}"
         if name in found and found[name].shape != shape:
@@ -181,7 +131,7 @@ def load_model(
         read_json(generation)
     with _quiet():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 config=config,
                 dtype=dtype,
@@ -191,6 +141,7 @@ def load_model(
                 ignore_mismatched_sizes=True,  # they are reported below, in one line
                 output_loading_info=True,
             )
+            model, info = loaded
             model = model.to(device).eval()
         except Exception as error:  # see read_model_config
             raise UserError(f"{directory}: cannot be loaded: {_one_line(error)}") from None
@@ -201,20 +152,6 @@ def load_model(
             raise UserError(f"{directory}: the weights have {problem.replace('_', ' ')}: {name}")
     check_finite({**dict(model.named_parameters()), **dict(model.named_buffers())}, directory)
     return model
-
-
-@torch.no_grad()
-def check_finite(tensors: Mapping[str, torch.Tensor], where: str | Path) -> None:
-    """Look for NaN and infinity in weights: one pass over them, and one synchronisation with a GPU.
-
-    Raises:
-        UserError: naming the first tensor that has some.
-    """
-    checked = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
-    finite = [torch.stack(tensor.aminmax()).isfinite().all() for tensor in checked.values()]
-    for name, good in zip(checked, torch.stack(finite).tolist() if finite else [], strict=True):
-        if not good:
-            raise UserError(f"{where}: {name} has values that are not finite")
 
 
 def load_model_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -245,9 +182,9 @@ def load_model_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' reports and progress bars off the terminal; what they report is raised as one line."""
+    """Keep transformers' reports and progress bars off the terminal; callers raise them as one line."""
     verbosity, progress = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(hf_logging.CRITICAL)
+    hf_logging.set_verbosity(logging.CRITICAL)
     hf_logging.disable_progress_bar()
     try:
         yield
@@ -261,28 +198,3 @@ def _one_line(error: Exception) -> str:
     """Returns the message of another library, or of what it was caused by, shortened."""
     text = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
-
-
-def default_device() -> torch.device:
-    """The first GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or the default one for None.
-
-    Raises:
-        UserError: for a name that means no device here.
-    """
-    if name is None:
-        return default_device()
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    allowed = ["cpu", *["cuda"] * bool(gpus), *gpus]
-    if name not in allowed:
-        raise UserError(f"--device is {name!r}; allowed here: {', '.join(allowed)}")
-    return torch.device(name)
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU, float32 on the CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -5,24 +5,29 @@
 parallelism, training or distillation; those act on it from outside.
 """
 
+import os
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as hf_init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from flash_stu.errors import UserError
 from flash_stu.filters.spectral import spectral_filters
-from flash_stu.model import saving as export
 from flash_stu.model.cache import FlashSTUCache
 from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.layers import LDS, STU, GatedMLP, SlidingWindowAttention
-from flash_stu.model.layers.constants import SpectralFilters
 from flash_stu.model.layers.context import SequenceContext
-from flash_stu.model.layers.linear import ResidualLinear
+from flash_stu.model.layers.exact import SpectralFilters
+from flash_stu.model.layers.linear import DepthScaledLinear
 from flash_stu.model.padding import read_mask
+from flash_stu.model.saving import add_remote_code
 from flash_stu.ops.cross_entropy import linear_cross_entropy
-from flash_stu.ops.rotary import rotary_angles
+from flash_stu.ops.positions import rotary_angles
+
+OPTIONAL_TENSORS = [r"_change$"]  # patterns; a distilled model that is loaded to be trained has none of them
 
 
 class Block(nn.Module):
@@ -73,14 +78,14 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
     _no_split_modules = ["Block"]
     _is_stateful = True
-    # see flash_stu.model.layers.constants
+    # see flash_stu.model.layers.exact
     _keep_in_fp32_modules_strict = {"readout", "readout_change", "decay", "log_rate_change", "phi"}
-    _keys_to_ignore_on_load_missing = [r"_change$"]  # of a distilled model that is loaded to be trained
+    _keys_to_ignore_on_load_missing = OPTIONAL_TENSORS
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Called once for every module that holds tensors of its own, so no factor can accumulate.
-        if isinstance(module, ResidualLinear):
+        if isinstance(module, DepthScaledLinear):
             _draw(module, (2 * self.config.num_hidden_layers * module.in_features) ** -0.5)
         elif isinstance(module, nn.Linear):
             _draw(module, module.in_features**-0.5)
@@ -100,10 +105,10 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
         _, phi = spectral_filters(config.max_position_embeddings, config.num_filters, config.filter_basis)
         hf_init.copy_(module.phi, phi.to(module.phi.dtype))
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the directory also loads where nothing of ours is imported (trust_remote_code=True)."""
-        super().save_pretrained(save_directory, **kwargs)
-        export.complete_directory(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        add_remote_code(save_directory)
 
 
 def _draw(linear: nn.Linear, std: float) -> None:
@@ -120,7 +125,7 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.filters = SpectralFilters(config.max_position_embeddings, config.num_filters) if config.uses_stu else None
-        self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_types)
+        self.layers = nn.ModuleList(Block(config, kind) for kind in config.block_types)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
 
@@ -132,7 +137,7 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         past_key_values: FlashSTUCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **_: Any,
     ) -> BaseModelOutputWithPast:
         """Run the blocks.
 
@@ -146,8 +151,7 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
             use_cache: return a cache; by default only if one was given.
 
         Raises:
-            UserError: for a sequence longer than the spectral filters of a model with STU layers, or a mask that
-                cannot be.
+            UserError: for a sequence longer than the spectral filters of a model with STU layers, or an invalid mask.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("the model takes exactly one of input_ids and inputs_embeds")
@@ -159,7 +163,7 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = 0 if cache is None else cache.seq_length
         self._check_length(past + x.shape[1])
-        alignment = read_mask(attention_mask, *x.shape[:2], cache)
+        alignment = read_mask(attention_mask, x.shape[0], x.shape[1], cache)
         if alignment is not None:
             x = alignment.align(x)
             position_ids = None if position_ids is None else alignment.align(position_ids)
@@ -180,14 +184,16 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
                 f"(max_position_embeddings); distill the model to go further"
             )
 
-    def _context(self, x, past, mask, position_ids) -> SequenceContext:
+    def _context(
+        self, x: torch.Tensor, past: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> SequenceContext:
         config, rotary = self.config, None
-        if config.position_embedding == "rope" and "sliding_attention" in config.layer_types:
+        if config.position_embedding == "rope" and "sliding_attention" in config.block_types:
             if position_ids is None:
                 position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
             head_dim = config.hidden_size // config.num_attention_heads
             rotary = rotary_angles(position_ids, head_dim, config.rope_theta)
-        return SequenceContext(None if self.filters is None else self.filters(), rotary, mask)
+        return SequenceContext(None if self.filters is None else self.filters.phi, rotary, mask)
 
 
 class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
@@ -213,7 +219,7 @@ class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
-        **kwargs,
+        **_: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and the loss if labels are given.
 
@@ -248,12 +254,18 @@ class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden[:, kept])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: Any, **__: Any
+    ) -> bool:
         # generate() would build transformers' own cache, whose layers cannot hold our states
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = FlashSTUCache(self.config.num_hidden_layers)
+            return True
+        return False
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
         # transformers counts on from the last column, where it gives padding the position 0
         mask = model_kwargs.get("attention_mask")
         if mask is None or mask.ndim != 2:

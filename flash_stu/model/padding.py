@@ -5,7 +5,7 @@ every row, padding first, and puts the results back; the tokens of a row then ge
 A padded position has the result of the last token before it: the last column always tells what follows the row.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +14,7 @@ from flash_stu.model.cache import FlashSTUCache
 
 
 class Alignment(NamedTuple):
-    """How the columns of a batch are moved.
+    """A permutation of each row of a batch that moves padding to the front, and its inverse.
 
     Attributes:
         mask: (batch, length), False at padding, which comes first in every row.
@@ -28,7 +28,7 @@ class Alignment(NamedTuple):
 
     @classmethod
     def of(cls, mask: torch.Tensor) -> "Alignment":
-        """The alignment of a batch by its mask (batch, length), False at padding."""
+        """Returns the alignment of a batch by its mask (batch, length), False at padding."""
         order = mask.int().argsort(dim=1, stable=True)
         padding = (~mask).sum(dim=1, keepdim=True)
         back = (padding + mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -43,8 +43,8 @@ class Alignment(NamedTuple):
         return _take(x, self.back)
 
 
-def read_mask(mask, batch: int, length: int, cache: FlashSTUCache | None) -> Alignment | None:
-    """Check the attention mask of a call of the model, and note in the cache what it hides.
+def read_mask(mask: Any, batch: int, length: int, cache: FlashSTUCache | None) -> Alignment | None:
+    """Check the attention mask of a call of the model, and keep it in the cache.
 
     Args:
         mask: as given to the model, (batch, tokens in the cache + length); None if nothing is padding.

@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of the published code, and what that code really computes.
+"""Checkpoints in the layout of the published code, and the model that reproduces what that code computes.
 
 Two generations of it exist. In both the window is flash-attn's (W, 0), which is W + 1 keys, and RMSNorm's eps is that
 of float32. The older (flash-stu; config names n_embd, n_heads, n_layers) always adds ALiBi with slopes scaled by 1/4
@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from flash_stu.errors import UserError
-from flash_stu.files import read_json, reason
+from flash_stu.errors import UserError, reason
+from flash_stu.files import read_json
 from flash_stu.model.config import BOUNDS, FlashSTUConfig
-from flash_stu.model.loading import check_finite
 from flash_stu.model.modeling import FlashSTUForCausalLM
+from flash_stu.model.weights import check_finite
 from flash_stu.settings import LARGEST_COUNT, shown
 
 POSITIONS = ("published", "rope")
@@ -65,7 +65,7 @@ def read_config(path: str | Path, positions: str = "published") -> FlashSTUConfi
 
 
 def _entries(raw: dict, names: tuple[str, str, str], positions: str, older: bool) -> dict:
-    """The entries of FlashSTUConfig that a published config.json means."""
+    """Returns the entries of FlashSTUConfig for a published config.json."""
     size, heads, layers = (raw[name] for name in names)
     alibi = older or raw.get("use_alibi", False)
     full_branches = "positive" if raw.get("use_hankel_L", False) else "separate"
@@ -102,7 +102,7 @@ def _layer_types(layers: int, use_attention: bool, all_attention: bool) -> list[
 
 
 def published_filters(seq_len: int, num_filters: int, basis: str) -> torch.Tensor:
-    """Filters as the published code makes them: numpy's eigh of the full matrix, smallest of the top K first.
+    """Compute filters as the published code makes them: numpy's eigh of the full matrix, smallest of the top K first.
 
     O(seq_len^3): about a minute at 8192. Signs, and digits of the small filters, are those of this machine's LAPACK:
     weights trained elsewhere need the filters they were trained with.
@@ -119,11 +119,7 @@ def published_filters(seq_len: int, num_filters: int, basis: str) -> torch.Tenso
     return torch.from_numpy(phi * np.maximum(sigma, 0) ** 0.25)
 
 
-def convert(
-    checkpoint: str | Path,
-    config: FlashSTUConfig,
-    filters: torch.Tensor | None = None,
-) -> FlashSTUForCausalLM:
+def convert(checkpoint: str | Path, config: FlashSTUConfig, filters: torch.Tensor | None = None) -> FlashSTUForCausalLM:
     """Load a published checkpoint into our model.
 
     Args:
@@ -151,8 +147,6 @@ def convert(
         filters = published_filters(*shape, config.filter_basis) if filters is None else filters
         if tuple(filters.shape) != shape:
             raise UserError(f"the filters have shape {tuple(filters.shape)}; seq_len and num_eigh ask for {shape}")
-
-    if config.uses_stu:
         state["model.filters.phi"] = filters.float()
     with torch.device("meta"):
         model = FlashSTUForCausalLM(config)
@@ -167,7 +161,7 @@ def convert(
 
 
 def _read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file by name, without the prefixes that wrappers of a model leave."""
+    """Returns the tensors of a file by name, without the prefixes that wrappers of a model leave."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
@@ -191,7 +185,7 @@ def _without_prefixes(name: str) -> str:
 
 
 def _translate(weights: dict[str, torch.Tensor], config: FlashSTUConfig, path: Path) -> dict[str, torch.Tensor]:
-    """Published names and layouts to ours, each tensor used exactly once."""
+    """Translate published names and layouts to ours, each tensor used exactly once."""
     left = dict(weights)
     state: dict[str, torch.Tensor] = {}
 
@@ -220,7 +214,7 @@ def _translate(weights: dict[str, torch.Tensor], config: FlashSTUConfig, path: P
         linear("lm_head", "lm_head", *vocabulary)
     state["model.norm.weight"] = take("norm.weight", size)
 
-    for i, kind in enumerate(config.layer_types):
+    for i, kind in enumerate(config.block_types):
         old, new = f"layers.{i}", f"model.layers.{i}"
         short = "attn" if kind == "sliding_attention" else "stu"
         state[f"{new}.mixer_norm.weight"] = take(f"{old}.{short}_norm.weight", size)

@@ -20,8 +20,8 @@ _AUTO_MAP = {
 }
 
 
-def complete_directory(directory: str | os.PathLike) -> None:
-    """Add the module and the auto_map to a saved model directory, and let whoever may read its config read its weights.
+def add_remote_code(directory: str | os.PathLike) -> None:
+    """Add the module and the auto_map to a saved model directory, and give its weights the permissions of its config.
 
     (safetensors writes its files for their owner alone.)
     """

@@ -1,6 +1,7 @@
-"""What a path to a model can mean: a model directory, a training run, or a checkpoint of one."""
+"""Find and load the model that a path means: a model directory, a training run, or a checkpoint of one."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,4 +55,5 @@ def load_source(
         tokenizer = load_model_tokenizer(directory)  # the quicker one to be refused
         return load_model(directory, device, dtype), tokenizer
     model, tokenizer = load_checkpoint(directory)
-    return model.to(device, dtype), tokenizer.to_transformers()
+    cast(torch.nn.Module, model).to(device, dtype)
+    return model, tokenizer.to_transformers()

@@ -32,13 +32,13 @@ _PACKAGES = {
 
 @cache
 def why_not(name: str) -> str | None:
-    """Say why an optional accelerator cannot be used, or None if it can.
+    """Find out why an optional accelerator cannot be used.
 
     Args:
         name: "flash_attn", "flashfftconv", "flex_attention", "liger" or "triton".
 
     Returns:
-        a clause that completes "... is not available: ", or None.
+        a clause that completes "... is not available: ", or None if it can be used.
     """
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: on the CPU
     if not torch.cuda.is_available() and not interpreted:

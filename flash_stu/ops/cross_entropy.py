@@ -5,7 +5,7 @@ the tokens in chunks and work out the gradients in the forward pass, while a chu
 computed twice, and what is kept for the backward pass is the gradients themselves.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -76,7 +76,13 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | None
 
 
-def _chunked(hidden, weight, labels, bias, dtype):
+def _chunked(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     if torch.is_grad_enabled():
         return _ChunkedLoss.apply(hidden, weight, labels, bias, dtype)
     return _sweep(hidden, weight, labels, bias, dtype, wanted=(False, False, False))[0]
@@ -84,7 +90,14 @@ def _chunked(hidden, weight, labels, bias, dtype):
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, dtype):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         ctx.again = (dtype, wanted)
         ctx.save_for_backward(hidden, weight, labels, bias)
@@ -93,11 +106,13 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - once_differentiable loses the names
+        ctx: Any, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         # Scaled in place and given away, so that the weight's gradient can become weight.grad without being copied;
         # a second backward through a retained graph works it out again.
         gradients, ctx.gradients = ctx.gradients or _sweep(*ctx.saved_tensors, *ctx.again)[1], None
-        hidden, weight, bias = (None if g is None else g.mul_(grad) for g in gradients)
+        hidden, weight, bias = (None if g is None else g.mul_(grad_outputs[0]) for g in gradients)
         return hidden, weight, None, bias, None
 
 
@@ -176,12 +191,20 @@ def _sweep(
     return loss, Gradients(
         grad_hidden,
         None if grad_weight is None else grad_weight.to(weight.dtype),
-        None if grad_bias is None else grad_bias.to(bias.dtype),
+        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
     )
 
 
-def _liger(hidden, weight, labels, bias, dtype):
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+def _liger(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports] - optional
+        liger_fused_linear_cross_entropy,
+    )
 
     # Its chunks grow with the number of tokens and shrink with vocabulary / hidden_size, down to a few hundred tokens,
     # which leaves a GPU waiting for memory: let them be the largest power of two of rows that CHUNK_BYTES holds.

@@ -23,7 +23,7 @@ import torch
 
 from flash_stu.errors import UserError
 
-BACKENDS = ("naive", "futurefill_epoched", "futurefill")
+BACKENDS = ("futurefill", "futurefill_epoched", "naive")
 _SMALLEST_BLOCK = 128
 _DIRECT_ROWS = 512  # of a direct sum at a time: its products stay in the processor's cache
 
@@ -45,24 +45,24 @@ class Taps:
         return len(self.reversed)
 
     def newest(self, inputs: torch.Tensor) -> torch.Tensor:
-        """What inputs (batch, length, channels) give to the output at the last of them: (batch, channels)."""
+        """Returns the output (batch, channels) at the last of the inputs (batch, length, channels)."""
         taps = self.reversed[-inputs.shape[1] :]
         if self.mixing is None:
             parts = zip(inputs.split(_DIRECT_ROWS, dim=1), taps.split(_DIRECT_ROWS), strict=True)
-            return sum((some * lags).sum(dim=1) for some, lags in parts)
+            return sum(((some * lags).sum(dim=1) for some, lags in parts), start=inputs.new_zeros(()))
         wide = torch.promote_types(inputs.dtype, taps.dtype)
         features = taps.t().to(wide) @ inputs.to(wide)
         return features.to(self.mixing.dtype).flatten(1) @ self.mixing.flatten(0, 1)
 
     def future(self, inputs: torch.Tensor, count: int) -> torch.Tensor:
-        """What inputs (batch, length, channels) give to the `count` outputs after them: (batch, count, channels)."""
+        """Returns the part of inputs (batch, length, channels) in the `count` outputs after them."""
         length = inputs.shape[1]
         size = 1 << (length + count - 1).bit_length()  # what wraps around falls on outputs before `length`
         wide = torch.promote_types(inputs.dtype, self.reversed.dtype)
         spectrum = torch.fft.rfft(inputs.to(wide).transpose(1, 2).contiguous(), n=size)
         if self.mixing is None:
             return _window(spectrum * self._spectrum(size), size, length, count)
-        y = 0
+        y = self.mixing.new_zeros(())
         for taps, matrix in zip(self._spectrum(size), self.mixing, strict=True):
             y = y + _window(spectrum * taps, size, length, count).to(matrix.dtype) @ matrix
         return y
@@ -99,7 +99,7 @@ class ConvState(NamedTuple):
 
     @classmethod
     def empty(cls, like: torch.Tensor, taps: Taps, dilation: int, backend: str) -> "ConvState":
-        """The state before the first token.
+        """Returns the state before the first token.
 
         Args:
             like: inputs to come, (batch, any length, channels).
@@ -120,19 +120,19 @@ class ConvState(NamedTuple):
     def extend(self, x: torch.Tensor) -> "ConvState":
         """Take in several tokens, (batch, length, channels), whose outputs are computed elsewhere."""
         end = self.length + x.shape[1]
-        state = self._reserve(end)
+        state = _reserve(self, end)
         state.inputs[:, self.length : end] = x
         if state.pending is not None:
             state.pending.zero_()
             for phase in range(state.dilation):
-                for block in state._blocks((end - phase + state.dilation - 1) // state.dilation):
-                    state = state._add(*block, phase)
+                for block in _blocks(state, (end - phase + state.dilation - 1) // state.dilation):
+                    state = _add_block(state, *block, phase)
         return state._replace(length=end)
 
     def step(self, x: torch.Tensor) -> tuple[torch.Tensor, "ConvState"]:
         """Take in one token (batch, channels); returns its output in float32 or wider, and the state."""
         now = self.length
-        state = self._reserve(now + 1)
+        state = _reserve(self, now + 1)
         state.inputs[:, now] = x
         index, phase = divmod(now, state.dilation)
         first = index - index % state.unit
@@ -140,50 +140,55 @@ class ConvState(NamedTuple):
         if state.pending is not None:
             y = y + state.pending[:, now]
             if (index + 1) % state.unit == 0:
-                state = state._add(*state._blocks(index + 1)[-1], phase)
+                state = _add_block(state, *_blocks(state, index + 1)[-1], phase)
         return y, state._replace(length=now + 1)
 
     def seen(self) -> torch.Tensor:
-        """All inputs so far, (batch, length, channels)."""
+        """Returns all inputs so far, (batch, length, channels)."""
         return self.inputs[:, : self.length]
 
     def select(self, rows: torch.Tensor) -> "ConvState":
+        """Returns the state of these rows of the batch."""
         pending = None if self.pending is None else self.pending.index_select(0, rows)
         return self._replace(inputs=self.inputs.index_select(0, rows), pending=pending)
 
-    def _blocks(self, count: int) -> list[tuple[int, int, int]]:
-        """The blocks (first input, end, outputs reached after it) that hold once `count` inputs are known."""
-        end = count - count % self.unit
-        if self.whole:
-            return [(0, end, self.unit)] if end else []
-        blocks, first = [], 0
-        while first < end:
-            size = 1 << ((end - first).bit_length() - 1)
-            blocks.append((first, first + size, size))
-            first += size
-        return blocks
 
-    def _add(self, first: int, end: int, reach: int, phase: int) -> "ConvState":
-        """Add the block's part of the outputs end .. end + reach of one interleaved sequence."""
-        reach = min(reach, len(self.taps) - end)
-        if reach <= 0:
-            return self
-        state = self._reserve((end + reach) * self.dilation)
-        every = state.dilation
+def _blocks(state: ConvState, count: int) -> list[tuple[int, int, int]]:
+    """Returns the blocks (first input, end, outputs reached after it) that hold once `count` inputs are known."""
+    end = count - count % state.unit
+    if state.whole:
+        return [(0, end, state.unit)] if end else []
+    blocks, first = [], 0
+    while first < end:
+        size = 1 << ((end - first).bit_length() - 1)
+        blocks.append((first, first + size, size))
+        first += size
+    return blocks
+
+
+def _add_block(state: ConvState, first: int, end: int, reach: int, phase: int) -> ConvState:
+    """Add the block's part of the outputs end .. end + reach of one interleaved sequence."""
+    reach = min(reach, len(state.taps) - end)
+    if reach <= 0:
+        return state
+    every = state.dilation
+    state = _reserve(state, (end + reach) * every)
+    if state.pending is not None:
         block = state.inputs[:, first * every + phase : end * every : every]
         state.pending[:, end * every + phase : (end + reach) * every : every] += state.taps.future(block, reach)
-        return state
+    return state
 
-    def _reserve(self, tokens: int) -> "ConvState":
-        """Make room for so many tokens."""
-        if tokens <= self.inputs.shape[1]:
-            return self
-        longest = len(self.taps) * self.dilation
-        if tokens > longest:
-            raise UserError(f"the sequence has {tokens} tokens; the spectral filters end at {longest}")
-        capacity = min(longest, self.dilation << (-(-tokens // self.dilation) - 1).bit_length())
-        pending = None if self.pending is None else _grown(self.pending, capacity)
-        return self._replace(inputs=_grown(self.inputs, capacity), pending=pending)
+
+def _reserve(state: ConvState, tokens: int) -> ConvState:
+    """Make room for so many tokens."""
+    if tokens <= state.inputs.shape[1]:
+        return state
+    longest = len(state.taps) * state.dilation
+    if tokens > longest:
+        raise UserError(f"the sequence has {tokens} tokens; the spectral filters end at {longest}")
+    capacity = min(longest, state.dilation << (-(-tokens // state.dilation) - 1).bit_length())
+    pending = None if state.pending is None else _grown(state.pending, capacity)
+    return state._replace(inputs=_grown(state.inputs, capacity), pending=pending)
 
 
 def _grown(buffer: torch.Tensor, capacity: int) -> torch.Tensor:

@@ -10,55 +10,66 @@ nothing is copied for the others.
 States are float32 unless asked otherwise, but sums over them are taken in float64: a fitted readout has terms a hundred
 times larger than their sum, and the cancellation would cost the digits that the fit is good for.
 
-Three forms agree: `lds_scan` (token by token, the reference), `lds_chunked` (matrix products over chunks, the fastest
-for a long input) and a convolution with `powers(decay) @ readout` (differentiable at the cost of an FFT), to which
-`free_response` adds the past and `final_state` the way on.
+Three forms agree: `lds_advance` token by token, `lds_chunked` (matrix products over chunks, the fastest for a long
+input) and a convolution with `powers(decay) @ readout` (differentiable at the cost of an FFT), to which
+`free_response` adds the outputs of the state before and `final_state` the state after.
 
 Source: Shah et al. 2025, SpectraLDS (arXiv 2505.17868), section 4.
 """
 
 import torch
 
-from flash_stu.ops.conv.causal import causal_conv
+from flash_stu.filters.exponentials import powers
+from flash_stu.ops.conv.choice import causal_conv
 
 State = tuple[torch.Tensor, ...]
 _CHUNK = 64  # tokens of one phase in a chunk of lds_chunked
 _SEGMENT = 8  # chunks that share one product with the Toeplitz matrices
 
 
-def powers(decay: torch.Tensor, length: int) -> torch.Tensor:
-    """decay^0 .. decay^(length-1) as (length, states), float64."""
-    exponents = torch.arange(length, dtype=torch.float64, device=decay.device)
-    return decay.double() ** exponents[:, None]
+def scale_rates(decay: torch.Tensor, log_factor: torch.Tensor) -> torch.Tensor:
+    """Returns decays whose rates -log|decay| are multiplied by exp(log_factor).
 
-
-def moved_decay(decay: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """Decays whose rates -log|decay| were multiplied by exp(change): what a trainable system runs with.
-
-    Any change gives a stable system of the same signs, and none gives back exactly the decays it started from, however
-    close to 1 they are.
+    Any factor gives a stable system of the same signs, and log_factor 0 exactly the decays given, however close to 1
+    they are.
 
     Args:
         decay: eigenvalues in (-1, 1), (states,).
-        change: (states,).
+        log_factor: (states,).
 
     Returns:
         float64, at most the largest float32 below 1 in magnitude.
     """
     rate = -decay.double().abs().clamp(min=torch.finfo(torch.float32).tiny).log()
-    size = torch.exp(-rate * change.double().exp())
+    size = torch.exp(-rate * log_factor.double().exp())
     return decay.sign() * size.clamp(max=1 - 2.0**-24)
 
 
 def zero_state(
-    batch: int, states: int, channels: int, dilation: int, device, dtype: torch.dtype = torch.float32
+    batch: int,
+    states: int,
+    channels: int,
+    dilation: int,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
 ) -> State:
-    """The state before the first token: `dilation` tensors (batch, states, channels)."""
+    """Returns the state before the first token: `dilation` tensors (batch, states, channels)."""
     return tuple(torch.zeros((batch, states, channels), dtype=dtype, device=device) for _ in range(dilation))
 
 
-def lds_scan(x: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
-    """Run the system token by token: the reference the other forms are held against.
+def lds_advance(x: torch.Tensor, decay: torch.Tensor, state: State) -> State:
+    """Returns the state after one more token x (batch, channels): the oldest of its tensors becomes the newest."""
+    dtype = state[0].dtype
+    return (*state[1:], torch.addcmul(x[:, None].to(dtype), decay[:, None].to(dtype), state[0]))
+
+
+def lds_chunked(
+    x: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, state: State
+) -> tuple[torch.Tensor, State]:
+    """Run the system by matrix products: inside a chunk with the Toeplitz matrices of the impulse response, from chunk
+    to chunk through the states.
+
+    Cost is O(length * (chunk + 2 states) * channels), and memory beyond the outputs does not grow with the length.
 
     Args:
         x: inputs, (batch, length, channels).
@@ -68,27 +79,6 @@ def lds_scan(x: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, state:
 
     Returns:
         outputs (batch, length, channels) in x's dtype, and the state after the last token.
-    """
-    outputs = []
-    for t in range(x.shape[1]):
-        state = lds_advance(x[:, t], decay, state)
-        outputs.append((readout.double() * state[-1].double()).sum(dim=1))
-    return torch.stack(outputs, dim=1).to(x.dtype), state
-
-
-def lds_advance(x: torch.Tensor, decay: torch.Tensor, state: State) -> State:
-    """Take in one token x (batch, channels): the oldest state becomes the newest."""
-    dtype = state[0].dtype
-    return (*state[1:], torch.addcmul(x[:, None].to(dtype), decay[:, None].to(dtype), state[0]))
-
-
-def lds_chunked(
-    x: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, state: State
-) -> tuple[torch.Tensor, State]:
-    """The same as lds_scan by matrix products: inside a chunk with the Toeplitz matrices of the impulse response, from
-    chunk to chunk through the states.
-
-    Cost is O(length * (chunk + 2 states) * channels), and memory beyond the outputs does not grow with the length.
     """
     dilation, length = len(state), x.shape[1]
     span = _CHUNK * dilation
@@ -132,12 +122,12 @@ def _inside_chunks(chunks: torch.Tensor, toeplitz: torch.Tensor) -> torch.Tensor
 
 
 def final_state(x: torch.Tensor, decay: torch.Tensor, state: State) -> State:
-    """The state after a whole sequence, as one matrix product per phase instead of a loop.
+    """Compute the state after a whole sequence, as one matrix product per phase instead of a loop.
 
     Args:
         x: inputs, (batch, length, channels).
         decay: (states,).
-        state: the state before the sequence, as in lds_scan.
+        state: the state before the sequence, as in lds_chunked.
 
     Returns:
         the state after it: S[T] = decay^n S[T - n d] + sum_i decay^i x[T - i d].
@@ -157,12 +147,12 @@ def final_state(x: torch.Tensor, decay: torch.Tensor, state: State) -> State:
 
 
 def free_response(decay: torch.Tensor, readout: torch.Tensor, state: State, length: int) -> torch.Tensor:
-    """What the system still puts out without further input: y[t] = sum_j readout[j] decay[j]^n S[t - n d][j].
+    """Compute the outputs without further input: y[t] = sum_j readout[j] decay[j]^n S[t - n d][j].
 
     Args:
         decay: (states,).
         readout: (states, channels).
-        state: as in lds_scan.
+        state: as in lds_chunked.
         length: tokens to run.
 
     Returns:

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from flash_stu.data import Tokenizer
+from flash_stu.devices import default_dtype
 from flash_stu.errors import UserError
-from flash_stu.model.loading import default_dtype
 from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.training.config import EvaluationConfig
 from flash_stu.training.parallel import World

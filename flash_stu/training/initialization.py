@@ -15,7 +15,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flash_stu.errors import UserError
-from flash_stu.model.loading import StoredTensor, check_finite, find_tensors, resolve_model_dir
+from flash_stu.model.loading import resolve_model_dir
+from flash_stu.model.weights import StoredTensor, check_finite, find_tensors
 
 
 @torch.no_grad()

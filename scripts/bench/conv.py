@@ -6,7 +6,7 @@ Every variant computes the same function of the inputs and the filters' weights,
 Figures are medians with their spread, variants taken in turn so that a drifting machine hits all alike. Also: the
 arithmetic that a variant does, as a share of the rate of a large matrix product in the same dtype, and its time over
 that of moving the activations once (x, y, both gradients and x again, at the rate of a large copy), both measured in
-the same run. Runs on a GPU if there is one. What it finds fastest is what flash_stu/ops/conv/spectral.py chooses from.
+the same run. Runs on a GPU if there is one. What it finds fastest is what flash_stu/ops/conv/choice.py chooses from.
 """
 
 import math
@@ -22,12 +22,12 @@ from plots import against_length
 
 from flash_stu import spectral_filters
 from flash_stu.arguments import SECONDS, integer, output_directory
+from flash_stu.devices import default_device
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.model.config import LARGEST_LENGTH
-from flash_stu.model.loading import default_device
 from flash_stu.ops.backends import why_not
-from flash_stu.ops.conv.causal import _fft_size, causal_conv
-from flash_stu.ops.conv.spectral import CHUNK, spectral_conv
+from flash_stu.ops.conv.choice import CHUNK, causal_conv, spectral_conv
+from flash_stu.ops.conv.fft import fft_size
 
 TWO_BRANCH = "two-branch FFT (published form)"
 NAMES = {"polyphase FFT": "fft", "chunked": "chunked", "Triton": "triton", "polyphase flashfftconv": "flashfftconv"}
@@ -96,9 +96,9 @@ def operations(name: str, batch: int, length: int, channels: int) -> float:
     if name.startswith("two-branch"):
         size, signals = 2 << (length - 1).bit_length(), 2 * batch
     elif name.startswith("one"):
-        size, signals = _fft_size(length, length), batch
+        size, signals = fft_size(length, length), batch
     else:
-        size, signals = _fft_size(steps, steps), 2 * batch
+        size, signals = fft_size(steps, steps), 2 * batch
     # five transforms of signals and four of filters, of 5/2 n log n each, and three products of half as many complex
     # numbers
     transform = 2.5 * size * math.log2(size)

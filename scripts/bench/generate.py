@@ -31,6 +31,7 @@ from torch import nn
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
 from flash_stu.arguments import any_path, integer, output_directory
+from flash_stu.devices import choose_device, default_dtype
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.figures import save_figure
 from flash_stu.filters.spectral import spectral_filters
@@ -39,8 +40,8 @@ from flash_stu.generation.sampling import Sampling
 from flash_stu.model.config import LARGEST_LENGTH
 from flash_stu.model.layers import LDS, STU, SlidingWindowAttention
 from flash_stu.model.layers.context import SequenceContext
-from flash_stu.model.loading import choose_device, default_dtype, load_model
-from flash_stu.ops.rotary import rotary_angles
+from flash_stu.model.loading import load_model
+from flash_stu.ops.positions import rotary_angles
 from flash_stu.settings import read_yaml
 from spectralds import distill
 from spectralds.fit import MAX_STATE_DIM

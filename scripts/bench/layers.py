@@ -19,10 +19,10 @@ from plots import against_length
 
 from flash_stu import FlashSTUConfig
 from flash_stu.arguments import SECONDS, integer, output_directory
+from flash_stu.devices import default_device
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.model.config import LARGEST_LENGTH
 from flash_stu.model.layers.context import SequenceContext
-from flash_stu.model.loading import default_device
 from flash_stu.model.modeling import FlashSTUModel
 
 LAYERS = ("STU", "LDS", "sliding-window attention", "MLP")

@@ -17,11 +17,11 @@ from plots import bars
 
 from flash_stu import FlashSTUConfig, spectral_filters
 from flash_stu.arguments import SECONDS, integer, output_directory
+from flash_stu.devices import default_device
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.model.config import LARGEST_LENGTH
 from flash_stu.model.layers import LDS, STU
 from flash_stu.model.layers.context import SequenceContext
-from flash_stu.model.loading import default_device
 from spectralds.bank import FilterBank
 from spectralds.distillation import fold
 from spectralds.fit import MAX_STATE_DIM, LDSFit, fit_lds

@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from flash_stu.arguments import integer, output_directory, output_file
+from flash_stu.devices import default_device
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.files import replacing_file
 from flash_stu.model.config import LARGEST_LENGTH
-from flash_stu.model.loading import default_device
 from flash_stu.ops.backends import why_not
 from flash_stu.ops.cross_entropy import linear_cross_entropy
 

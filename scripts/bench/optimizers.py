@@ -16,9 +16,9 @@ from plots import panels
 from trained import CONFIG, train
 
 from flash_stu.arguments import integer, number, output_directory
+from flash_stu.devices import default_device
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.figures import save_figure
-from flash_stu.model.loading import default_device
 
 OPTIMIZERS = ("adamw", "muon")
 

@@ -23,12 +23,12 @@ from plots import bars
 from torch import nn
 
 from flash_stu.arguments import input_file, integer, output_directory
+from flash_stu.devices import default_device
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.model.layers import STU, SlidingWindowAttention
-from flash_stu.model.loading import default_device
 from flash_stu.ops.attention.choice import sliding_window_attention
 from flash_stu.ops.backends import why_not
-from flash_stu.ops.conv.spectral import spectral_conv
+from flash_stu.ops.conv.choice import spectral_conv
 from flash_stu.ops.cross_entropy import linear_cross_entropy
 from flash_stu.training import RunConfig, join_world, load_config
 from flash_stu.training.flops import forward_flops, peak_flops, train_flops

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flash_stu.errors import UserError
-from flash_stu.ops.attention.choice import alibi_slopes, sliding_window_attention
-from flash_stu.ops.rotary import rotary_angles, rotate
+from flash_stu.ops.attention.choice import sliding_window_attention
+from flash_stu.ops.positions import alibi_slopes, rotary_angles, rotate
 
 
 def oracle(query, key, value, window, softcap=None, slopes=None, key_mask=None):

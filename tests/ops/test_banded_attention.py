@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_stu.ops.attention import banded as module
 from flash_stu.ops.attention.banded import banded_attention
-from flash_stu.ops.attention.choice import alibi_slopes
+from flash_stu.ops.positions import alibi_slopes
 
 
 def dense(query, key, value, window, softcap=None, slopes=None, key_mask=None, keep=None):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flash_stu.errors import UserError
-from flash_stu.ops.conv.causal import _fft_size, causal_conv
+from flash_stu.ops.conv.choice import causal_conv
+from flash_stu.ops.conv.fft import fft_size
 
 
 def oracle(x, filters, dilation):
@@ -62,7 +63,7 @@ def test_the_future_does_not_leak():
 
 @pytest.mark.parametrize("length", [1, 2, 17, 100, 1000, 4097])
 def test_fft_size_never_wraps(length):
-    size = _fft_size(length, length)
+    size = fft_size(length, length)
     assert 2 * length - 1 <= size <= 2.3 * length
     for factor in (2, 3, 5):
         while size % factor == 0:

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from flash_stu.errors import UserError
-from flash_stu.filters.exponentials import exponential_tail
 from flash_stu.filters.spectral import spectral_filters
-from flash_stu.ops.conv import spectral as module
-from flash_stu.ops.conv.causal import causal_conv
+from flash_stu.ops.conv import choice as module
+from flash_stu.ops.conv.choice import causal_conv, spectral_conv
 from flash_stu.ops.conv.chunked import chunked_conv
-from flash_stu.ops.conv.spectral import spectral_conv
+from flash_stu.ops.conv.tail import exponential_tail
 
 
 def draw(batch, length, channels, chunk, states, dtype=torch.float64):
@@ -91,7 +90,7 @@ def test_operator_is_registered_soundly():
     x, near, decay, readout = draw(2, 13, 3, 2, 2)
     taps = whole_filter(near, decay, readout, 4).detach().requires_grad_()
     history, far = torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 2, 3, 2, dtype=torch.float64)
-    inputs = (x, history.requires_grad_(), far.requires_grad_(), taps, decay, readout, 2)
+    inputs = (x, history.requires_grad_(), far.requires_grad_(), taps, decay, readout)
     torch.library.opcheck(torch.ops.flash_stu.chunked_conv.default, inputs)
     filters = torch.randn(100, 3)
     torch.library.opcheck(torch.ops.flash_stu.exponential_tail.default, (filters, 33, True))
@@ -182,7 +181,7 @@ def test_compiles_to_one_graph_for_any_length():
 
 def test_auto_says_once_what_it_chose_and_why(caplog, monkeypatch):
     monkeypatch.setitem(module._FASTEST, ("cpu", torch.float32), ((0, "fft"), (50, "chunked")))
-    module._explain_once.cache_clear()
+    module._explained.clear()
     phi, weights = spectral(100, 8), torch.randn(8, 2)
     with caplog.at_level(logging.DEBUG, logger="flash_stu"):
         for length in (49, 50, 60, 120):

@@ -4,18 +4,12 @@ import math
 
 import pytest
 import torch
+from references import lds_scan
 
+from flash_stu.filters.exponentials import powers
 from flash_stu.ops import lds
-from flash_stu.ops.conv.causal import causal_conv
-from flash_stu.ops.lds import (
-    final_state,
-    free_response,
-    lds_chunked,
-    lds_scan,
-    moved_decay,
-    powers,
-    zero_state,
-)
+from flash_stu.ops.conv.choice import causal_conv
+from flash_stu.ops.lds import final_state, free_response, lds_chunked, scale_rates, zero_state
 
 
 def system(states=6, channels=3, length=23, batch=2):
@@ -89,30 +83,30 @@ def test_gradients_of_every_form_against_finite_differences(monkeypatch):
     zero = zero_state(2, 3, 2, 2, "cpu", torch.float64)
 
     def scan(decay, change, readout, x):
-        return lds_scan(x, moved_decay(decay, change), readout, zero)[0]
+        return lds_scan(x, scale_rates(decay, change), readout, zero)[0]
 
     def pieces(decay, change, readout, x):
-        moved = moved_decay(decay, change)
+        moved = scale_rates(decay, change)
         state = final_state(x[:, :5], moved, zero)
         inner = causal_conv(x[:, 5:], powers(moved, 2) @ readout, "fft", 2)
         return inner + free_response(moved, readout, state, 4)
 
     def chunked(decay, change, readout, x):
-        y, state = lds_chunked(x, moved_decay(decay, change), readout, zero)
+        y, state = lds_chunked(x, scale_rates(decay, change), readout, zero)
         return y, *state
 
     for form in (scan, pieces, chunked):
         assert torch.autograd.gradcheck(form, (decay, change, readout, x)), form.__name__
 
 
-def test_moved_decays_are_stable_exact_and_differentiable_at_the_ends():
+def test_decays_with_scaled_rates_are_stable_exact_and_differentiable_at_the_ends():
     largest = 1 - 2.0**-24
     decay = torch.tensor([0.0, 1e-30, -1e-5, 0.3, -0.9, 1 - 2.0**-20, largest, -largest])
-    unmoved = moved_decay(decay, torch.zeros(8)).float()
+    unmoved = scale_rates(decay, torch.zeros(8)).float()
     assert torch.equal(unmoved, decay)
     for amount in (-40.0, -1.0, 1.0, 5.0):
         change = torch.full((8,), amount, requires_grad=True)
-        moved = moved_decay(decay, change)
+        moved = scale_rates(decay, change)
         assert (moved.float().abs() < 1).all()
         assert ((moved.sign() == decay.sign()) | (moved == 0)).all()
         torch.testing.assert_close(moved[3].item(), 0.3 ** math.exp(amount))

@@ -77,7 +77,7 @@ def test_against_the_pytorch_form(shape, dtype):
 @pytest.mark.parametrize("separate", [False, True])
 def test_is_the_stus_convolution(separate):
     from flash_stu import spectral_filters
-    from flash_stu.ops.conv.spectral import spectral_conv
+    from flash_stu.ops.conv.choice import spectral_conv
 
     length = 150
     phi = spectral_filters(256, 6)[1].to(DEVICE)
@@ -154,7 +154,7 @@ def test_bad_arguments():
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="says what is missing on a machine without a GPU")
 def test_missing_accelerator_says_why():
-    from flash_stu.ops.conv.spectral import spectral_conv
+    from flash_stu.ops.conv.choice import spectral_conv
 
     with pytest.raises(UserError, match="'triton' is not available: it needs a CUDA GPU"):
         spectral_conv(torch.zeros(1, 4, 2), torch.zeros(4, 1), torch.zeros(1, 2), "triton")

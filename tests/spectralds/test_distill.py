@@ -4,17 +4,18 @@ import copy
 
 import pytest
 import torch
+from references import lds_scan
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flash_stu import FlashSTUForCausalLM, UserError
 from flash_stu.model.layers import LDS, STU
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.loading import load_model
-from flash_stu.ops.lds import lds_scan, zero_state
+from flash_stu.ops.lds import zero_state
 from spectralds import distill
+from spectralds.comparison import compare_layers
 from spectralds.distillation import fold, model_filters
 from spectralds.fit import fit_lds
-from spectralds.report import compare_layers
 
 TYPES = ("tensordot", "full")
 BRANCHES = ("shared", "separate", "positive")
@@ -77,9 +78,14 @@ def test_fold_against_the_definition_of_the_layer(tiny_model, stu_type, branches
 )
 def test_whole_layers_over_8192_tokens_in_float32(tiny_model, branches, basis):
     model = tiny_model(
-        max_position_embeddings=8192, num_filters=24, num_hidden_layers=1, layer_types=["linear_attention"],
-        stu_branches=branches, filter_basis=basis, hidden_size=8,
-    )  # fmt: skip
+        max_position_embeddings=8192,
+        num_filters=24,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        stu_branches=branches,
+        filter_basis=basis,
+        hidden_size=8,
+    )
     measured = compare_layers(model, distill(model))
     assert measured["length"] == 8192
     assert len(measured["layers"]) == 1

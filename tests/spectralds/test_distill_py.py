@@ -189,7 +189,7 @@ def test_a_run_is_compared_on_its_own_validation_split(command, model_dir, tmp_p
 
     (tmp_path / "corpus.jsonl").unlink()
     status, _, stderr = command("--checkpoint", run, "--output", tmp_path / "other", "--verify")
-    assert status == 2 and "choose another text for the comparison with --text" in stderr
+    assert status == 2 and "or compare on another text (argument text)" in stderr
     assert command("--checkpoint", run, "--output", tmp_path / "other", "--verify", "--text", "embedded")[0] == 0
 
 
@@ -202,8 +202,10 @@ def test_a_model_without_a_tokenizer_is_distilled_but_not_verified(command, mode
     assert status == 2 and "no tokenizer beside the model" in stderr and not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("before, asked, after", [("bfloat16", None, "bfloat16"), ("bfloat16", "float32", "float32"),
-                                                  ("float32", "bfloat16", "bfloat16")])  # fmt: skip
+@pytest.mark.parametrize(
+    "before, asked, after",
+    [("bfloat16", None, "bfloat16"), ("bfloat16", "float32", "float32"), ("float32", "bfloat16", "bfloat16")],
+)
 def test_dtype_of_the_weights_written(command, model_dir, tmp_path, tiny_model, before, asked, after):
     tiny_model(**SIZES).to(getattr(torch, before)).save_pretrained(model_dir)
     output = tmp_path / "distilled"
@@ -222,7 +224,7 @@ def test_dtype_of_the_weights_written(command, model_dir, tmp_path, tiny_model, 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--state-dim", 41], "state_dim is 41; allowed: even numbers from 2 to 1024, or auto"),
+        (["--state-dim", 41], "--state-dim is 41; allowed: even numbers from 2 to 1024, or auto"),
         (["--state-dim", "few"], "argument --state-dim: 'few' is not an integer"),
         (["--method", "sgd"], "argument --method: invalid choice: 'sgd'"),
         (["--state-dim", "auto", "--tolerance", 1e-12], "state dimensions up to 256 do not reach it"),
@@ -262,5 +264,7 @@ def test_broken_checkpoints_are_named(command, model_dir, tmp_path):
 def test_a_model_without_stu_layers_is_refused(command, model_dir, tiny_model, tmp_path):
     tiny_model(**SIZES, layer_types=["sliding_attention"] * 4).save_pretrained(model_dir)
     status, _, stderr = command("--checkpoint", model_dir, "--output", tmp_path / "distilled")
-    assert (status, stderr) == (2, "error: the model has no STU layers to distill: its layer_types are all "
-                            "sliding_attention\n")  # fmt: skip
+    assert (status, stderr) == (
+        2,
+        "error: the model has no STU layers to distill: its layer_types are all sliding_attention\n",
+    )

@@ -137,9 +137,12 @@ def test_auto_finds_the_smallest_state_dimension(basis, method, tolerance, dtype
 
 
 def test_a_tolerance_below_rounding_is_refused_with_the_floor(banks):
-    with pytest.raises(UserError, match=r"tolerance is 1e-09; state dimensions up to 256 do not reach it: the least "
-                       r"error is [12]\..e-06, with \d+ states, and rounding to float32 alone leaves about "
-                       r"[1-5]\..e-06$"):  # fmt: skip
+    with pytest.raises(
+        UserError,
+        match=r"tolerance is 1e-09; state dimensions up to 256 do not reach it: the least "
+        r"error is [12]\..e-06, with \d+ states, and rounding to float32 alone leaves about "
+        r"[1-5]\..e-06$",
+    ):
         fit_lds(banks["hankel"], "auto", "balanced", tolerance=1e-9)
     assert fit_lds(banks["hankel"], "auto", dtype=torch.float64, tolerance=1e-9).report["state_dim"] <= 80
 

@@ -5,10 +5,10 @@ from torch import nn
 
 from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.layers.context import SequenceContext
-from flash_stu.model.layers.linear import ResidualLinear
+from flash_stu.model.layers.linear import DepthScaledLinear
 from flash_stu.model.layers.state import WindowState
-from flash_stu.ops.attention.choice import alibi_slopes, attend_to_window, sliding_window_attention
-from flash_stu.ops.rotary import rotate
+from flash_stu.ops.attention import attend_to_window, sliding_window_attention
+from flash_stu.ops.positions import alibi_slopes, rotate
 
 
 class SlidingWindowAttention(nn.Module):
@@ -24,7 +24,7 @@ class SlidingWindowAttention(nn.Module):
     def __init__(self, config: FlashSTUConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
+        self.kv_heads = config.num_key_value_heads or self.heads
         self.head_dim = config.hidden_size // self.heads
         self.window = config.sliding_window
         self.softcap = config.attn_logit_softcapping
@@ -35,7 +35,7 @@ class SlidingWindowAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.bias)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.bias)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.bias)
-        self.o_proj = ResidualLinear(inner, config.hidden_size, bias=config.bias)
+        self.o_proj = DepthScaledLinear(inner, config.hidden_size, bias=config.bias)
 
     def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Attend over a whole sequence."""
@@ -60,14 +60,14 @@ class SlidingWindowAttention(nn.Module):
         query, key, value = self._heads(x, context)
         now = state.slot
         state = state.put(key, value, context.mask)
-        bias = None
-        if self.alibi_scale is not None:
+        bias, slopes = None, self._slopes(x.device)
+        if slopes is not None:
             distance = (now - torch.arange(self.window, device=x.device)) % self.window
-            bias = -self._slopes(x.device)[:, None] * distance
+            bias = -slopes[:, None] * distance
         y = attend_to_window(query, state.keys, state.values, state.real, self.softcap, bias)
         return self.o_proj(y.flatten(1)[:, None]), state
 
-    def _heads(self, x: torch.Tensor, context: SequenceContext) -> tuple[torch.Tensor, ...]:
+    def _heads(self, x: torch.Tensor, context: SequenceContext) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -79,7 +79,9 @@ class SlidingWindowAttention(nn.Module):
     def _slopes(self, device: torch.device) -> torch.Tensor | None:
         return None if self.alibi_scale is None else alibi_slopes(self.heads, self.alibi_scale, device)
 
-    def _attend(self, query, key, value, mask: torch.Tensor | None) -> torch.Tensor:
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         y = sliding_window_attention(
             query,
             key,

@@ -1,4 +1,4 @@
-"""What the model works out once per call and every layer may use."""
+"""Values that the model computes once per call and all layers share."""
 
 from typing import NamedTuple
 
@@ -17,6 +17,12 @@ class SequenceContext(NamedTuple):
     filters: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     mask: torch.Tensor | None = None
+
+    def spectral_filters(self) -> torch.Tensor:
+        """Returns `filters`, for a layer that cannot do without."""
+        if self.filters is None:
+            raise ValueError("filters is None; an STU layer needs the spectral filters")
+        return self.filters
 
     def without_padding(self, x: torch.Tensor) -> torch.Tensor:
         """Zero the inputs (batch, length, channels) at padding, so that no recurrence remembers them."""

@@ -17,18 +17,19 @@ Source: Shah et al. 2025, SpectraLDS (arXiv 2505.17868), section 4; the trainabl
 """
 
 import math
+from types import ModuleType
 
 import torch
 from torch import nn
 
+from flash_stu.filters.exponentials import powers
 from flash_stu.model.config import FlashSTUConfig
-from flash_stu.model.layers.constants import KeepFloat32
 from flash_stu.model.layers.context import SequenceContext
-from flash_stu.model.layers.linear import ResidualLinear
+from flash_stu.model.layers.exact import KeepFloat32
+from flash_stu.model.layers.linear import DepthScaledLinear
 from flash_stu.model.layers.state import LDSState
-from flash_stu.ops.conv.causal import causal_conv
-from flash_stu.ops.conv.spectral import for_any_filter
-from flash_stu.ops.lds import final_state, free_response, lds_advance, lds_chunked, moved_decay, powers, zero_state
+from flash_stu.ops.conv.choice import any_filter_backend, causal_conv
+from flash_stu.ops.lds import State, final_state, free_response, lds_advance, lds_chunked, scale_rates, zero_state
 
 _CHUNK = 8192  # tokens convolved at a time: bounds the memory of a long input
 
@@ -42,18 +43,22 @@ class LDS(KeepFloat32):
     """
 
     exact = ("decay", "readout")
+    decay: torch.Tensor
+    readout: torch.Tensor
 
     def __init__(self, config: FlashSTUConfig) -> None:
         super().__init__()
+        if config.lds_state_dim is None:
+            raise ValueError("lds_state_dim is None; an LDS layer needs a number of states")
         size = config.hidden_size
         self.config = config
         self.dilation = config.stu_dilation
-        self.backend = for_any_filter(config.conv_backend)
+        self.backend = any_filter_backend(config.conv_backend)
         self.tensordot = config.stu_type == "tensordot"
         states = config.lds_state_dim // self.dilation
         if self.tensordot:
             columns = size
-            self.in_proj = ResidualLinear(size, size, bias=False)  # the output is linear in it
+            self.in_proj = DepthScaledLinear(size, size, bias=False)  # the output is linear in it
         else:
             columns = config.num_filters * (2 if config.stu_branches == "separate" else 1)
             self.M_phi = nn.Parameter(torch.empty(columns, size, size))
@@ -65,8 +70,8 @@ class LDS(KeepFloat32):
             self.readout_change = nn.Parameter(torch.zeros(states, columns, dtype=torch.float32))
             self.exact = (*self.exact, "log_rate_change", "readout_change")
 
-    def reset_parameters(self, init) -> None:
-        """Draw this module's own weights, for a layer that is trained from scratch; a distilled one has a fit's.
+    def reset_parameters(self, init: ModuleType) -> None:
+        """Draw this module's own weights, for a layer that is trained from scratch: a distilled layer's are the fit's.
 
         Decays get rates spread evenly in the log, from the filters' length to a token or less, and both signs where
         odd lags count. The readout undoes the gain of each state, so that the output has the variance of u.
@@ -91,7 +96,7 @@ class LDS(KeepFloat32):
             init.normal_(self.M_phi, std=(features * size) ** -0.5 * residual)
 
     def system(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The system in force: decay (states,), float32, and readout (states, channels or features), float64.
+        """Returns the system in use: decay (states,), float32, and readout (states, channels or features), float64.
 
         The decay has the same rounding wherever it is used, since a^8192 amplifies it.
         """
@@ -100,7 +105,7 @@ class LDS(KeepFloat32):
             gain = (1 - decay.double() ** 2).rsqrt()  # of a state, for white inputs
             share = 1 / len(decay)  # all states may move the same way
             loudness = readout.square().mean(dim=1).sqrt() * gain
-            decay = moved_decay(decay, self.log_rate_change.double() * (share / (1 + loudness))).float()
+            decay = scale_rates(decay, self.log_rate_change.double() * (share / (1 + loudness))).float()
             readout = readout + self.readout_change.double() * (share / gain)[:, None]
         return decay, readout
 
@@ -137,19 +142,19 @@ class LDS(KeepFloat32):
         return self.in_proj(x) if self.tensordot else x
 
     def _start(self, inputs: torch.Tensor) -> LDSState:
-        """The state before the first token."""
+        """Returns the state before the first token."""
         self.config.resolve_decode_backend()  # refuses one that an LDS layer does not have
         dtype = getattr(torch, self.config.lds_state_dtype)
         decay, readout = self.system()
         return LDSState(self._zero(inputs, dtype), decay.to(dtype), readout)
 
-    def _zero(self, inputs: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def _zero(self, inputs: torch.Tensor, dtype: torch.dtype) -> State:
         return zero_state(inputs.shape[0], len(self.decay), inputs.shape[2], self.dilation, inputs.device, dtype)
 
     def _convolve(
-        self, inputs: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, slots: tuple[torch.Tensor, ...] | None
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-        """Outputs for inputs after the states in `slots` (None: zero), and the states after them."""
+        self, inputs: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, slots: State | None
+    ) -> tuple[torch.Tensor, State | None]:
+        """Returns outputs for inputs after the states in `slots` (None: zero), and the states after them."""
         outputs = []
         with torch.autocast(inputs.device.type, enabled=False):
             chunks = inputs.split(_CHUNK, dim=1)
@@ -159,14 +164,16 @@ class LDS(KeepFloat32):
                     slots = final_state(chunk, decay, slots or self._zero(inputs, torch.float32))
         return torch.cat(outputs, dim=1), slots
 
-    def _convolve_chunk(self, inputs, decay, readout, slots) -> torch.Tensor:
+    def _convolve_chunk(
+        self, inputs: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, slots: State | None
+    ) -> torch.Tensor:
         length = inputs.shape[1]
         kernel = powers(decay, -(-length // self.dilation))
         taps = (kernel @ readout).float()
         if self.tensordot:
             y = causal_conv(inputs.float(), taps, self.backend, self.dilation)
             return y if slots is None else y + free_response(decay, readout, slots, length).float()
-        y = 0
+        y = readout.new_zeros((), dtype=torch.float32)
         for f in range(taps.shape[1]):
             feature = taps[:, f : f + 1].expand(-1, inputs.shape[-1])
             response = causal_conv(inputs.float(), feature, self.backend, self.dilation)

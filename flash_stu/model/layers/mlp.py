@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flash_stu.model.config import FlashSTUConfig
-from flash_stu.model.layers.linear import ResidualLinear
+from flash_stu.model.layers.linear import DepthScaledLinear
 
 
 class GatedMLP(nn.Module):
@@ -22,7 +22,7 @@ class GatedMLP(nn.Module):
         size, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(size, inner, bias=config.bias)
         self.up_proj = nn.Linear(size, inner, bias=config.bias)
-        self.down_proj = ResidualLinear(inner, size, bias=config.bias)
+        self.down_proj = DepthScaledLinear(inner, size, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, length, hidden_size) to the same, token by token."""

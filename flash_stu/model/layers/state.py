@@ -1,4 +1,4 @@
-"""What each kind of layer remembers between tokens. All states can pick rows of the batch, for beam search.
+"""The states that layers carry from token to token. All states can pick rows of the batch, for beam search.
 
 An STU layer's state is the online convolution itself: ConvState in flash_stu.ops.futurefill.
 """
@@ -23,6 +23,7 @@ class LDSState(NamedTuple):
     readout: torch.Tensor
 
     def select(self, rows: torch.Tensor) -> "LDSState":
+        """Returns the state of these rows of the batch."""
         return self._replace(slots=tuple(slot.index_select(0, rows) for slot in self.slots))
 
 
@@ -43,7 +44,7 @@ class WindowState(NamedTuple):
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor, window: int) -> "WindowState":
-        """The ring after a sequence of keys and values (batch, kv_heads, length, head_dim); real is (batch, length)."""
+        """Returns the ring after keys and values (batch, kv_heads, length, head_dim); real is (batch, length)."""
         kept = min(window, keys.shape[2])
         first, empty = keys.shape[2] - kept, window - kept
         return cls(
@@ -67,7 +68,7 @@ class WindowState(NamedTuple):
         return self._replace(slot=(self.slot + 1) % self.real.shape[1])
 
     def in_order(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys, values and real, oldest first, without the slots in front that are empty in every row."""
+        """Returns keys, values and real, oldest first, without the slots in front that are empty in every row."""
         window = self.real.shape[1]
         order = (self.slot + torch.arange(window, device=self.slot.device)) % window
         real = self.real[:, order]
@@ -75,5 +76,6 @@ class WindowState(NamedTuple):
         return self.keys[:, :, order], self.values[:, :, order], self.real[:, order]
 
     def select(self, rows: torch.Tensor) -> "WindowState":
+        """Returns the state of these rows of the batch."""
         keys, values, real = (tensor.index_select(0, rows) for tensor in self[:3])
         return WindowState(keys, values, real, self.slot)

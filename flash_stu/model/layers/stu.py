@@ -12,14 +12,15 @@ lags: the layer never mixes tokens an odd distance apart, and costs half; "posit
 Source: Agarwal et al. 2023 (arXiv 2312.06837), eq. 5; Liu et al. 2024, Flash STU (arXiv 2409.10489), section 3.2.
 """
 
+from types import ModuleType
+
 import torch
 from torch import nn
 
 from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.layers.context import SequenceContext
-from flash_stu.model.layers.linear import ResidualLinear
-from flash_stu.ops.conv.causal import causal_conv
-from flash_stu.ops.conv.spectral import for_any_filter, spectral_conv
+from flash_stu.model.layers.linear import DepthScaledLinear
+from flash_stu.ops.conv.choice import any_filter_backend, causal_conv, spectral_conv
 from flash_stu.ops.futurefill import ConvState, Taps
 
 
@@ -43,12 +44,12 @@ class STU(nn.Module):
         self.residual_scale = (2 * config.num_hidden_layers) ** -0.5
         learned = 2 if self.branches == "separate" else 1
         if self.tensordot:
-            self.in_proj = ResidualLinear(size, size, bias=False)  # the output is linear in it
+            self.in_proj = DepthScaledLinear(size, size, bias=False)  # the output is linear in it
             self.M_filters = nn.Parameter(torch.empty(learned, filters, size))
         else:
             self.M_phi = nn.Parameter(torch.empty(learned, filters, size, size))
 
-    def reset_parameters(self, init) -> None:
+    def reset_parameters(self, init: ModuleType) -> None:
         """Draw this module's own weights; one factor of each output carries the residual (2 layers)^-1/2.
 
         Args:
@@ -62,7 +63,7 @@ class STU(nn.Module):
             init.normal_(self.M_phi, std=(filters * size) ** -0.5 * self.residual_scale)
 
     def features(self, filters: torch.Tensor) -> torch.Tensor:
-        """The constant filters that this layer combines, at the lags it uses.
+        """Compute the constant filters that this layer combines, at the lags it uses.
 
         Args:
             filters: spectral filters (filter_length, num_filters).
@@ -79,7 +80,7 @@ class STU(nn.Module):
         return 2 * filters if self.branches == "shared" else filters
 
     def taps(self, filters: torch.Tensor) -> torch.Tensor:
-        """The filters this layer convolves with: (lags, channels) for tensordot, the features themselves for full."""
+        """Returns the filters this layer convolves with: (lags, channels) for tensordot, the features for full."""
         features = self.features(filters)
         if not self.tensordot:
             return features
@@ -88,14 +89,14 @@ class STU(nn.Module):
 
     def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Convolve a whole sequence (batch, length, channels), length at most the filters'."""
-        inputs, features = self._inputs(x, context), self.features(context.filters)
+        inputs, features = self._inputs(x, context), self.features(context.spectral_filters())
 
         def convolve(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             return spectral_conv(inputs, features, weights, self.backend, self.dilation, self.oscillating)
 
         if self.tensordot:
             return convolve(features, self.M_filters.flatten(0, 1))
-        outputs, same = 0, features.new_ones(1, inputs.shape[-1])
+        outputs, same = inputs.new_zeros(()), features.new_ones(1, inputs.shape[-1])
         # one feature at a time: all of them at once is `features` times the memory
         for k, matrix in enumerate(self.M_phi.flatten(0, 1)):
             outputs = outputs + convolve(features[:, k : k + 1], same) @ matrix
@@ -104,10 +105,10 @@ class STU(nn.Module):
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: ConvState | None = None
     ) -> tuple[torch.Tensor, ConvState]:
-        """The same after the tokens in `state`, which is taken over and comes back extended."""
+        """Convolve a sequence after the tokens in `state`, whose buffers the state returned takes over."""
         inputs = self._inputs(x, context)
         if state is None:
-            taps = Taps(self.taps(context.filters), None if self.tensordot else self.M_phi.flatten(0, 1))
+            taps = Taps(self.taps(context.spectral_filters()), None if self.tensordot else self.M_phi.flatten(0, 1))
             state = ConvState.empty(inputs, taps, self.dilation, self.config.resolve_decode_backend())
         state = state.extend(inputs)
         y = self._convolve(state.seen(), state.taps.reversed.flip(0))
@@ -123,10 +124,10 @@ class STU(nn.Module):
         return self.in_proj(x) if self.tensordot else x
 
     def _convolve(self, inputs: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
-        backend = for_any_filter(self.backend)
+        backend = any_filter_backend(self.backend)
         if self.tensordot:
             return causal_conv(inputs, taps, backend, self.dilation)
-        outputs = 0
+        outputs = inputs.new_zeros(())
         for k, matrix in enumerate(self.M_phi.flatten(0, 1)):
             feature = taps[:, k : k + 1].expand(-1, inputs.shape[-1])
             outputs = outputs + causal_conv(inputs, feature, backend, self.dilation) @ matrix

@@ -11,7 +11,7 @@ Source: Dao et al. 2022, FlashAttention (arXiv 2205.14135), algorithm 4, for the
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,21 +34,11 @@ def banded_attention(
     key_mask: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Attend to the last `window` keys; the last query is aligned with the last key.
+    """As `sliding_window_attention`, with its arguments: the reference for the other back ends.
 
-    Args:
-        query: (batch, heads, queries, head_dim).
-        key: (batch, kv_heads, keys, head_dim), keys >= queries; kv_heads divides heads.
-        value: like key.
-        window: number of keys a query sees, its own included.
-        softcap: scores become softcap * tanh(score / softcap); None for plain scores.
-        slopes: (heads,): slope * distance in tokens is subtracted from the capped score; constants, without a gradient.
-        key_mask: (batch, keys), False where a key is padding; None if there is none. A query without keys gets zeros.
-        dropout: probability of dropping an attention weight, below 1.
-
-    Returns:
-        (batch, heads, queries, head_dim) in the query's dtype, whatever autocast says; the softmax is in float32, in
-        float64 for float64 queries. In memory the heads of a token are side by side.
+    The result is in the query's dtype, whatever autocast says; the softmax is in float32, in float64 for float64
+    queries. Slopes get no gradient, and a query without keys gets zeros. In memory the heads of a token are side by
+    side.
     """
     if query.numel() == 0:
         return query.clone()
@@ -86,7 +76,18 @@ class _Band:
         tiles: all _Tiles, in the order in which forward and backward pass go through them.
     """
 
-    def __init__(self, query, key, value, window, softcap, slopes, key_mask, dropout, seed) -> None:
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: int,
+        softcap: float | None,
+        slopes: torch.Tensor | None,
+        key_mask: torch.Tensor | None,
+        dropout: float,
+        seed: torch.Tensor | None,
+    ) -> None:
         batch, heads, queries, head_dim = query.shape
         kv_heads, keys = key.shape[1], key.shape[2]
         device, on_gpu = query.device, query.is_cuda
@@ -165,7 +166,7 @@ class _Band:
         return _shaped(memory, *weights.shape).bernoulli_(self.kept, generator=self.generator)
 
 
-def _tiles(heads, height, block, queries, keys, reach, elements) -> Iterator[_Tile]:
+def _tiles(heads: int, height: int, block: int, queries: int, keys: int, reach: int, elements: int) -> Iterator[_Tile]:
     for start in range(0, queries, block):
         stop = min(start + block, queries)
         past = keys - queries
@@ -238,12 +239,12 @@ def _attention(
 
 
 def _empty_output(query: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, queries, head_dim) with a token's heads side by side, as the layer goes on with them."""
+    """Returns (batch, heads, queries, head_dim), a token's heads side by side, as the output projection reads them."""
     return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 @_attention.register_fake
-def _(query, key, value, window, softcap, slopes, key_mask, dropout, seed):
+def _(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _empty_output(query), query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
@@ -294,21 +295,27 @@ def _attention_backward(
             to_scores = to_scores.to(band.factor)
             _add_product(to_key[heads, columns], to_scores.mT, band.query[heads, :, rows].flatten(1, 2))
             to_query[heads, :, rows] = torch.bmm(to_scores, near).unflatten(1, (band.group, -1))
-        grads = (to_query.mul_(band.scale), to_key.mul_(band.scale / band.query_scale), to_value)
-        return tuple(g.view(t.shape).to(t.dtype) for g, t in zip(grads, (query, key, value), strict=True))
+        to_query.mul_(band.scale)
+        to_key.mul_(band.scale / band.query_scale)
+        return _as(to_query, query), _as(to_key, key), _as(to_value, value)
+
+
+def _as(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return grad.view(like.shape).to(like.dtype)
 
 
 @_attention_backward.register_fake
-def _(grad, y, lse, query, key, value, window, softcap, slopes, key_mask, dropout, seed):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+def _(*operands: Any) -> tuple[torch.Tensor, ...]:
+    query_key_value = operands[3:6]
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in query_key_value)
 
 
-def _save_inputs(ctx, inputs, output) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     query, key, value, ctx.window, ctx.softcap, slopes, key_mask, ctx.dropout, seed = inputs
     ctx.save_for_backward(*output, query, key, value, slopes, key_mask, seed)
 
 
-def _differentiate(ctx, grad: torch.Tensor, _):
+def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *tensors, slopes, key_mask, seed = ctx.saved_tensors
     grads = torch.ops.flash_stu.banded_attention_backward(
         grad, *tensors, ctx.window, ctx.softcap, slopes, key_mask, ctx.dropout, seed

@@ -17,19 +17,23 @@ O(length (2c + 2 states) channels), linear in the length, and memory beyond the 
 Source: Shah et al. 2025, SpectraLDS (arXiv 2505.17868), section 4, for the states; the band of two chunks is ours.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
 from flash_stu.errors import UserError
+from flash_stu.filters.exponentials import powers
 from flash_stu.ops.kept import kept_op
 
 _ELEMENTS = {False: 2**21, True: 2**27}  # inputs in a segment, on a CPU and on a GPU
 
 
 class ChunkedState(NamedTuple):
-    """What a convolution carries from one stretch of a sequence to the next.
+    """The past of a convolution, from one stretch of a sequence to the next.
+
+    Within one process a sequence is convolved whole. The state is for sequences whose stretches come one after another
+    or are split over processes: each hands on a chunk of inputs and `states` numbers per channel, however long it is.
 
     Attributes:
         history: inputs of the last whole chunk, (batch, chunk * dilation, channels).
@@ -41,12 +45,12 @@ class ChunkedState(NamedTuple):
     rest: torch.Tensor
     far: torch.Tensor
 
-
-def zero_state(x: torch.Tensor, chunk: int, states: int, dilation: int) -> ChunkedState:
-    """The state before the first token of a sequence like x (batch, length, channels)."""
-    batch, _, channels = x.shape
-    far = x.new_zeros((batch, dilation, channels, states), dtype=torch.promote_types(x.dtype, torch.float32))
-    return ChunkedState(x.new_zeros((batch, chunk * dilation, channels)), x[:, :0], far)
+    @classmethod
+    def zero(cls, x: torch.Tensor, chunk: int, states: int, dilation: int) -> "ChunkedState":
+        """Returns the state before the first token of a sequence like x (batch, length, channels)."""
+        batch, _, channels = x.shape
+        far = x.new_zeros((batch, dilation, channels, states), dtype=torch.promote_types(x.dtype, torch.float32))
+        return cls(x.new_zeros((batch, chunk * dilation, channels)), x[:, :0], far)
 
 
 def chunked_conv(
@@ -74,24 +78,23 @@ def chunked_conv(
     Raises:
         UserError: for shapes that do not fit together, or decays that require a gradient.
     """
-    check_arguments(x, taps, decay, readout)
+    _check_arguments(x, taps, decay, readout)
     chunk = taps.shape[0] // 2
     if state is None:
-        state = zero_state(x, chunk, len(decay), dilation)
+        state = ChunkedState.zero(x, chunk, len(decay), dilation)
     if x.shape[1] == 0:
         return x, state
     inputs = torch.cat([state.rest, x], dim=1) if state.rest.shape[1] else x
     wide = state.far.dtype
     y, far, _ = torch.ops.flash_stu.chunked_conv(
-        inputs, state.history, state.far, taps.to(wide), decay.double(), readout.to(wide), dilation
+        inputs, state.history, state.far, taps.to(wide), decay.double(), readout.to(wide)
     )
     whole = inputs.shape[1] - inputs.shape[1] % (chunk * dilation)
     history = inputs[:, whole - chunk * dilation : whole] if whole else state.history
     return y[:, state.rest.shape[1] :], ChunkedState(history, inputs[:, whole:], far)
 
 
-def check_arguments(x: torch.Tensor, taps: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor) -> None:
-    """Raise the UserError of chunked_conv for these arguments."""
+def _check_arguments(x: torch.Tensor, taps: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor) -> None:
     channels = x.shape[-1]
     fits = x.ndim == 3 and taps.ndim == 2 and taps.shape[0] >= 2 and taps.shape[0] % 2 == 0
     if not fits or taps.shape[1] != channels or readout.shape != (len(decay), channels):
@@ -131,7 +134,7 @@ def _rows(x: torch.Tensor, first: torch.Tensor | None, chunk: int, dilation: int
 
 
 def _sequence(rows: torch.Tensor, batch: int, length: int, dilation: int, dtype: torch.dtype) -> torch.Tensor:
-    """Undo _rows: (rows of `batch` equal parts, channels, chunk) to (batch, at least length, channels), cut."""
+    """Invert _rows: (rows of `batch` equal parts, channels, chunk) to (batch, at least length, channels), cut."""
     channels, chunk = rows.shape[1:]
     chunks = rows.reshape(batch, -1, dilation * channels, chunk)
     y = rows.new_empty((batch, chunks.shape[1], chunk, dilation * channels), dtype=dtype)
@@ -161,7 +164,7 @@ def _band_to_taps(before: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 
 class _Constants(NamedTuple):
-    """What all segments of a sequence share.
+    """The matrices that all segments of a sequence share.
 
     Attributes:
         before, own: (channels, s, t), see _toeplitz.
@@ -180,15 +183,14 @@ class _Constants(NamedTuple):
 
 
 def _constants(taps: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor) -> _Constants:
-    kernel = exponentials(decay, taps.shape[0] // 2, taps.dtype)
+    kernel = chunk_maps(decay, taps.shape[0] // 2, taps.dtype)
     return _Constants(*_toeplitz(taps), *kernel, readout.t().contiguous())
 
 
-def exponentials(
-    decay: torch.Tensor, chunk: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What leads from a chunk into the states (chunk, states), out of them (states, chunk), over a chunk (states,)."""
-    kernel = decay ** torch.arange(chunk + 1, dtype=torch.float64, device=decay.device)[:, None]
+def chunk_maps(decay: torch.Tensor, chunk: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the maps from a chunk into the states (chunk, states), out of them (states, chunk), and from the states
+    before a chunk to those after it (states,)."""
+    kernel = powers(decay, chunk + 1)
     kernel = torch.where(kernel.abs() < 1e-30, 0, kernel).to(dtype)  # arithmetic with denormals is slow
     return kernel[:-1].flip(0).contiguous(), kernel[:-1].t().contiguous(), kernel[-1].contiguous()
 
@@ -222,9 +224,8 @@ def _chunked(
     taps: torch.Tensor,
     decay: torch.Tensor,
     readout: torch.Tensor,
-    dilation: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Outputs, the far states after the last whole chunk, and those before every segment."""
+    """Returns outputs, the far states after the last whole chunk, and those before every segment."""
     segments = _segments(x, history.shape[1])
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     starts = far.new_empty((len(segments), *far.shape))
@@ -238,12 +239,17 @@ def _chunked(
 
 
 @_chunked.register_fake
-def _(x, history, far, taps, decay, readout, dilation):
+def _(
+    x: torch.Tensor, history: torch.Tensor, far: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, torch.empty_like(far), far.new_empty((len(_segments(x, history.shape[1])), *far.shape))
 
 
-def _segment(x, history, far, constants) -> tuple[torch.Tensor, torch.Tensor]:
+def _segment(
+    x: torch.Tensor, history: torch.Tensor, far: torch.Tensor, constants: _Constants
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns outputs, and the far states after the segment's last whole chunk."""
     batch, length, channels = x.shape
     dilation, chunk = far.shape[1], len(constants.into)
     rows = _rows(x, history, chunk, dilation, far.dtype)
@@ -271,7 +277,7 @@ def _chunked_backward(
     segments = _segments(x, span)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_taps, grad_readout = torch.zeros_like(taps), torch.zeros_like(readout)
-    grad_history = None
+    grad_history = torch.empty_like(history)
     with torch.autocast(x.device.type, enabled=False):
         constants = _constants(taps, decay, readout)
         for index in reversed(range(len(segments))):
@@ -281,7 +287,7 @@ def _chunked_backward(
             grad_x[:, part], to_history, grad_far, to_taps, to_readout = _segment_backward(
                 grad[:, part], grad_far, x[:, part], before, starts[index], constants
             )
-            if grad_history is not None:
+            if index + 1 < len(segments):
                 grad_x[:, stop - span : stop] += grad_history
             grad_history = to_history
             grad_taps += to_taps
@@ -290,13 +296,20 @@ def _chunked_backward(
 
 
 @_chunked_backward.register_fake
-def _(grad, grad_far, x, history, starts, taps, decay, readout):
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, history, grad_far, taps, readout)
-    )
+def _(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    _, grad_far, x, history, _, taps, _, readout = operands
+    like = (x, history, grad_far, taps, readout)
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in like)
 
 
-def _segment_backward(grad, grad_far, x, history, far, constants) -> tuple[torch.Tensor, ...]:
+def _segment_backward(
+    grad: torch.Tensor,
+    grad_far: torch.Tensor,
+    x: torch.Tensor,
+    history: torch.Tensor,
+    far: torch.Tensor,
+    constants: _Constants,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, length, channels = x.shape
     dilation, chunk = far.shape[1], len(constants.into)
     # The rows and states are computed again rather than kept: a layer then holds its inputs and nothing else.
@@ -331,14 +344,16 @@ def _segment_backward(grad, grad_far, x, history, far, constants) -> tuple[torch
     return grad_x, grad_history, grad_start, grad_taps, grad_readout
 
 
-def _save_inputs(ctx, inputs, output) -> None:
-    x, history, _, taps, decay, readout, _ = inputs
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, history, _, taps, decay, readout = inputs
     ctx.save_for_backward(x, history, output[2], taps, decay, readout)
 
 
-def _differentiate(ctx, grad: torch.Tensor, grad_far: torch.Tensor, _):
+def _differentiate(
+    ctx: Any, grad: torch.Tensor, grad_far: torch.Tensor, _: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
     *to_inputs, to_readout = torch.ops.flash_stu.chunked_conv_backward(grad, grad_far, *ctx.saved_tensors)
-    return *to_inputs, None, to_readout, None
+    return *to_inputs, None, to_readout
 
 
 _chunked.register_autograd(_differentiate, setup_context=_save_inputs)

@@ -13,13 +13,15 @@ readout is that of flash_stu.filters.exponentials, whose terms do not cancel. Su
 Import this module only where flash_stu.ops.backends accepts "triton". With TRITON_INTERPRET=1 it runs on a CPU.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch.nn.functional import pad
 
 from flash_stu.errors import UserError
-from flash_stu.ops.conv.chunked import exponentials
+from flash_stu.ops.conv.chunked import chunk_maps
 from flash_stu.ops.kept import kept_op
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -37,7 +39,7 @@ def triton_conv(
     readout: torch.Tensor,
     dilation: int = 1,
 ) -> torch.Tensor:
-    """What chunked_conv computes with the taps near @ weights, without a state.
+    """As chunked_conv with the taps near @ weights and without a state.
 
     Args:
         x: inputs, (batch, length, channels), float32, bf16 or fp16.
@@ -59,7 +61,9 @@ def triton_conv(
     return torch.ops.flash_stu.triton_conv(x, near.float(), weights.float(), decay.double(), readout.float(), dilation)
 
 
-def _check(x, near, weights, decay, readout) -> None:
+def _check(
+    x: torch.Tensor, near: torch.Tensor, weights: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor
+) -> None:
     channels, features = x.shape[-1], near.shape[-1]
     if x.ndim != 3 or weights.shape != (features, channels) or readout.shape != (len(decay), channels):
         raise UserError(
@@ -78,7 +82,15 @@ def _check(x, near, weights, decay, readout) -> None:
 
 
 @triton.jit
-def _tile(pointer, steps, first, stop, channels, columns, step_stride):
+def _tile(
+    pointer: tl.tensor,
+    steps: tl.tensor,
+    first: tl.tensor,
+    stop: tl.tensor,
+    channels: tl.tensor,
+    columns: tl.tensor,
+    step_stride: tl.tensor,
+) -> tl.tensor:
     """Rows `steps` of a phase, zero outside of [first, stop)."""
     mask = ((steps >= first) & (steps < stop))[:, None] & (columns < channels)[None, :]
     return tl.load(pointer + steps[:, None].to(tl.int64) * step_stride + columns[None, :], mask=mask, other=0.0)
@@ -86,10 +98,24 @@ def _tile(pointer, steps, first, stop, channels, columns, step_stride):
 
 @triton.jit
 def _forward_kernel(
-    x, y, bands, weights, into, out_of, over, readout, length, channels, dilation,
-    CHUNK: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr,
+    x: tl.tensor,
+    y: tl.tensor,
+    bands: tl.tensor,
+    weights: tl.tensor,
+    into: tl.tensor,
+    out_of: tl.tensor,
+    over: tl.tensor,
+    readout: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    dilation: tl.tensor,
+    CHUNK: tl.constexpr,
+    STATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FACTOR: tl.constexpr,
     FEATURES: tl.constexpr,
-):  # fmt: skip
+) -> None:
     row, phase = tl.program_id(0) // dilation, tl.program_id(0) % dilation
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < channels
@@ -122,11 +148,28 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad, x, grad_x, grad_weights, grad_readout, bands, weights, into, out_of, over, readout,
-    length, channels, dilation,
-    CHUNK: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr,
-    FEATURES: tl.constexpr, KINDS: tl.constexpr,
-):  # fmt: skip
+    grad: tl.tensor,
+    x: tl.tensor,
+    grad_x: tl.tensor,
+    grad_weights: tl.tensor,
+    grad_readout: tl.tensor,
+    bands: tl.tensor,
+    weights: tl.tensor,
+    into: tl.tensor,
+    out_of: tl.tensor,
+    over: tl.tensor,
+    readout: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    dilation: tl.tensor,
+    CHUNK: tl.constexpr,
+    STATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FACTOR: tl.constexpr,
+    FEATURES: tl.constexpr,
+    KINDS: tl.constexpr,
+) -> None:
     program = tl.program_id(0)
     row, phase = program // dilation, program % dilation
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -143,7 +186,7 @@ def _backward_kernel(
     leave = tl.load(out_of + states[:, None] * CHUNK + times[None, :]).to(FACTOR)  # (states, chunk)
     carry = tl.load(over + states)[:, None]
     ahead = tl.load(readout + states[:, None] * channels + columns[None, :], mask=inside[None, :], other=0.0)
-    # what the outputs from two chunks later on ask of the states, before the readout
+    # the gradient of the states from the outputs two chunks later and on, before the readout
     q = tl.zeros((STATES, BLOCK), dtype=tl.float32)
     to_readout = tl.zeros((STATES, BLOCK), dtype=tl.float32)
     to_weights = tl.zeros((KINDS, BLOCK), dtype=tl.float32)
@@ -157,7 +200,7 @@ def _backward_kernel(
         for feature in tl.range(0, FEATURES, loop_unroll_factor=_UNROLL):
             band = tl.load(bands + feature * 2 * CHUNK * CHUNK + entry)
             weight = tl.load(weights + feature * channels + columns, mask=inside, other=0.0)
-            asked = tl.dot(band, window, input_precision=PRECISION)  # of the inputs, by the outputs of this feature
+            asked = tl.dot(band, window, input_precision=PRECISION)  # the inputs' gradient from this feature's outputs
             total += asked * weight[None, :]
             share = tl.sum(asked * own.to(tl.float32), axis=0)
             to_weights += tl.where(kinds[:, None] == feature, share[None, :], 0.0)
@@ -178,33 +221,67 @@ def _backward_kernel(
 
 
 def _bands(near: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every feature's matrix (features, chunk, 2 chunk): from the chunk before and the own one to outputs, and what
-    leads back from the outputs of the own chunk and the next to inputs."""
+    """Returns every feature's matrices (features, chunk, 2 chunk) twice: from the inputs of the chunk before and the
+    own one to outputs, and back from the outputs of the own chunk and the next to inputs."""
     chunk = near.shape[0] // 2
     taps = pad(near.t(), (2 * chunk, 2 * chunk)).to(dtype)  # [2 chunk + lag]
     times, span = torch.arange(chunk, device=near.device)[:, None], torch.arange(2 * chunk, device=near.device)
     return taps[:, 2 * chunk + times + chunk - span].contiguous(), taps[:, 2 * chunk + span - times].contiguous()
 
 
-def _prepare(x: torch.Tensor, near: torch.Tensor, weights, decay, readout, dilation: int):
-    """The bands of both directions, other constants with as many states as a power of two has, the grid, and what the
-    kernels are compiled for."""
+class _Launch(NamedTuple):
+    """Arguments that the two kernels share.
+
+    Attributes:
+        bands: matrices of the forward and the backward pass, see _bands.
+        constants: weights, the maps of chunk_maps and the readout, with as many states as a power of two has.
+        grid: programs of a launch.
+        options: constants that the kernels are compiled for.
+    """
+
+    bands: tuple[torch.Tensor, torch.Tensor]
+    constants: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    grid: tuple[int, int]
+    options: dict[str, Any]
+
+    def run(self, kernel: Any, *operands: Any, **options: Any) -> None:
+        kernel[self.grid](*operands, **self.options, **options)
+
+
+def _prepare(
+    x: torch.Tensor,
+    near: torch.Tensor,
+    weights: torch.Tensor,
+    decay: torch.Tensor,
+    readout: torch.Tensor,
+    dilation: int,
+) -> _Launch:
     chunk, channels = near.shape[0] // 2, x.shape[-1]
-    states = max(triton.next_power_of_2(len(decay)), 16)
+    states = max(_next_power_of_2(len(decay)), 16)
     missing = states - len(decay)
-    kernel = exponentials(pad(decay, (0, missing)), chunk, torch.float32)
-    constants = (weights.contiguous(), *kernel, pad(readout, (0, 0, 0, missing)).contiguous())
-    grid = (x.shape[0] * dilation, triton.cdiv(channels, _CHANNELS))
+    maps = chunk_maps(pad(decay, (0, missing)), chunk, torch.float32)
     # the interpreter would multiply bf16 numbers as the integers that they are stored in
     factor = torch.float32 if x.dtype == torch.bfloat16 and not x.is_cuda else x.dtype
-    options = {"CHUNK": chunk, "STATES": states, "BLOCK": _CHANNELS, "FEATURES": near.shape[1]}
-    options |= {
+    options = {
+        "CHUNK": chunk,
+        "STATES": states,
+        "BLOCK": _CHANNELS,
+        "FEATURES": near.shape[1],
+        "FACTOR": _DTYPES[factor],
+        "PRECISION": "tf32x3",  # read for float32 only
         "num_warps": _WARPS,
         "num_stages": 2,
-        "FACTOR": _DTYPES[factor],
-        "PRECISION": "tf32x3",
-    }  # the precision is read for float32 only
-    return _bands(near, factor), constants, grid, options
+    }
+    return _Launch(
+        _bands(near, factor),
+        (weights.contiguous(), *maps, pad(readout, (0, 0, 0, missing)).contiguous()),
+        (x.shape[0] * dilation, -(-channels // _CHANNELS)),
+        options,
+    )
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 @kept_op("flash_stu::triton_conv")
@@ -218,13 +295,13 @@ def _conv(
 ) -> torch.Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    (bands, _), constants, grid, options = _prepare(x, near, weights, decay, readout, dilation)
-    _forward_kernel[grid](x, y, bands, *constants, *x.shape[1:], dilation, **options)
+    launch = _prepare(x, near, weights, decay, readout, dilation)
+    launch.run(_forward_kernel, x, y, launch.bands[0], *launch.constants, *x.shape[1:], dilation)
     return y
 
 
 @_conv.register_fake
-def _(x, near, weights, decay, readout, dilation):
+def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -240,26 +317,27 @@ def _conv_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad, x = grad.contiguous(), x.contiguous()
     grad_x = torch.empty_like(x)
-    (_, bands), constants, grid, options = _prepare(x, near, weights, decay, readout, dilation)
-    to_weights = weights.new_empty((grid[0], *weights.shape))
-    to_readout = weights.new_empty((grid[0], options["STATES"], x.shape[2]))
+    launch = _prepare(x, near, weights, decay, readout, dilation)
+    to_weights = weights.new_empty((launch.grid[0], *weights.shape))
+    to_readout = weights.new_empty((launch.grid[0], launch.options["STATES"], x.shape[2]))
     results = (grad_x, to_weights, to_readout)
-    options["KINDS"] = triton.next_power_of_2(near.shape[1])
-    _backward_kernel[grid](grad, x, *results, bands, *constants, *x.shape[1:], dilation, **options)
+    operands = (grad, x, *results, launch.bands[1], *launch.constants, *x.shape[1:], dilation)
+    launch.run(_backward_kernel, *operands, KINDS=_next_power_of_2(near.shape[1]))
     return grad_x, to_weights.sum(dim=0), to_readout.sum(dim=0)[: len(decay)].clone()
 
 
 @_conv_backward.register_fake
-def _(grad, x, near, weights, decay, readout, dilation):
+def _(*operands: Any) -> tuple[torch.Tensor, ...]:
+    _, x, _, weights, _, readout, _ = operands
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weights, readout))
 
 
-def _save_inputs(ctx, inputs, output) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
     *tensors, ctx.dilation = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, grad: torch.Tensor):
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     to_x, to_weights, to_readout = torch.ops.flash_stu.triton_conv_backward(grad, *ctx.saved_tensors, ctx.dilation)
     return to_x, None, to_weights, None, to_readout, None
 

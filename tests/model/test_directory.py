@@ -37,7 +37,7 @@ def test_text_generation_pipeline_with_a_batch(directory):
 
 def test_generate_script(directory):
     command = [sys.executable, "scripts/generate.py", "--model", str(directory), "--prompt", "abc", "--seed", "1"]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([*command, "--max-new-tokens", "20"], capture_output=True, cwd=root)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(b"abc") and len(done.stdout) > 5

@@ -22,9 +22,16 @@ LENGTH = 257  # of the filters, and one past the second block of 128
 
 def make(kind, branches, backend, **changes):
     config = FlashSTUConfig(
-        hidden_size=12, num_attention_heads=2, num_filters=6, max_position_embeddings=LENGTH, stu_type=kind,
-        stu_branches=branches, decode_backend=backend, lds_state_dim=12 if backend == "lds" else None, **changes,
-    )  # fmt: skip
+        hidden_size=12,
+        num_attention_heads=2,
+        num_filters=6,
+        max_position_embeddings=LENGTH,
+        stu_type=kind,
+        stu_branches=branches,
+        decode_backend=backend,
+        lds_state_dim=12 if backend == "lds" else None,
+        **changes,
+    )
     layer = LDS(config) if backend == "lds" else STU(config)
     torch.manual_seed(1)
     for parameter in layer.parameters():

@@ -6,15 +6,15 @@ from matplotlib import pyplot
 
 from flash_stu.filters.spectral import spectral_filters
 from spectralds import FilterBank, distill, fit_lds
+from spectralds.comparison import compare_generation, compare_layers, compare_models
 from spectralds.curve import error_curve
 from spectralds.fit import METHODS
 from spectralds.plots import plot_fit
-from spectralds.report import compare_generation, compare_layers, compare_models
 
 
 @pytest.mark.parametrize("vocab_chunk", [2**24, 61 * 5])
 def test_comparison_of_models_against_a_direct_calculation(tiny_model, monkeypatch, vocab_chunk):
-    monkeypatch.setattr("spectralds.report._LOGITS", vocab_chunk)
+    monkeypatch.setattr("spectralds.comparison._LOGITS", vocab_chunk)
     model = tiny_model()
     distilled = distill(model, 8)  # coarse, so that the differences are no rounding
     windows = torch.randint(61, (3, 34), generator=torch.Generator().manual_seed(0))

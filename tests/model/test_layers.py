@@ -6,7 +6,7 @@ import torch
 from flash_stu.filters.spectral import spectral_filters
 from flash_stu.model.layers import LDS, STU, GatedMLP, SlidingWindowAttention
 from flash_stu.model.layers.context import SequenceContext
-from flash_stu.ops.rotary import rotary_angles
+from flash_stu.ops.positions import rotary_angles
 
 VARIANTS = [
     (kind, branches, basis)

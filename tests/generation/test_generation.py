@@ -210,7 +210,7 @@ def test_script(make, tokenizer, tmp_path, monkeypatch, capsys):
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     (tmp_path / "prompts").write_text("first line\n\nsecond ü\n")
-    main = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "generate.py"))["main"]
+    main = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "generate.py"))["main"]
 
     def script(*words):
         monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(directory), *map(str, words)])
@@ -233,7 +233,7 @@ def test_prompts_end_at_newlines_only(make, tokenizer, tmp_path, monkeypatch, ca
     model, directory = make(lds_state_dim=12), tmp_path / "model"
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    main = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "generate.py"))["main"]
+    main = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "generate.py"))["main"]
     content = b"\xef\xbb\xbfa\xe2\x80\xa8b\x0b\x0c\xc2\x85c\x1c\rd\r\n\r\nsecond\n"
     (tmp_path / "prompts").write_bytes(content)
 
@@ -257,7 +257,7 @@ def test_a_reader_that_has_gone(make, tokenizer, tmp_path, monkeypatch, capfd):
     model, directory = make(lds_state_dim=12), tmp_path / "model"
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    main = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "generate.py"))["main"]
+    main = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "generate.py"))["main"]
     capfd.readouterr()
     for prompts in (["--prompt", "a"], ["--prompt", "a", "--prompt", "b"]):
         reader, writer = os.pipe()

@@ -64,9 +64,15 @@ def test_a_layer_from_scratch_is_stable_and_keeps_the_variance(tiny_config):
     for kind in ("tensordot", "full"):
         for branches in ("shared", "separate"):
             config = tiny_config(
-                stu_type=kind, stu_branches=branches, lds_state_dim=40, lds_trainable=True,
-                max_position_embeddings=512, num_hidden_layers=1, layer_types=["linear_attention"], vocab_size=23,
-            )  # fmt: skip
+                stu_type=kind,
+                stu_branches=branches,
+                lds_state_dim=40,
+                lds_trainable=True,
+                max_position_embeddings=512,
+                num_hidden_layers=1,
+                layer_types=["linear_attention"],
+                vocab_size=23,
+            )
             model = FlashSTUForCausalLM(config)
             layer = model.model.layers[0].mixer
             decays = layer.system()[0]

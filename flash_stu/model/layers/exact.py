@@ -1,7 +1,6 @@
-"""Tensors that must stay exact when a model is cast to half precision."""
+"""Tensors, constant or trained, that stay in float32 when a model is cast to half precision."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -16,9 +15,9 @@ class KeepFloat32(nn.Module):
         exact: names of those buffers and parameters.
     """
 
-    exact: ClassVar[tuple[str, ...]] = ()
+    exact: tuple[str, ...] = ()
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "KeepFloat32":
         before = {name: getattr(self, name).data for name in self.exact}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
@@ -35,10 +34,8 @@ class SpectralFilters(KeepFloat32):
     """
 
     exact = ("phi",)
+    phi: torch.Tensor
 
     def __init__(self, length: int, count: int) -> None:
         super().__init__()
         self.register_buffer("phi", torch.zeros(length, count, dtype=torch.float32))
-
-    def forward(self) -> torch.Tensor:
-        return self.phi

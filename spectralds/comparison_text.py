@@ -19,19 +19,19 @@ _LARGEST = 1 << 40  # bytes; all of a text is in memory
 
 @dataclass(frozen=True)
 class ComparisonText:
-    """Token windows (windows, length + 1), int64, and in words where they are from."""
+    """Token windows (windows, length + 1), int64, and a description of where they are from."""
 
     windows: torch.Tensor
     source: str
 
 
 def comparison_text(
-    tokenizer: Callable[[], Tokenizer], run: Path | None, text: str | None, longest: int, tokens: int = TOKENS
+    load_tokenizer: Callable[[], Tokenizer], run: Path | None, text: str | None, longest: int, tokens: int = TOKENS
 ) -> ComparisonText:
     """Choose and tokenise the text for a comparison.
 
     Args:
-        tokenizer: gives the model's.
+        load_tokenizer: returns the model's tokenizer.
         run: the training run that the model is from, with its config.yaml; None for a model from elsewhere.
         text: a UTF-8 text file, or "embedded" for the embedded corpus' validation documents. None: the
             validation split of the training run, in windows of its sequence length; outside a run, the
@@ -51,23 +51,24 @@ def comparison_text(
         try:
             dataset = prepare(config.data).validation
         except UserError as error:
-            raise UserError(f"{error}; or choose another text for the comparison with --text") from None
+            raise UserError(f"{error}; or compare on another text (argument text)") from None
         length = min(longest, config.train.sequence_length)
         windows = _windows(dataset.window, len(dataset), length, tokens)
         return ComparisonText(windows, f"validation split of {run}")
 
-    embedded = text in (None, "embedded")
-    documents = embedded_corpus()["validation"] if embedded else [read_text(text, "--text", _LARGEST)]
-    source = "validation documents of the embedded corpus" if embedded else text
-    encoder = tokenizer()
+    if text in (None, "embedded"):
+        documents, source = embedded_corpus()["validation"], "validation documents of the embedded corpus"
+    else:
+        documents, source = [read_text(text, "text", _LARGEST)], text
+    encoder = load_tokenizer()
     with naming_documents(encoder, documents, source):
         ids = encoder.encode_documents(documents)
     windows = _windows(lambda start, count: ids[start : start + count], len(ids), longest, tokens)
     return ComparisonText(windows, source)
 
 
-def _windows(read, available: int, length: int, tokens: int) -> torch.Tensor:
-    """Cut windows of length + 1 tokens, spread evenly; `read` gives (start, count) -> ids."""
+def _windows(read: Callable[[int, int], np.ndarray], available: int, length: int, tokens: int) -> torch.Tensor:
+    """Cut windows of length + 1 tokens, spread evenly; `read` returns ids, given where they start and their number."""
     length = min(length, available - 1, tokens)
     if length < 1:
         raise UserError(f"the text for the comparison has {available} token(s); allowed: 2 or more")

@@ -1,6 +1,7 @@
 """Measure a distilled model against its original: logits and loss on real text, outputs layer by layer."""
 
 import math
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -25,7 +26,7 @@ def compare_models(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
         tokens, windows, window_length; max_abs_logit_difference and mean_abs_logit_difference;
         relative_logit_difference (Frobenius, to the logits less their mean over the vocabulary);
         validation_loss_before and validation_loss_after, nats per token; argmax_agreement, the fraction of
-        tokens for which both think the same next token likeliest.
+        tokens for which the likeliest next token is the same.
     """
     device = original.device
     step = max(1, _LOGITS // original.config.vocab_size)
@@ -78,11 +79,12 @@ def compare_layers(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
     length, size = original.config.max_position_embeddings, original.config.hidden_size
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, length, size, generator=generator).to(original.device, original.dtype)
-    context = SequenceContext(filters=original.model.filters())
+    filters = original.model.filters
+    context = SequenceContext(None if filters is None else filters.phi)
     layers, recurrence = [], None
     pairs = zip(original.model.layers, distilled.model.layers, strict=True)
     for index, (before, after) in enumerate(pairs):
-        if isinstance(before.mixer, STU):
+        if isinstance(before.mixer, STU) and isinstance(after.mixer, LDS):
             expected = before.mixer(x, context)
             layers.append({"layer": index, "relative_difference": _relative(after.mixer(x, context), expected)})
             if recurrence is None:
@@ -94,7 +96,7 @@ def compare_layers(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
 def compare_generation(
     original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM, windows: torch.Tensor, prompts: int = 4
 ) -> dict:
-    """Let both models go on from pieces of real text, always with the likeliest token.
+    """Continue pieces of real text with both models, always with the likeliest token.
 
     Args:
         original, distilled: on one device, in evaluation mode, the same dtype.
@@ -111,7 +113,7 @@ def compare_generation(
     ids = pieces[:: max(1, len(pieces) // prompts)][:prompts].to(original.device)
     settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
     before, after = (
-        model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, length:]
+        cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, length:]
         for model in (original, distilled)
     )
     same = (before == after).long().cumprod(dim=1)

@@ -1,4 +1,6 @@
-"""Rotary position embedding."""
+"""Positions in attention: rotary embedding of queries and keys, and ALiBi's slopes."""
+
+import math
 
 import torch
 
@@ -26,3 +28,22 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Rotate the pairs (i, i + head_dim / 2) of queries or keys (batch, heads, length, head_dim)."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def alibi_slopes(heads: int, scale: float = 1.0, device: torch.device | str | None = None) -> torch.Tensor:
+    """Compute ALiBi's slopes for any number of heads: geometric, the extra ones from the next power of two.
+
+    Args:
+        heads: number of attention heads.
+        scale: factor on all slopes; below 1 the bias reaches further (arXiv 2310.13017 uses 0.25).
+        device: where they are computed.
+
+    Returns:
+        (heads,), float32.
+
+    Source: Press et al. 2022 (arXiv 2108.12409), section 3.
+    """
+    power = 1 << int(math.log2(heads))
+    regular = torch.arange(1, power + 1, device=device) * (8 / power)
+    extra = (2 * torch.arange(heads - power, device=device) + 1) * (4 / power)
+    return torch.exp2(-torch.cat([regular, extra])) * scale

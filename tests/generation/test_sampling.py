@@ -72,11 +72,11 @@ def test_seed():
     [
         ({"temperature": -1}, "temperature is -1; allowed: 0 .greedy. or positive"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": 0}, "top-k is 0; allowed: 1 or more"),
-        ({"top_p": 1.5}, "top-p is 1.5; allowed: above 0, up to 1"),
-        ({"top_p": 0}, "top-p is 0"),
-        ({"min_p": -0.1}, "min-p is -0.1; allowed: 0 to 1"),
-        ({"repetition_penalty": 0}, "repetition-penalty is 0; allowed: positive"),
+        ({"top_k": 0}, "top_k is 0; allowed: 1 or more"),
+        ({"top_p": 1.5}, "top_p is 1.5; allowed: above 0, up to 1"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"min_p": -0.1}, "min_p is -0.1; allowed: 0 to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; allowed: positive"),
         ({"seed": -3}, "seed is -3; allowed: 0 or more"),
     ],
 )

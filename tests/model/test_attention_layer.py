@@ -8,7 +8,7 @@ import torch
 from flash_stu.model.layers import SlidingWindowAttention
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.state import WindowState
-from flash_stu.ops.rotary import rotary_angles
+from flash_stu.ops.positions import rotary_angles
 
 VARIANTS = [
     {"position_embedding": "rope"},

@@ -1,0 +1,61 @@
+"""Sliding-window attention with all scores held at once: PyTorch's SDPA, and the one query of a generation step."""
+
+import torch
+from torch.nn import functional as F
+
+MASKED = -1e30  # finite, so that a row whose keys are all padding gives numbers, not NaN
+
+
+def sdpa_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    slopes: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """As `banded_attention`, without a softcap."""
+    queries, keys = query.shape[2], key.shape[2]
+    rows = torch.arange(queries, device=query.device)[:, None] + keys - queries
+    distance = rows - torch.arange(keys, device=query.device)
+    visible = ((distance >= 0) & (distance < window))[None, None]
+    if key_mask is not None:
+        visible = visible & key_mask.bool()[:, None, None]
+    bias = torch.zeros((), device=query.device) if slopes is None else -slopes.view(-1, 1, 1) * distance
+    mask = torch.where(visible, bias, MASKED).to(query.dtype)
+    grouped = key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
+
+
+def attend_to_window(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    softcap: float | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend from one query to a window of keys in any order, as generation does for every token.
+
+    Args:
+        query: (batch, heads, 1, head_dim).
+        key: (batch, kv_heads, window, head_dim).
+        value: like key.
+        visible: (batch, window), False where a key is not to be seen.
+        softcap: as in `banded_attention`.
+        bias: added to the capped scores, (heads, window), float32; None for none.
+
+    Returns:
+        (batch, heads, 1, head_dim) in the query's dtype; the softmax is in float32.
+    """
+    batch, heads, _, head_dim = query.shape
+    kv_heads = key.shape[1]
+    grouped = (query * head_dim**-0.5).view(batch, kv_heads, heads // kv_heads, head_dim)
+    scores = (grouped @ key.transpose(-1, -2)).float()
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.view(kv_heads, heads // kv_heads, -1)
+    weights = torch.where(visible[:, None, None], scores, MASKED).softmax(dim=-1).to(value.dtype)
+    return (weights @ value).view(batch, heads, 1, head_dim)
