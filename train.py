@@ -13,7 +13,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     from flash_stu.training import Trainer, join_world, load_config, world_size
-    from flash_stu.training.dry_run import describe
+    from flash_stu.training.run_size import describe
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:

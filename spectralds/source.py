@@ -9,7 +9,7 @@ from flash_stu.data import Tokenizer, load_tokenizer
 from flash_stu.model.loading import load_model
 from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.model.source import is_checkpoint
-from flash_stu.training.export import load_checkpoint
+from flash_stu.training.checkpoint_export import load_checkpoint
 
 _TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),

@@ -13,7 +13,7 @@ from flash_stu.model.loading import (
     weight_files,
 )
 from flash_stu.model.source import find_source, is_checkpoint
-from flash_stu.training.export import load_checkpoint
+from flash_stu.training.checkpoint_export import load_checkpoint
 
 
 def check_model_dir(path: str | Path) -> Path:

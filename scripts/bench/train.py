@@ -32,10 +32,11 @@ from flash_stu.ops.conv.spectral import spectral_conv
 from flash_stu.ops.cross_entropy import linear_cross_entropy
 from flash_stu.training import RunConfig, join_world, load_config
 from flash_stu.training.flops import forward_flops, peak_flops, train_flops
+from flash_stu.training.initialization import build_model
 from flash_stu.training.metrics import peak_memory
 from flash_stu.training.optimizer import build_optimizers
-from flash_stu.training.parallel import World, clip_gradients, parallelize, set_gradient_sync
-from flash_stu.training.trainer import build_model
+from flash_stu.training.parallel import World, clip_gradients, parallelize
+from flash_stu.training.step import train_step
 
 TWO_BRANCH = "two-branch FFT (published)"
 WARM_UP = 2
@@ -65,7 +66,7 @@ class Bench:
         self.shape = (config.train.micro_batch_size, config.train.sequence_length)
         self.micro_batches = config.sequences_per_step(1) // self.shape[0]
         generator = torch.Generator().manual_seed(config.seed)
-        shape = (self.micro_batches, self.shape[0], self.shape[1] + 1)
+        shape = (self.micro_batches * self.shape[0], self.shape[1] + 1)
         self.tokens = torch.randint(0, config.model["vocab_size"], shape, generator=generator).to(self.device)
 
     def variants(self) -> dict[str, dict[str, str]]:
@@ -85,7 +86,7 @@ class Bench:
         """Model and optimizers as the trainer makes them."""
         torch.compiler.reset()
         config = self.config.model_copy(update={"model": self.config.model | changes})
-        model = build_model(config)
+        model = build_model(config.architecture())
         if name == TWO_BRANCH:
             for module in model.modules():
                 if isinstance(module, STU):
@@ -94,14 +95,8 @@ class Bench:
         return model.train(), build_optimizers(model, config.optimizer)
 
     def step(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-        """One optimizer step, as the trainer's."""
-        for index, windows in enumerate(self.tokens):
-            set_gradient_sync(model, index == self.micro_batches - 1, self.config)
-            outputs = model(input_ids=windows[:, :-1], shift_labels=windows[:, 1:], skip_logits=True)
-            (outputs.loss / self.micro_batches).backward()
-        self.update(model, optimizers)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        """Take one optimizer step, as the trainer does."""
+        train_step(model, optimizers, self.tokens, self.config, self.world)
 
     def update(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         """What a step does once its gradients are there."""
@@ -165,7 +160,7 @@ class Bench:
         captured = []
         hook = model.model.layers[0].register_forward_pre_hook(lambda _, inputs: captured.append(inputs))
         with torch.no_grad():
-            model(input_ids=self.tokens[0, :, :-1])
+            model(input_ids=self.tokens[: self.shape[0], :-1])
         hook.remove()
         ((x, context, *_),) = captured
         compiled = torch.compile if self.config.train.compile else lambda function: function
@@ -206,7 +201,7 @@ class Bench:
                 add("attention", name, count, lambda q, k, v, attend=attend: attend(q, k, v), *heads)
         add("MLPs", None, len(layers), layers[0].mlp.forward, normed)
 
-        labels = self.tokens[0, :, 1:]
+        labels = self.tokens[: self.shape[0], 1:]
         head, backend = model.lm_head, model.config.loss_backend
         hidden = normed.detach().requires_grad_()
 
