@@ -65,7 +65,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints and writes."""
+        """True for the process that prints and writes."""
         return self.rank == 0
 
     def barrier(self) -> None:

@@ -179,7 +179,7 @@ def _manifest(path: Path) -> dict[str, dict[str, int]]:
 
 
 def _has_parts(path: Path) -> bool:
-    """Whether some file of a checkpoint is there; of a directory that cannot be read, it is assumed."""
+    """Returns whether a directory has some file of a checkpoint; True if it cannot be read."""
     try:
         names = os.listdir(path)
     except OSError:

@@ -97,7 +97,7 @@ class TaskEvaluation:
         tokenizer: the run's.
 
     Raises:
-        UserError: for unknown tasks, or data that cannot be had.
+        UserError: for unknown tasks, or data that is not available.
     """
 
     def __init__(self, config: EvaluationConfig, world: World, tokenizer: Tokenizer) -> None:

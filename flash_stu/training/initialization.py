@@ -2,7 +2,7 @@
 
 The model is built on the meta device and sharded there. Then one module at a time gets real tensors on the CPU, drawn
 from a generator that is seeded by the run's seed and the module's name, and this process's part of them moves to its
-device. So neither the order of the modules nor the number of processes or the kind of device has a say in the weights.
+device. So the weights depend neither on the order of the modules nor on the number of processes or the kind of device.
 """
 
 import hashlib
@@ -113,7 +113,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A parameter if the tensor was one, else a plain tensor."""
+    """Returns the value as a parameter if the tensor is one."""
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 

@@ -89,7 +89,7 @@ class Metrics:
         """Log one optimizer step, and its loss again if it is a spike."""
         if not self.enabled:
             return
-        self._write(record.step, asdict(record))
+        self._write(**asdict(record))
         rate = f"{record.tokens_per_second:,.0f} tokens/s" + ("" if record.mfu is None else f", MFU {record.mfu:.1%}")
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {record.loss:.3f}, {rate}", refresh=False)
@@ -101,19 +101,19 @@ class Metrics:
                 flush=True,
             )
         if usual := self.spikes.check(record.loss):
-            self._write(record.step, {"step": record.step, "loss_spike": record.loss, "usual_loss": usual})
+            self._write(record.step, loss_spike=record.loss, usual_loss=usual)
             self._print(f"step {record.step}: loss spike, {record.loss:.4f} where {usual:.4f} is usual")
 
     def log_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """Log one validation."""
         if self.enabled:
-            self._write(step, {"step": step, "validation_loss": loss, "validation_bits_per_byte": bits_per_byte})
+            self._write(step, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
             self._print(f"step {step}: validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte")
 
     def log_tasks(self, step: int, scores: dict[str, float]) -> None:
         """Log the scores of tasks of the harness, {"evaluation/<task>/<metric>": value}."""
         if self.enabled:
-            self._write(step, {"step": step, **scores})
+            self._write(step, **scores)
             listed = ", ".join(f"{name.removeprefix('evaluation/')} {value:.4f}" for name, value in scores.items())
             self._print(f"step {step}: {listed}")
 
@@ -133,18 +133,18 @@ class Metrics:
         """Print a line, above the progress bar if there is one."""
         tqdm.write(text) if self.bar is not None else print(text, flush=True)
 
-    def _write(self, step: int, record: dict[str, float | None]) -> None:
+    def _write(self, step: int, **values: float | None) -> None:
         # JSON has no NaN
-        finite = {k: v if v is not None and math.isfinite(v) else None for k, v in record.items()}
+        finite = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
         if self.file is not None and self.failure is None:
             try:
-                line = (json.dumps(finite) + "\n").encode()
+                line = (json.dumps({"step": step} | finite) + "\n").encode()
                 while line:
                     line = line[self.file.write(line) :]
             except OSError as error:
                 self.failure = error
         if self.wandb is not None:
-            self.wandb.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=step)
+            self.wandb.log({k: v for k, v in values.items() if v is not None}, step=step)
 
 
 class SpikeDetector:

@@ -42,7 +42,7 @@ def join_world(config: RunConfig) -> Iterator[World]:
     if world_size() > 1 and strategy == "none":
         raise UserError(f"parallel.strategy is 'none' for {world_size()} processes; allowed: 'auto', 'ddp', 'fsdp'")
     device = local_device("cuda" if torch.cuda.is_available() else "cpu")
-    # later than the watchdog's, which knows who is to blame
+    # longer than the watchdog's, whose message names the process that hangs
     timeout = timedelta(minutes=2 * config.parallel.timeout_minutes + 1)
     backend = "nccl" if device.type == "cuda" else "gloo"
     with join(device, backend, timeout, group_of_one=strategy in ("ddp", "fsdp")) as world:

@@ -63,8 +63,8 @@ def as_markdown() -> str:
     """Returns docs/config.md."""
     blocks = [
         "# Settings\n\nGenerated from the code by `scripts/docs.py config`; `python train.py --list-settings` prints "
-        "the same. A run config is a YAML file with these sections, see configs/; `section.key=value` on the command line "
-        "overrides it. A setting without a default must be given."
+        "the same. A run config is a YAML file with these sections, see configs/; `section.key=value` on the command "
+        "line overrides it. A setting without a default must be given."
     ]
     for section in list_settings():
         rows = ["| setting | type | default | allowed | description |", "|---|---|---|---|---|"]

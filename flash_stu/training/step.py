@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from flash_stu.distributed import World
-from flash_stu.errors import UserError
 from flash_stu.training.parallel import clip_gradients, set_gradient_sync
 from flash_stu.training.run_config import RunConfig
 
@@ -20,7 +19,8 @@ class StepResult(NamedTuple):
     Attributes:
         loss: nats per token, the mean over the global batch.
         grad_norm: norm of all gradients before clipping.
-        taken: whether the weights were updated: False where loss or gradient was not finite.
+        taken: whether the weights were updated. A step whose loss or gradient is not finite is skipped: it uses up its
+            batch and its place in the schedule, and leaves weights and moments as they were.
         sums: of the values that the processes passed to `train_step`.
     """
 
@@ -31,7 +31,7 @@ class StepResult(NamedTuple):
 
 
 def unwatched(_mark: str) -> None:
-    """Ignore a mark: the default where no watchdog is told of the progress."""
+    """Ignore a mark; the default without a watchdog."""
 
 
 def train_step(
@@ -104,45 +104,3 @@ def token_loss(
 def dropout_seed(seed: int, step: int, rank: int) -> int:
     """Returns a seed for the random numbers of one step on one process, so that no generator's state is saved."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
-
-
-class SkippedSteps:
-    """Counts the steps left out because the loss or the gradient was not finite.
-
-    A skipped step uses up its batch and its place in the schedule, and leaves weights and moments as they were.
-
-    Args:
-        limit: steps in a row that are tolerated.
-        total: skipped so far in the run.
-        in_a_row: skipped since the last step that was taken.
-    """
-
-    def __init__(self, limit: int, total: int = 0, in_a_row: int = 0) -> None:
-        self.limit, self.total, self.in_a_row = limit, total, in_a_row
-
-    def add(self, taken: bool) -> None:
-        """Count one step.
-
-        Args:
-            taken: False if it was skipped.
-        """
-        self.total += not taken
-        self.in_a_row = 0 if taken else self.in_a_row + 1
-
-    @property
-    def too_many(self) -> bool:
-        """Whether the run should end."""
-        return self.in_a_row > self.limit
-
-    def error(self, step: int, checkpoint: object) -> UserError:
-        """Returns the error that ends the run.
-
-        Args:
-            step: the last one.
-            checkpoint: path of the weights from before the skipped steps.
-        """
-        return UserError(
-            f"loss or gradient not finite in {self.in_a_row} steps in a row, the last of them step {step} "
-            f"(train.max_skipped_steps is {self.limit}); {checkpoint} has the weights from before them. A lower "
-            "learning rate or float32 helps; the same command tries the next batches"
-        )

@@ -30,7 +30,7 @@ from flash_stu.training.parallel import parallelize
 from flash_stu.training.run_config import RunConfig
 from flash_stu.training.run_directory import RunDirectory
 from flash_stu.training.run_size import check_size
-from flash_stu.training.step import SkippedSteps, dropout_seed, train_step
+from flash_stu.training.step import dropout_seed, train_step
 from flash_stu.training.watchdog import Watchdog
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what cluster schedulers send before they take a machine away
@@ -71,7 +71,8 @@ class Trainer:
         self.steps = config.count_steps(len(data.train))
         self.step = 0  # optimizer steps done, with the one in progress
         self.seconds = 0.0  # spent on them
-        self.skipped = SkippedSteps(train.max_skipped_steps)
+        self.skipped = 0  # of them, because loss or gradient was not finite
+        self.skipped_in_a_row = 0  # since the last step that was taken
         self.data_digest = _digest(data.train, data.validation)
         self.run_id = uuid.uuid4().hex[:8]
         self.terminated = False  # this process got a stop signal
@@ -137,7 +138,8 @@ class Trainer:
         if unwritten:
             self.world.on_main(self.metrics.sync)  # raises
         self.stopping = terminated > 0  # one process's signal stops all of them, after the same step
-        self.skipped.add(result.taken)
+        self.skipped += not result.taken
+        self.skipped_in_a_row = 0 if result.taken else self.skipped_in_a_row + 1
         seconds = time.perf_counter() - start
         self.seconds += seconds
         tokens_per_second = self.config.train.global_batch_size / seconds
@@ -147,7 +149,7 @@ class Trainer:
                 loss=result.loss,
                 learning_rate=rate,
                 grad_norm=result.grad_norm,
-                skipped=self.skipped.total,
+                skipped=self.skipped,
                 tokens_per_second=tokens_per_second,
                 mfu=self.mfu_per_rate and self.mfu_per_rate * tokens_per_second,
                 memory_gib=peak_memory(self.world.device),
@@ -163,15 +165,21 @@ class Trainer:
             UserError: after too many skipped steps.
         """
         every, last = self.config.train, self.step == self.steps
+        too_many = self.skipped_in_a_row > every.max_skipped_steps
         if last or self.step % every.validation_every == 0:
             self._validate()
         if self.evaluation.due(self.step):
             self.metrics.log_tasks(self.step, self.evaluation.scores(self.model, self.watchdog.mark))
-        if last or self.stopping or self.skipped.too_many or self.step % every.checkpoint_every == 0:
-            self._save()
-        if self.skipped.too_many:
+        if last or self.stopping or too_many or self.step % every.checkpoint_every == 0:
+            self._save(skipped_in_a_row=0 if too_many else self.skipped_in_a_row)
+        if too_many:
             self.checkpoints.wait()
-            raise self.skipped.error(self.step, find_checkpoint(self.directory.path, self.step))
+            raise UserError(
+                f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row, the last of them step "
+                f"{self.step} (train.max_skipped_steps is {every.max_skipped_steps}); "
+                f"{find_checkpoint(self.directory.path, self.step)} has the weights from before them. "
+                "A lower learning rate or float32 helps; the same command tries the next batches"
+            )
 
     def _validate(self) -> None:
         self.metrics.log_validation(self.step, *self.validation.losses(self.model, self.world, self._mark))
@@ -190,10 +198,10 @@ class Trainer:
                     "was trained on so far; restore it, or choose another output_dir"
                 )
             self.step, self.seconds, self.run_id = state.step, state.seconds, state.run_id
-            self.skipped.total, self.skipped.in_a_row = state.skipped, state.skipped_in_a_row
+            self.skipped, self.skipped_in_a_row = state.skipped, state.skipped_in_a_row
             self._say(f"continuing {self.directory.path} after step {self.step} of {self.steps}")
 
-    def _save(self) -> None:
+    def _save(self, skipped_in_a_row: int) -> None:
         """Begin to write a checkpoint; training continues meanwhile."""
         self._mark("checkpoint")
         self.world.on_main(self.metrics.sync)
@@ -202,8 +210,8 @@ class Trainer:
             seconds=self.seconds,
             run_id=self.run_id,
             data=self.data_digest,
-            skipped=self.skipped.total,
-            skipped_in_a_row=0 if self.skipped.too_many else self.skipped.in_a_row,
+            skipped=self.skipped,
+            skipped_in_a_row=skipped_in_a_row,
         )
         self.checkpoints.save(state)
 

@@ -68,7 +68,7 @@ def scores_and_answers(trainer, own_tasks):
     scores = trainer.evaluation.scores(trainer.model)
     (task,) = load_tasks([TaskSpec(name="colours")], include_path=own_tasks)
     copy = whole_copy(trainer.model, trainer.world.device, torch.float32)
-    lm = EvaluatedLM(copy, load_tokenizer("bytes").to_transformers(), processes=trainer.evaluation.processes)
+    lm = EvaluatedLM(copy, load_tokenizer("bytes").to_transformers(), world=trainer.world)
     samples = run_task(lm, task)["samples"]
     return scores, [answer[0] for sample in samples for answer in sample["answers"]]
 

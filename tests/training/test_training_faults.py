@@ -594,11 +594,11 @@ def full_on_main(config_file: Path) -> str:
         opened(self, *arguments)
         write, lines = self._write, []
 
-        def limited(record):
-            lines.append(record)
+        def limited(step, **values):
+            lines.append(step)
             if len(lines) == 3:
                 os.dup2(os.open("/dev/full", os.O_WRONLY), self.file.fileno())
-            write(record)
+            write(step, **values)
 
         self._write = limited
 

@@ -1,30 +1,11 @@
-"""Skipped steps are counted in total and in a row; spikes are measured against the recent losses."""
+"""Loss spikes are measured against the recent losses."""
 
 import math
 import random
-import re
 
 import pytest
 
 from flash_stu.training.metrics import SpikeDetector
-from flash_stu.training.step import SkippedSteps
-
-
-def test_skipped_steps_are_counted():
-    skipped = SkippedSteps(limit=2)
-    for taken in (True, False, False, True):
-        skipped.add(taken)
-    assert (skipped.total, skipped.in_a_row, skipped.too_many) == (2, 0, False)
-
-
-def test_one_more_than_the_limit_in_a_row_is_too_many():
-    skipped = SkippedSteps(limit=2, total=5, in_a_row=1)
-    skipped.add(taken=False)
-    assert not skipped.too_many
-    skipped.add(taken=False)
-    assert skipped.too_many and skipped.total == 7
-    words = r"3 steps in a row, .* step 12 .*max_skipped_steps is 2.*checkpoints/step-12"
-    assert re.search(words, str(skipped.error(12, "checkpoints/step-12")))
 
 
 def test_a_spike_is_far_above_the_recent_losses():
