@@ -5,15 +5,23 @@ from flash_stu.errors import ArgumentParser, run_cli
 
 
 def main() -> None:
-    """Parse the command line and train, or with --dry-run say what would be trained."""
+    """Parse the command line and train, or print the size of the run or all settings."""
     parser = ArgumentParser(description="Train a model. A run that was stopped continues.")
-    parser.add_argument("--config", type=input_file, required=True, metavar="YAML", help="the run; see configs/")
+    parser.add_argument("--config", type=input_file, metavar="YAML", help="the run; see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the run's size, and exit")
+    parser.add_argument("--list-settings", action="store_true", help="print all settings of a run, and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the config's")
     arguments = parser.parse_intermixed_args()
+    if arguments.list_settings:
+        from flash_stu.training.settings_table import as_text
+
+        print(as_text())
+        return
+    if arguments.config is None:
+        parser.error("the following arguments are required: --config")
 
     from flash_stu.training import Trainer, join_world, load_config, world_size
-    from flash_stu.training.dry_run import describe
+    from flash_stu.training.run_size import describe
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:

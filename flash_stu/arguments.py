@@ -1,4 +1,4 @@
-"""Types of command line arguments: numbers within bounds, and paths that can be what they are meant for.
+"""Types of command line arguments: numbers within bounds, and paths of files and directories to read or write.
 
 Each is what argparse takes as `type`; argparse puts the argument's name before the message.
 """
@@ -15,7 +15,7 @@ from flash_stu.settings import LARGEST_COUNT, LARGEST_SEED, shown
 
 
 def integer(low: int = 1, high: int = LARGEST_COUNT) -> Callable[[str], int]:
-    """Whole numbers from low to high."""
+    """Returns a type for whole numbers from low to high."""
 
     def parse(text: str) -> int:
         try:
@@ -30,7 +30,7 @@ def integer(low: int = 1, high: int = LARGEST_COUNT) -> Callable[[str], int]:
 
 
 def number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
-    """Finite numbers from low to high; `above`: low itself is not allowed."""
+    """Returns a type for finite numbers from low to high; `above`: low itself is not allowed."""
 
     def parse(text: str) -> float:
         try:
@@ -49,14 +49,14 @@ SEED = integer(0, LARGEST_SEED)
 
 
 def printable(value: str) -> str:
-    """Something printable, such as a name."""
+    """Returns a printable text, such as a name."""
     if problem := why_not_text(value):
         raise ArgumentTypeError(f"{shown(value)}: {problem}")
     return value
 
 
 def any_path(value: str) -> str:
-    """The path of anything; `~` stands for the home directory."""
+    """Returns the path of anything; `~` stands for the home directory."""
     try:
         return expand(printable(value))
     except UserError as error:
@@ -64,7 +64,7 @@ def any_path(value: str) -> str:
 
 
 def input_file(value: str) -> str:
-    """The path of a file that is there and can be read."""
+    """Returns the path of an existing, readable file."""
     place = any_path(value)
     if not os.path.isfile(place):
         raise ArgumentTypeError(f"{place} {'is not a regular file' if os.path.exists(place) else 'does not exist'}")
@@ -72,7 +72,7 @@ def input_file(value: str) -> str:
 
 
 def input_directory(value: str) -> str:
-    """The path of a directory that is there and can be read."""
+    """Returns the path of an existing, readable directory."""
     place = any_path(value)
     if not os.path.isdir(place):
         raise ArgumentTypeError(f"{place} {'is not a directory' if os.path.exists(place) else 'does not exist'}")
@@ -80,7 +80,7 @@ def input_directory(value: str) -> str:
 
 
 def output_directory(value: str) -> str:
-    """The path of a directory that is there, or can be made."""
+    """Returns the path of a directory that exists or can be created."""
     place = any_path(value)
     if os.path.lexists(place) and not os.path.isdir(place):
         raise ArgumentTypeError(f"{place} exists and is not a directory")
@@ -88,7 +88,7 @@ def output_directory(value: str) -> str:
 
 
 def output_file(value: str) -> str:
-    """The path of a file that is there, or can be made."""
+    """Returns the path of a file that exists or can be created."""
     place = any_path(value)
     if os.path.lexists(place) and not os.path.isfile(place):
         raise ArgumentTypeError(f"{place} exists and is not a regular file")

@@ -1,4 +1,4 @@
-"""The processes that were started together: their places, how they meet, and what they exchange."""
+"""The processes that were started together: their ranks, how they meet, and what they exchange."""
 
 import os
 import socket
@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 
 from flash_stu.errors import UserError
 from flash_stu.orphans import end_with_launcher
@@ -63,11 +65,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """True for the process that prints and writes."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every process got here."""
+        """Wait until every process has called this."""
         if self.size > 1:
             dist.barrier()
 
@@ -79,38 +81,37 @@ class World:
         return total.tolist()
 
     def from_main(self, value: Any) -> Any:
-        """The main process's value, on every process."""
+        """Returns the main process's value on every process."""
         shared = [value]
         if self.size > 1:
             dist.broadcast_object_list(shared, src=0, device=self.device)
         return shared[0]
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Do something on the main process alone; returns its result on every process.
+        """Run something on the main process alone; returns its result on every process.
 
         Raises:
-            Exception: on the main process, whatever the work raised.
-            SystemExit: on the others, if it raised anything: they end with status 2, and one message is enough.
+            Exception: on the main process, as the work raised it.
+            SystemExit: on the others, with status 2, if the work raised an error: the main process reports it.
         """
-        result, failure = None, None
+        result = None
         if self.is_main:
             try:
                 result = work()
-            except Exception as error:
-                failure = error
-        result, failed = self.from_main((result, failure is not None))
-        if failed and not self.is_main:
+            except Exception:
+                self.from_main((None, True))
+                raise
+        result, failed = self.from_main((result, False))
+        if failed:
             time.sleep(_PAUSE)  # torchrun ends all as soon as one ends: let the main process finish its message
             raise SystemExit(2)
-        if failed:
-            raise failure
         return result
 
-    def gather(self, value: Any) -> list:
+    def gather(self, value: Any) -> list[Any]:
         """Returns what every process passes here, by rank, on every process."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size
+        values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
@@ -161,7 +162,7 @@ def join(device: torch.device, backend: str, timeout: timedelta, group_of_one: b
     if launch.size == 1 and not group_of_one:
         yield world
         return
-    store = dist.HashStore() if launch.size == 1 else _meet(launch)
+    store = HashStore() if launch.size == 1 else _meet(launch)
     dist.init_process_group(
         backend,
         store=store,
@@ -176,8 +177,18 @@ def join(device: torch.device, backend: str, timeout: timedelta, group_of_one: b
         dist.destroy_process_group()
 
 
-def _meet(launch: Launch) -> dist.Store:
-    """The store that all processes share, once all are connected to it."""
+def launcher_store(prefix: str) -> Store:
+    """Returns a new connection to the launcher's key-value store, so that no other use of it can block this one.
+
+    Args:
+        prefix: of all keys; a restart of the processes gets keys of its own.
+    """
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
+    return PrefixStore(f"{prefix}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _meet(launch: Launch) -> Store:
+    """Returns the store that all processes share, once all are connected to it."""
     host, port = os.environ.get("MASTER_ADDR"), _number("MASTER_PORT", 1, 65535)
     if not host:
         raise UserError(f"MASTER_ADDR is not set in the environment; {launch.size} processes need it to meet")
@@ -187,22 +198,22 @@ def _meet(launch: Launch) -> dist.Store:
     try:
         with _silence():
             if hosting:
-                store = dist.TCPStore("localhost", port, launch.size, True, waiting, multi_tenant=True)
+                store = TCPStore("localhost", port, launch.size, True, waiting, multi_tenant=True)
             else:
                 connecting = timedelta(seconds=CONNECT_SECONDS)
-                dist.TCPStore(host, port, is_master=False, timeout=connecting, wait_for_workers=False)
-                store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.size, timeout=waiting))
+                TCPStore(host, port, is_master=False, timeout=connecting, wait_for_workers=False)
+                store, _, _ = next(rendezvous("env://", launch.rank, launch.size, timeout=waiting))
     except dist.DistError as error:
         reason = str(error).partition("\n")[0][:200]
         raise UserError(
             f"the {launch.size} processes did not meet at MASTER_ADDR {host}, MASTER_PORT {port}: {reason}"
         ) from None
-    return dist.PrefixStore("default_pg", store)
+    return PrefixStore("default_pg", store)
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep what torch's C++ writes to stderr at every attempt to connect off it; its last error is raised anyway."""
+    """Discard what torch's C++ writes to stderr at every attempt to connect; its last error is raised anyway."""
     sys.stderr.flush()
     before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -224,9 +235,9 @@ def _resolve(host: str) -> None:
 
 def _number(name: str, low: int, high: int, default: int | None = None) -> int:
     text = os.environ.get(name)
-    if text is None and default is None:
-        raise UserError(f"{name} is not set in the environment; a launcher such as torchrun sets it")
     if text is None:
+        if default is None:
+            raise UserError(f"{name} is not set in the environment; a launcher such as torchrun sets it")
         return default
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
         raise UserError(f"{name} is {text[:80]!r} in the environment; allowed: {low} to {high}")

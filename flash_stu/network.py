@@ -1,4 +1,4 @@
-"""Whether a server can be reached, asked once and for seconds, before libraries ask it for minutes."""
+"""Checks whether a server can be reached, once and within seconds, before libraries try for minutes."""
 
 import functools
 import sys
@@ -29,7 +29,7 @@ def is_reachable(url: str) -> bool:
 def spare_the_hub() -> None:
     """Put the Hugging Face libraries into their offline mode if the hub cannot be reached.
 
-    They then read their caches only, and what is not there is an error at once, not after a minute of retries.
+    They then read their caches only, and raise an error for a missing entry without a minute of retries.
     """
     if huggingface_hub.constants.HF_HUB_OFFLINE or is_reachable(huggingface_hub.constants.ENDPOINT):
         return

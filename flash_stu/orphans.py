@@ -1,4 +1,4 @@
-"""A process that torchrun started ends when torchrun has died, instead of training on with nobody in charge of it."""
+"""Ends a process that torchrun started when torchrun has died, which would otherwise train on unsupervised."""
 
 import os
 import select
@@ -31,7 +31,10 @@ def _watch(parent: int) -> None:
 
 
 def _say(line: str) -> None:
-    """Write a line to stderr, unless that would block: nobody may be left to read a full pipe."""
+    """Write a line to stderr, unless that would block, as a full pipe that nobody reads does."""
+    if sys.__stderr__ is None:
+        return
     with suppress(OSError, ValueError):
-        if select.select([], [sys.__stderr__], [], 0)[1]:
-            os.write(sys.__stderr__.fileno(), f"{line}\n".encode())
+        stderr = sys.__stderr__.fileno()
+        if select.select([], [stderr], [], 0)[1]:
+            os.write(stderr, f"{line}\n".encode())

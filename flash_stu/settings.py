@@ -1,7 +1,9 @@
-"""Settings that a user writes: YAML read safely into typed, immutable sections; every refusal is one line."""
+"""Settings that a user writes: YAML read safely into typed, immutable sections; every error is one line."""
 
+import difflib
 import re
 import reprlib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,8 +90,8 @@ class _Loader(yaml.SafeLoader):
             problem = f"{shown(node.value)} is not {node.tag.rpartition(':')[2]}"
         raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
-        if not isinstance(node, yaml.MappingNode):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        if not isinstance(node, yaml.MappingNode):  # as the tag !!map says of any node
             return super().construct_mapping(node, deep)
         own = [key.value for key, _ in node.value if key.tag == "tag:yaml.org,2002:str"]
         repeated = {key for key in own if own.count(key) > 1}
@@ -133,19 +135,74 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
 
-def describe(error: ValidationError) -> str:
-    """Returns one line for the first of pydantic's complaints: the key, its value and what is allowed."""
+def override(settings: dict[str, Any], text: str) -> None:
+    """Apply one "section.key=value", the value in YAML, to nested settings in place.
+
+    Raises:
+        UserError: for another form, or a section that is a single value.
+    """
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"override {shown(text)}: expected section.key=value")
+    for part in parts[:-1]:
+        if settings.get(part) is None:
+            settings[part] = {}
+        settings = settings[part]
+        if not isinstance(settings, dict):
+            raise UserError(f"override {shown(text)}: {part} is a single value, not a section")
+    settings[parts[-1]] = parse_yaml(value, f"override {shown(text)}")
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def describe(error: ValidationError, root: type[Section] | None = None) -> str:
+    """Returns one line for the first of pydantic's complaints: the key, its value and what is allowed.
+
+    Args:
+        error: pydantic's.
+        root: the settings that were validated; names similar to an unknown one are suggested if given.
+    """
     first = error.errors()[0]
+    if first["type"] == "extra_forbidden" and root is not None:
+        return _describe_unknown(".".join(map(str, first["loc"])), root)
     key, value = ".".join(str(part) for part in first["loc"] if isinstance(part, str)), shown(first["input"])
+    context = first.get("ctx", {})
     match first["type"]:
         case "missing":
             return f"missing setting {key}"
-        case "value_error" if isinstance(first["ctx"]["error"], UserError):  # of a check that names its keys
-            return str(first["ctx"]["error"])
+        case "value_error" if isinstance(context["error"], UserError):  # of a check that names its keys
+            return str(context["error"])
         case "value_error":
-            return f"{key} is {value}; {first['ctx']['error']}"
+            return f"{key} is {value}; {context['error']}"
         case "literal_error":
-            return f"{key} is {value}; allowed: {first['ctx']['expected']}"
+            return f"{key} is {value}; allowed: {context['expected']}"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{key} is {value}; it is a section, a mapping of settings"
     return f"{key} is {value}; {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _describe_unknown(key: str, root: type[Section]) -> str:
+    known = _dotted_names(root)
+    section, _, name = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    elsewhere = [k for k in known if k.rpartition(".")[2] == name]
+    close = elsewhere or [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)]
+    hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(siblings.values())}"
+    return f"unknown setting {key}; {hint}"
+
+
+def _dotted_names(root: type[BaseModel]) -> list[str]:
+    """Returns the names of all settings, sections included."""
+    names = []
+    for name, field in root.model_fields.items():
+        names.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += [f"{name}.{key}" for key in field.annotation.model_fields]
+    return names

@@ -9,7 +9,7 @@ from flash_stu.errors import ArgumentParser, run_cli
 
 def main() -> None:
     """Parse the command line and export."""
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description="Write a step of a training run as a transformers model directory.")
     parser.add_argument(
         "--run", type=input_directory, required=True, metavar="DIR", help="run directory; it may be training still"
     )
@@ -19,7 +19,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from flash_stu.training.export import export_checkpoint, find_checkpoint
+    from flash_stu.training.checkpoint_export import export_checkpoint, find_checkpoint
 
     path = find_checkpoint(arguments.run, arguments.step)
     export_checkpoint(path, arguments.output)

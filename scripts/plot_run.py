@@ -9,10 +9,10 @@ from matplotlib.ticker import EngFormatter
 from flash_stu.arguments import input_directory, output_file
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.figures import check_figure_path, save_figure
-from flash_stu.training.config import load_config
-from flash_stu.training.metrics import read_metrics
+from flash_stu.training.metrics_file import read_metrics
+from flash_stu.training.run_config import load_config
 
-_LARGEST = 1e300  # what a plot has no place for: larger numbers, infinite ones, NaN
+_LARGEST = 1e300  # of a number that can be drawn
 
 
 def plot_runs(runs: list[str | Path], output: str | Path) -> Path:
@@ -61,7 +61,7 @@ def plot_runs(runs: list[str | Path], output: str | Path) -> Path:
 
 
 def read_losses(run: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(tokens seen, loss) of every step and of every validation of a run.
+    """Returns (tokens seen, loss) of every step, and of every validation, of a run.
 
     Raises:
         UserError: if the directory holds no run that has begun.
@@ -74,13 +74,18 @@ def read_losses(run: Path) -> tuple[list[tuple[int, float]], list[tuple[int, flo
     if not training:
         raise UserError(f"{run} is not a run directory with metrics; expected {run / 'metrics.jsonl'}")
     per_step = load_config(run / "config.yaml").train.global_batch_size
-    return tuple([(step * per_step, loss) for step, loss in points] for points in (training, validation))
+    return scaled(training, per_step), scaled(validation, per_step)
+
+
+def scaled(points: list[tuple[int, float]], factor: int) -> list[tuple[int, float]]:
+    """Returns the points with the first coordinate multiplied."""
+    return [(x * factor, y) for x, y in points]
 
 
 def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Mean over the 2 % of all points that lie around each, so that it does not lag behind."""
+    """Returns the points averaged over the 2 % of all that lie around each, so that the curve does not lag behind."""
     reach = len(points) // 100
-    smoothed = []
+    smoothed: list[tuple[int, float]] = []
     for index, (x, _) in enumerate(points):
         values = [y for _, y in points[max(0, index - reach) : index + reach + 1]]
         smoothed.append((x, sum(values) / len(values)))
@@ -92,7 +97,7 @@ def _are_numbers(record: dict, *keys: str) -> bool:
 
 
 def _labels(runs: list[Path]) -> list[str]:
-    """The runs' names, or their paths where names repeat."""
+    """Returns the runs' names, or their paths where names repeat."""
     names = [run.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 

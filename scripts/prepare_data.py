@@ -27,7 +27,7 @@ def main() -> int:
     part, parts = parse_part(arguments.part)
 
     from flash_stu.data import prepare, prepare_part
-    from flash_stu.training.config import load_config
+    from flash_stu.training.run_config import load_config
 
     config = load_config(arguments.config, arguments.overrides).data
 

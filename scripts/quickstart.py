@@ -15,17 +15,19 @@ from pathlib import Path
 
 from flash_stu.arguments import any_path
 from flash_stu.errors import ArgumentParser, UserError, run_cli
-from flash_stu.training.config import load_config
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "Return a list of the "
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    """Parse the command line and run the stages."""
+    parser = ArgumentParser(description="Train, distill, evaluate and generate on the embedded corpus.")
     parser.add_argument("--config", type=any_path, default="configs/quickstart.yaml", help="a run")
     args = parser.parse_args()
     started = time.perf_counter()
+
+    from flash_stu.training import load_config
 
     config = load_config(ROOT / args.config)
     run = Path(config.output_dir)
@@ -53,13 +55,13 @@ def main() -> None:
     print(f"\nall of it took {(time.perf_counter() - started) / 60:.1f} minutes")
 
 
-def stage(title: str, *command) -> None:
+def stage(title: str, *command: object) -> None:
     """Announce a stage and run it."""
     print(f"\n{'-' * 100}\n{title}", flush=True)
     call(*command)
 
 
-def call(*command) -> None:
+def call(*command: object) -> None:
     """Run one of the project's scripts in this interpreter's environment.
 
     Raises:
@@ -72,7 +74,7 @@ def call(*command) -> None:
 
 
 def summary(run: Path, lds: Path, results: Path, bench: Path, lengths: tuple[int, int]) -> str:
-    """The closing table, from the files that the stages wrote."""
+    """Returns the closing table, from the files that the stages wrote."""
     before = json.loads((ROOT / lds / "distillation.json").read_text())["comparison"]
     scores = json.loads((ROOT / results / "results.json").read_text())["models"]
     generation = json.loads((ROOT / bench / "generate.json").read_text())["rows"]

@@ -11,7 +11,7 @@ from flash_stu.data import Tokenizer, embedded_corpus, prepare
 from flash_stu.data.tokenizer import naming_documents
 from flash_stu.errors import UserError
 from flash_stu.files import read_text
-from flash_stu.training.config import load_config
+from flash_stu.training.run_config import load_config
 
 TOKENS = 8192
 _LARGEST = 1 << 40  # bytes; all of a text is in memory

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from flash_stu.data import Tokenizer, load_tokenizer
 from flash_stu.model.loading import load_model
 from flash_stu.model.source import is_checkpoint
-from flash_stu.training.export import load_checkpoint
+from flash_stu.training.checkpoint_export import load_checkpoint
 
 _TOKENIZER_FILES = (
     "tokenizer*",

@@ -1,4 +1,4 @@
-"""What a run says about its data."""
+"""The data section of a run config."""
 
 from pydantic import Field
 
@@ -7,27 +7,33 @@ from flash_stu.settings import Count, Section
 
 
 class DataConfig(Section):
-    """The text to train on and how it becomes tokens.
+    """The text to train on, and how it becomes tokens."""
 
-    Attributes:
-        dataset: "embedded" (the corpus inside every Python installation), a local .parquet, .jsonl, .json or .txt
-            file (the last three also compressed: .gz, .zst, .bz2), a directory or glob of such files, a directory of
-            token shards made earlier, or the name of a dataset on the Hugging Face hub.
-        subset: configuration of a hub dataset, such as "sample-10BT".
-        revision: commit or tag of a hub dataset; without one, whatever was current when it was tokenised.
-        text_column: column (parquet, hub) or key (jsonl) that holds the text.
-        tokenizer: see `load_tokenizer`.
-        cache_dir: where token shards are kept; the user's cache directory if None.
-        validation_fraction: share of the documents held out where the dataset has no validation split; of a single
-            document, the share of its text, at its end.
-        max_documents: read at most this many documents of the training files and of the validation files.
-    """
-
-    dataset: ExpandedPath = "embedded"
-    subset: str | None = None
-    revision: str | None = None
-    text_column: str = "text"
-    tokenizer: ExpandedPath = "bytes"
-    cache_dir: ExpandedPath | None = None
-    validation_fraction: float = Field(default=0.01, gt=0, lt=1)
-    max_documents: Count | None = None
+    dataset: ExpandedPath = Field(
+        default="embedded",
+        description="embedded (the corpus inside every Python installation), a local .parquet, .jsonl, .json or .txt "
+        "file (the last three also compressed: .gz, .zst, .bz2), a directory or glob of such files, a directory of "
+        "token shards made earlier, or the name of a dataset on the Hugging Face hub",
+    )
+    subset: str | None = Field(default=None, description="configuration of a hub dataset, such as sample-10BT")
+    revision: str | None = Field(
+        default=None, description="commit or tag of a hub dataset; null: what is current when it is tokenised"
+    )
+    text_column: str = Field(default="text", description="column (parquet, hub) or key (jsonl) that holds the text")
+    tokenizer: ExpandedPath = Field(
+        default="bytes",
+        description="bytes, tiktoken:NAME such as tiktoken:o200k_base, or name or folder of a Hugging Face tokenizer",
+    )
+    cache_dir: ExpandedPath | None = Field(
+        default=None, description="where token shards are kept; null: the user's cache directory"
+    )
+    validation_fraction: float = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="share of the documents held out where the dataset has no validation split; of a single document, "
+        "the share of its text, at its end",
+    )
+    max_documents: Count | None = Field(
+        default=None, description="read at most this many documents of the training and of the validation files"
+    )

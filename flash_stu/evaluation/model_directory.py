@@ -8,7 +8,7 @@ from flash_stu.errors import UserError
 from flash_stu.model.loading import check_tensors, load_model, load_model_tokenizer, read_model_config
 from flash_stu.model.source import find_source, is_checkpoint
 from flash_stu.model.weights import weight_files
-from flash_stu.training.export import load_checkpoint
+from flash_stu.training.checkpoint_export import load_checkpoint
 
 
 def check_model_dir(path: str | Path) -> Path:

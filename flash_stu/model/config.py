@@ -37,7 +37,7 @@ BOUNDS = {  # of every number of a model, both ends allowed; far outside what an
     "num_filters": (1, 2**14),
     "lds_state_dim": (2, 2**14),
 }
-_CHOICES = {
+CHOICES = {
     "position_embedding": ("rope", "alibi", "none"),
     "filter_basis": BASES,
     "stu_type": ("tensordot", "full"),
@@ -79,16 +79,19 @@ class FlashSTUConfig(PreTrainedConfig):
         filter_basis: "hankel" or "hankel_l", see flash_stu.filters.spectral.
         stu_type: "tensordot" or "full", see flash_stu.model.layers.stu.
         stu_branches: "shared", "separate" or "positive", see flash_stu.model.layers.stu.
-        lds_state_dim: state dimension of the LDS layers of a distilled model; None for STU layers.
+        lds_state_dim: state dimension of the LDS layers of a distilled model, even; None for STU layers.
         lds_trainable: train the decays of the LDS layers too, see flash_stu.model.layers.lds.
         lds_state_dtype: "float32" or "float64", of the states that generation carries from token to token.
         decode_backend: how the past is carried from token to token: "lds" for a distilled model; "futurefill",
             "futurefill_epoched" or "naive" for STU layers, see flash_stu.ops.futurefill; "auto" is the first that fits.
             Read at every prefill, so it can be changed on a model in use.
-        conv_backend: see flash_stu.ops.conv.choice.
-        attention_backend: see flash_stu.ops.attention.choice.
-        loss_backend: see flash_stu.ops.cross_entropy.
+        conv_backend: how the STU layers convolve, see flash_stu.ops.conv.choice.
+        attention_backend: how the attention layers attend, see flash_stu.ops.attention.choice.
+        loss_backend: how head and loss are computed, see flash_stu.ops.cross_entropy.
         use_cache: generate with a cache.
+        pad_token_id: token id of padding; None for none.
+        bos_token_id: token id that begins a text; None for none.
+        eos_token_id: token id, or ids, that end a text; None for none.
     """
 
     model_type = "flash_stu"
@@ -195,7 +198,7 @@ class FlashSTUConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Called by transformers on construction: raises a ValueError of one line for a model that cannot be built."""
-        for key, allowed in _CHOICES.items():
+        for key, allowed in CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} is {shown(getattr(self, key))}; allowed: {', '.join(allowed)}")
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -6,6 +6,7 @@ parallelism, training or distillation; those act on it from outside.
 """
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -104,6 +105,18 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
         config = self.config
         _, phi = spectral_filters(config.max_position_embeddings, config.num_filters, config.filter_basis)
         hf_init.copy_(module.phi, phi.to(module.phi.dtype))
+
+    def initialize_module(self, module: nn.Module) -> None:
+        """Draw the initial weights of one of the model's modules, without those of the modules in it."""
+        self._init_weights(module)
+
+    def stays_float32(self, name: str) -> bool:
+        """Returns whether a tensor of the model is float32 in a model of another dtype."""
+        return name.rpartition(".")[2] in (self._keep_in_fp32_modules_strict or ())
+
+    def may_be_missing(self, name: str) -> bool:
+        """Returns whether a stored model may lack a tensor, which is zero then."""
+        return any(re.search(pattern, name) for pattern in self._keys_to_ignore_on_load_missing or ())
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the directory also loads where nothing of ours is imported (trust_remote_code=True)."""

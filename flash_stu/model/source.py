@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_stu.errors import UserError
 from flash_stu.model.loading import load_model, load_model_tokenizer, resolve_model_dir
-from flash_stu.training.checkpoint import list_steps
-from flash_stu.training.export import load_checkpoint
+from flash_stu.training.checkpoint_export import load_checkpoint
+from flash_stu.training.checkpoint_folder import list_steps
 
 
 def find_source(path: str | Path, purpose: str = "used") -> Path:

@@ -1,9 +1,13 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, without pickle.
+"""Saving and resuming: weights, moments and run state, in safetensors and JSON, without pickle.
 
-Every process copies the tensors it holds to CPU memory and goes on training while a thread writes the copies, with
+Every process copies the tensors it holds to CPU memory and continues to train while a thread writes the copies, with
 torch.distributed.checkpoint, into a safetensors file of its own; nothing is gathered. Each file says which part of
-which tensor it holds, so any number of processes can load them, whatever their parallel strategy. What a checkpoint
-looks like on disk and when it is complete is told in checkpoint_folder.
+which tensor it holds, so any number of processes can load them, whatever their parallel strategy. See checkpoint_folder
+for the files.
+
+The thread is not dcp.async_save's, which ends when the tensors are written: manifest, renaming and pruning follow, with
+an exchange between the processes each. get_optimizer_state_dict is not used because it takes a step to fill an
+optimizer that has no state yet.
 """
 
 import warnings
@@ -11,29 +15,29 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future as TorchFuture
 from torch.nn.parallel import DistributedDataParallel
 
 from flash_stu import files
+from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.files import DamagedError
 from flash_stu.training import checkpoint_folder
-from flash_stu.training.checkpoint_folder import RunState, list_steps, load_weights
-from flash_stu.training.parallel import World
-
-__all__ = ["Checkpointer", "RunState", "list_steps", "load_weights"]
+from flash_stu.training.checkpoint_folder import RunState
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is no mistake
 
@@ -66,21 +70,22 @@ class Checkpointer:
             optimizers: over disjoint parts of the model's parameters.
             world: the processes.
             keep: how many of the newest checkpoints stay.
-            keep_every: checkpoints whose step is divisible by it stay for ever.
+            keep_every: checkpoints whose step is divisible by it stay too.
             report: gets a line about every damaged checkpoint, on the main process; called from any thread.
         """
         self.folder, self.optimizers, self.world = folder, optimizers, world
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self.keep, self.keep_every, self.report = keep, keep_every, report
         # training communicates at the same time as the thread, so they cannot share a group
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = group if isinstance(group, dist.ProcessGroup) else None
         self._thread = ThreadPoolExecutor(1, "checkpoint", _use, (world.device,))
         self._writing: Future | None = None
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             self.wait()
         except UserError as failure:
@@ -91,7 +96,7 @@ class Checkpointer:
             self._thread.shutdown()
 
     def save(self, state: RunState) -> None:
-        """Begin to write the checkpoint of a step; returns when everything is copied, and may change.
+        """Begin to write the checkpoint of a step; returns when everything is copied.
 
         Args:
             state: the run's. A checkpoint of the same step is replaced.
@@ -132,7 +137,7 @@ class Checkpointer:
             OSError: if the folder cannot be read or changed.
         """
         self._on_main(lambda: files.sweep_directory(self.folder))
-        steps = self._on_main(lambda: list_steps(self.folder))
+        steps = self._on_main(lambda: checkpoint_folder.list_steps(self.folder))
         if not steps:
             return None
         damaged = []
@@ -152,7 +157,7 @@ class Checkpointer:
         return state
 
     def _moments(self) -> dict[str, torch.Tensor]:
-        """The optimizers' tensors by their names on disk: none before the first step."""
+        """Returns the optimizers' tensors by their names on disk; none before the first step."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return {
             f"optimizer.{names[parameter]}.{key}": tensor
@@ -168,7 +173,7 @@ class Checkpointer:
                 begin = checkpoint_folder.begin
                 path = self._on_main(lambda: begin(self.folder, state.step, stack, self._report))
                 writer = _Writer(str(path), layout, save_distributed=True)
-                dcp.save(copies, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+                save(copies, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
                 parts = self._everywhere(lambda: {name: files.describe(path / name) for name in writer.written})
                 written = {name: entry for part in parts for name, entry in part.items()}
                 self._on_main(lambda: self._complete(stack, path, state, written))
@@ -183,7 +188,7 @@ class Checkpointer:
         checkpoint_folder.prune(self.folder, self.keep, self.keep_every)
 
     def _verify(self, path: Path) -> RunState:
-        """The run state of a checkpoint, if its files are as they were written; each process reads its part of them."""
+        """Returns the run state of a checkpoint after comparing its files with the manifest, each process a part."""
         state, names = self._on_main(lambda: (checkpoint_folder.read_state(path), checkpoint_folder.tensor_files(path)))
         self._everywhere(lambda: files.verify(path, names[self.world.rank :: self.world.size]))
         return state
@@ -198,7 +203,8 @@ class Checkpointer:
 
     def _read(self, path: Path) -> None:
         weights, parameters = checkpoint_folder.own_tensors(self.model), dict(self.model.named_parameters())
-        states, moments = {}, {}  # of each parameter; of all, by their names on disk
+        states: dict[str, dict[str, torch.Tensor]] = {}  # of each parameter
+        moments: dict[str, torch.Tensor] = {}  # of all, by their names on disk
 
         def prepare() -> HuggingFaceStorageReader:
             reader, saved = checkpoint_folder.open_reader(path)
@@ -212,7 +218,7 @@ class Checkpointer:
             return reader
 
         reader = self._here(prepare)
-        dcp.load(weights | moments, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+        load(weights | moments, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         names = {parameter: name for name, parameter in parameters.items()}
         for optimizer in self.optimizers:
             owners = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
@@ -220,17 +226,18 @@ class Checkpointer:
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
     def _here(self, work: Callable[[], T]) -> T:
-        """Do something on every process; returns what it returned on this one, or fails as `_everywhere`."""
+        """Run something on every process; returns its result on this one, or raises as `_everywhere`."""
         results = []
         self._everywhere(lambda: results.append(work()))
         return results[0]
 
     def _on_main(self, work: Callable[[], T]) -> T:
-        """Do something on the main process alone; what it returned, or failed with, everywhere."""
-        return self._everywhere(lambda: work() if self.world.is_main else None)[0]
+        """Run something on the main process alone; returns its result on every process, or raises as `_everywhere`."""
+        results = self._everywhere(lambda: [work()] if self.world.is_main else [])
+        return results[0][0]
 
     def _everywhere(self, work: Callable[[], T]) -> list[T]:
-        """Do something on every process; what each returned, by rank.
+        """Run something on every process; returns the results by rank.
 
         Raises:
             UserError, OSError: on every process, if it failed on one.
@@ -242,7 +249,7 @@ class Checkpointer:
             result = work()
         except Exception as error:
             failure = error
-        outcomes: list = [None] * self.world.size
+        outcomes: list[Any] = [None] * self.world.size
         told = failure and (isinstance(failure, UserError), str(failure))
         dist.all_gather_object(outcomes, (result, told), group=self._group)
         for rank, (_, told) in enumerate(outcomes):
@@ -261,15 +268,16 @@ class _Writer(HuggingFaceStorageWriter):
 
     written: frozenset[str] = frozenset()
 
-    def write_data(self, plan, planner):
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
         results = super().write_data(plan, planner)
         self.written = frozenset(result.storage_data.relative_path for result in results.value())
         return results
 
 
 def _assign_files(tensors: dict[str, torch.Tensor], size: int) -> dict[str, int]:
-    """The number of the file, from 1 on, into which to write each tensor, so that a file is about `size` bytes."""
-    numbers, total = {}, 0
+    """Returns the number of each tensor's file, from 1 on, so that a file is about `size` bytes."""
+    numbers: dict[str, int] = {}
+    total = 0
     for name, tensor in tensors.items():
         numbers[name] = 1 + total // size
         total += tensor.nbytes
@@ -277,18 +285,18 @@ def _assign_files(tensors: dict[str, torch.Tensor], size: int) -> dict[str, int]
 
 
 def _use(device: torch.device) -> None:
-    """Make a GPU the thread's own: threads begin with the first one, and would take memory there."""
+    """Select a thread's GPU: a thread begins with the first one, and would allocate memory there."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def _room(entry: TensorStorageMetadata, parameter: nn.Parameter) -> torch.Tensor:
-    """An empty tensor for one of an optimizer's, sharded like the parameter if it has the same shape."""
+    """Returns an empty tensor for one of an optimizer's, sharded like the parameter if it has the same shape."""
     if entry.size == parameter.shape:
         return torch.empty_like(parameter, dtype=entry.properties.dtype)
     return torch.empty(entry.size, dtype=entry.properties.dtype)
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in one line: of a failed checkpoint, its first process's error."""
+    """Returns the cause of an error in one line; of a failed checkpoint, that of its first process."""
     return files.reason(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: one directory step-N each, complete as soon as it has that name.
+"""Checkpoints on disk: one directory step-N each, which gets that name when it is complete.
 
 step-N/ holds safetensors files, each written by one process, with every tensor's place in the whole in their headers;
 state.json, what else the run needs to continue; and the manifest of flash_stu.files, by which all of them are verified.
@@ -12,10 +12,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, TensorStorageMetadata
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flash_stu import files
 from flash_stu.errors import UserError
@@ -26,7 +26,7 @@ STATE = "state.json"
 
 
 class RunState(BaseModel):
-    """What a run needs besides its tensors to continue as if it had never stopped."""
+    """The state of a run besides its tensors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -41,7 +41,7 @@ class RunState(BaseModel):
 def list_steps(folder: Path) -> list[int]:
     """Returns the steps of the checkpoints in a folder, intact or not, oldest first.
 
-    A step-N without any file of a checkpoint is something else.
+    A step-N without any file of a checkpoint is left out.
 
     Raises:
         OSError: if the folder cannot be read.
@@ -67,8 +67,8 @@ def read_state(path: Path) -> RunState:
         state = RunState.model_validate_json((path / STATE).read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise DamagedError(f"{STATE} is not a run state: {key and key + ': '}{files.reason(first['msg'])}") from None
+        key, problem = ".".join(map(str, first["loc"])), " ".join(first["msg"].split())
+        raise DamagedError(f"{STATE} is not a run state: {key and key + ': '}{problem}") from None
     if path.name != f"step-{state.step}":
         raise DamagedError(f"{STATE} is of step {state.step}")
     return state
@@ -89,10 +89,14 @@ def open_reader(path: Path) -> tuple[HuggingFaceStorageReader, dict[str, TensorS
     Raises:
         OSError, DamagedError: if a tensor is not there in full.
     """
+    names = [str(path / name) for name in tensor_files(path)]
     reader = HuggingFaceStorageReader(str(path))
-    reader.fs.ls = lambda _: [str(path / name) for name in tensor_files(path)]  # others may lie beside them
-    saved = reader.read_metadata().state_dict_metadata
-    for name, entry in saved.items():
+    reader.fs.ls = lambda _: names  # pyright: ignore[reportAttributeAccessIssue]  # other files may lie beside them
+    saved: dict[str, TensorStorageMetadata] = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise DamagedError(f"{name} is not a tensor")
+        saved[name] = entry
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
             raise DamagedError(f"a part of {name} is missing")
     return reader, saved
@@ -119,33 +123,6 @@ def check_weights(path: Path, saved: dict[str, TensorStorageMetadata], expected:
             or saved[name].properties.dtype != expected[name].dtype
         ):
             raise UserError(f"the checkpoint {path} is another model's: they differ in {name}")
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Give a model the weights and buffers of a checkpoint, on the CPU.
-
-    Args:
-        path: the checkpoint.
-        model: may be on the meta device; its tensors are replaced.
-
-    Raises:
-        UserError: if the checkpoint is not there, not as it was written, or another model's.
-    """
-    try:
-        read_state(path)
-        files.verify(path)
-        reader, saved = open_reader(path)
-    except (OSError, DamagedError) as error:
-        raise UserError(f"damaged checkpoint {path}: {error}") from error
-    check_weights(path, saved, own_tensors(model))
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in saved.items()
-        if name.startswith("model.")
-    }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
-    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    model.load_state_dict(weights, assign=True, strict=False)  # tied ones have other names too
 
 
 def begin(folder: Path, step: int, stack: ExitStack, report: Callable[[str], None]) -> Path:
@@ -202,7 +179,7 @@ def _manifest(path: Path) -> dict[str, dict[str, int]]:
 
 
 def _has_parts(path: Path) -> bool:
-    """Whether some file of a checkpoint is there; of a directory that cannot be read, it is assumed."""
+    """Returns whether a directory has some file of a checkpoint; True if it cannot be read."""
     try:
         names = os.listdir(path)
     except OSError:

@@ -1,25 +1,91 @@
-"""Tasks of lm-eval-harness during training, scored on the model as an export of this step would be.
+"""Evaluation between steps: the validation loss, and tasks of lm-eval-harness.
 
-Every process gathers a whole copy of the model in the dtype of evaluation, so the requests can be divided like those
-of evaluate.py whatever the strategy is, and nothing of the training model is touched. The copy takes as much memory as
-the exported model while the tasks run.
+The tasks are scored on the model as an export of this step would be. Every process gathers a whole copy of the model in
+the dtype of evaluation, so the requests can be divided like those of evaluate.py whatever the strategy is, and nothing
+of the training model is touched. The copy takes as much memory as the exported model while the tasks run.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from flash_stu.data import Tokenizer
+from flash_stu.data import TokenDataset, Tokenizer
 from flash_stu.devices import default_dtype
+from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.model.modeling import FlashSTUForCausalLM
-from flash_stu.training.config import EvaluationConfig
-from flash_stu.training.parallel import World
+from flash_stu.training.initialization import build_model
+from flash_stu.training.parallel import free_gathered
+from flash_stu.training.run_config import EvaluationConfig, RunConfig
+from flash_stu.training.step import token_loss, unwatched
+
+
+class ValidationWindows:
+    """The same windows at every validation, evenly spread over the split."""
+
+    def __init__(self, dataset: TokenDataset, config: RunConfig) -> None:
+        self.dataset = dataset
+        self.length = config.train.sequence_length
+        self.batch_size = config.train.micro_batch_size
+        available = (len(dataset) - 1) // self.length
+        if available < 1:
+            raise UserError(
+                f"train.sequence_length is {self.length}; the validation split has only {len(dataset)} tokens"
+            )
+        wanted = config.train.validation_tokens
+        count = available if wanted is None else min(available, max(1, wanted // self.length))
+        self.starts = [i * available // count * self.length for i in range(count)]
+        self.tokens_per_byte = len(dataset) / dataset.num_bytes
+
+    def batches(self, world: World) -> Iterator[tuple[torch.Tensor, int]]:
+        """Yield (windows, how many of them count, from the front) for this process.
+
+        Every process gets the same number of batches, since a forward pass may have to be made by all
+        together, and all batches have one shape, since compiled blocks would be compiled again for another:
+        the last ones are filled up with copies.
+        """
+        for first in range(0, len(self.starts), self.batch_size * world.size):
+            begin = first + world.rank * self.batch_size
+            starts = self.starts[begin : begin + self.batch_size]
+            filled = starts + self.starts[:1] * (self.batch_size - len(starts))
+            windows = [self.dataset.window(start, self.length + 1) for start in filled]
+            yield torch.from_numpy(np.stack(windows).astype(np.int64)), len(starts)
+
+    @torch.no_grad()
+    def losses(self, model: nn.Module, world: World, mark: Callable[[str], object] = unwatched) -> tuple[float, float]:
+        """Returns the mean loss over the windows in nats per token and in bits per byte; for all processes alike.
+
+        Args:
+            model: as `parallelize` returned it; in eval mode afterwards.
+            world: the processes.
+            mark: called before each batch.
+        """
+        model.eval()
+        nats, windows = torch.zeros((), device=world.device), 0
+        for batch, counted in self.batches(world):
+            mark("validation")
+            nats = nats + token_loss(model, batch, world.device, counted or None) * counted  # of none: finite times 0
+            windows += counted
+        free_gathered(model)
+        total_nats, total_windows = world.sum(nats, windows)
+        loss = total_nats / total_windows
+        return loss, loss / math.log(2) * self.tokens_per_byte
+
+    @torch.no_grad()
+    def try_forward(self, model: nn.Module, world: World) -> None:
+        """Run one forward pass, so that a back end that cannot run here raises before anything is written."""
+        model.eval()
+        batch, _ = next(self.batches(world))
+        token_loss(model, batch, world.device)
+        free_gathered(model)
 
 
 class TaskEvaluation:
@@ -31,7 +97,7 @@ class TaskEvaluation:
         tokenizer: the run's.
 
     Raises:
-        UserError: for unknown tasks, or data that cannot be had.
+        UserError: for unknown tasks, or data that is not available.
     """
 
     def __init__(self, config: EvaluationConfig, world: World, tokenizer: Tokenizer) -> None:
@@ -54,15 +120,15 @@ class TaskEvaluation:
             raise UserError(f"evaluation.tasks: {error}") from None
 
     def due(self, step: int) -> bool:
-        """Whether the tasks are to be run after this step."""
+        """Returns whether the tasks are to be run after this step."""
         return bool(self.tasks) and step % self.config.every == 0
 
-    def scores(self, model: nn.Module, mark: Callable[[str], object] = lambda what: None) -> dict[str, float]:
+    def scores(self, model: nn.Module, mark: Callable[[str], object] = unwatched) -> dict[str, float]:
         """Run the tasks; to be called by all processes alike.
 
         Args:
             model: as parallelize returned it.
-            mark: told now and then what is being done.
+            mark: called now and then with what is being done.
 
         Returns:
             "evaluation/<task>/<metric>": value, the same on every process.
@@ -86,24 +152,22 @@ class TaskEvaluation:
 
 @torch.no_grad()
 def whole_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> FlashSTUForCausalLM:
-    """A plain model with the weights of one in training; to be called by all processes alike.
+    """Returns a plain model with the weights of one in training; to be called by all processes alike.
 
     Args:
         model: as parallelize returned it: sharded, wrapped or neither.
         device: where to put the copy.
         dtype: of the copy; what must stay float32 does.
     """
-    source = model.module if isinstance(model, DistributedDataParallel) else model
-    with torch.device("meta"):
-        copy = FlashSTUForCausalLM(deepcopy(source.config))
+    source = cast(FlashSTUForCausalLM, model.module if isinstance(model, DistributedDataParallel) else model)
+    copy = build_model(deepcopy(source.config))
     tied = copy.config.tie_word_embeddings
     state = {}
     for name, tensor in source.state_dict().items():
         if tied and name == "lm_head.weight":
             continue
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        exact = name.rpartition(".")[2] in copy._keep_in_fp32_modules_strict
-        state[name] = whole.to(device, torch.float32 if exact else dtype, copy=True)
+        state[name] = whole.to(device, torch.float32 if copy.stays_float32(name) else dtype, copy=True)
     copy.load_state_dict(state, strict=not tied, assign=True)
     copy.tie_weights()
     return copy.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""How much arithmetic a token needs, and how much a GPU could do: the two sides of MFU (model FLOPs utilisation).
+"""FLOPs per token of a model and peak rates of GPUs, for MFU (model FLOPs utilisation).
 
 Model FLOPs per token of a sequence of L tokens, a multiplication and an addition counted as two, with D = hidden_size,
 I = intermediate_size, V = vocab_size, H heads and G key-value heads of size D / H:
@@ -56,7 +56,7 @@ _TERAFLOPS = (
 
 
 def forward_flops(config: FlashSTUConfig, length: int) -> dict[str, float]:
-    """FLOPs per token of a forward pass, by part.
+    """Returns the FLOPs per token of a forward pass, by part.
 
     Args:
         config: the model's.
@@ -66,9 +66,9 @@ def forward_flops(config: FlashSTUConfig, length: int) -> dict[str, float]:
         {"projections", "conv", "attention", "mlp", "head"}, summed over the layers; formulas at the head of this file.
     """
     size = config.hidden_size
-    attention_layers = config.layer_types.count("sliding_attention")
+    attention_layers = (config.layer_types or []).count("sliding_attention")
     linear_layers = config.num_hidden_layers - attention_layers
-    grouped = config.num_key_value_heads / config.num_attention_heads
+    grouped = (config.num_key_value_heads or config.num_attention_heads) / config.num_attention_heads
     full = config.stu_type == "full"
     matrices = _features(config) if full else 1
     return {
@@ -81,12 +81,12 @@ def forward_flops(config: FlashSTUConfig, length: int) -> dict[str, float]:
 
 
 def train_flops(config: FlashSTUConfig, length: int) -> float:
-    """FLOPs per token of a training step: three times the forward pass."""
+    """Returns the FLOPs per token of a training step: three times the forward pass."""
     return 3 * sum(forward_flops(config, length).values())
 
 
 def mean_keys(length: int, window: int) -> float:
-    """How many keys a token sees on average: the mean over t < length of min(t + 1, window)."""
+    """Returns the keys that a token sees on average: the mean over t < length of min(t + 1, window)."""
     ramp = min(length, window)
     return (ramp * (ramp + 1) / 2 + (length - ramp) * window) / length
 
@@ -96,7 +96,7 @@ def _features(config: FlashSTUConfig) -> int:
 
 
 def _convolution(config: FlashSTUConfig, length: int) -> float:
-    """One layer's convolution and filters, per token."""
+    """Returns the FLOPs per token of one layer's convolution and filters."""
     size, dilation = config.hidden_size, config.stu_dilation
     taps = math.ceil(length / dilation)
     padded = 2 * taps
@@ -113,7 +113,7 @@ def _convolution(config: FlashSTUConfig, length: int) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The rate of matrix products that a GPU's maker states, in FLOP/s.
+    """Returns the rate of matrix products that a GPU's maker states, in FLOP/s.
 
     Args:
         device: of the model.

@@ -2,11 +2,11 @@
 
 The model is built on the meta device and sharded there. Then one module at a time gets real tensors on the CPU, drawn
 from a generator that is seeded by the run's seed and the module's name, and this process's part of them moves to its
-device. So neither the order of the modules nor the number of processes or the kind of device has a say in the weights.
+device. So the weights depend neither on the order of the modules nor on the number of processes or the kind of device.
 """
 
 import hashlib
-import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,23 +15,31 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flash_stu.errors import UserError
+from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.loading import resolve_model_dir
+from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.model.weights import StoredTensor, check_finite, find_tensors
 
 
+def build_model(config: FlashSTUConfig) -> FlashSTUForCausalLM:
+    """Returns a model on the meta device: shapes and names, without memory for its tensors."""
+    with torch.device("meta"):
+        return FlashSTUForCausalLM(config)
+
+
 @torch.no_grad()
-def initialize(model: nn.Module, device: torch.device, seed: int) -> None:
+def initialize(model: FlashSTUForCausalLM, device: torch.device, seed: int) -> None:
     """Give a model on the meta device its initial weights.
 
     Args:
-        model: a FlashSTUForCausalLM built on the meta device, its parameters sharded by FSDP2 or not; changed in place.
+        model: on the meta device, its parameters sharded by FSDP2 or not; changed in place.
         device: this process's.
         seed: of the run.
     """
 
     def fill(module: nn.Module, name: str) -> None:
         torch.manual_seed(_module_seed(seed, name))
-        model._init_weights(module)
+        model.initialize_module(module)
 
     _materialize(model, device, fill)
 
@@ -49,7 +57,7 @@ def check_initial_weights(directory: str | Path) -> dict[str, StoredTensor]:
 
 
 @torch.no_grad()
-def read_initial_weights(model: nn.Module, device: torch.device, directory: str | Path) -> None:
+def read_initial_weights(model: FlashSTUForCausalLM, device: torch.device, directory: str | Path) -> None:
     """Give a model on the meta device the weights of a transformers directory, one module at a time.
 
     Args:
@@ -62,14 +70,12 @@ def read_initial_weights(model: nn.Module, device: torch.device, directory: str 
     stored = check_initial_weights(directory)
 
     def fill(module: nn.Module, name: str) -> None:
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        for key, tensor in _own_tensors(module):
             weight = f"{name}.{key}"
-            if tensor is None:
-                continue
-            if weight not in stored and any(re.search(key, weight) for key in model._keys_to_ignore_on_load_missing):
-                tensor.zero_()  # as they are in a distilled model that is made trainable
-                continue
             if weight not in stored:
+                if model.may_be_missing(weight):
+                    tensor.zero_()  # as they are in a distilled model that is made trainable
+                    continue
                 raise UserError(f"train.initial_weights {directory} has no weight {weight}")
             with safe_open(stored[weight].file, framework="pt") as file:
                 value = file.get_tensor(weight)
@@ -84,29 +90,31 @@ def read_initial_weights(model: nn.Module, device: torch.device, directory: str 
     _materialize(model, device, fill)
 
 
-def _materialize(model: nn.Module, device: torch.device, fill) -> None:
+def _materialize(model: nn.Module, device: torch.device, fill: Callable[[nn.Module, str], None]) -> None:
     """Replace every meta tensor by this process's part of a real one that `fill(module, name)` has written."""
-    placed = {}  # by the meta tensor, so that tied weights stay one tensor
+    placed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by the meta tensor, so that tied weights stay one
     for name, module in model.named_modules():
-        own = [
-            (registry, key, tensor)
-            for registry in (module._parameters, module._buffers)
-            for key, tensor in registry.items()
-            if tensor is not None
-        ]
-        if any(id(tensor) not in placed for _, _, tensor in own):
-            for registry, key, tensor in own:
-                registry[key] = _like(tensor, torch.empty(tensor.shape, dtype=tensor.dtype))
+        own = list(_own_tensors(module))
+        if any(id(tensor) not in placed for _, tensor in own):
+            for key, tensor in own:
+                setattr(module, key, _like(tensor, torch.empty(tensor.shape, dtype=tensor.dtype)))
             fill(module, name)
-            for registry, key, tensor in own:
+            for key, tensor in own:
                 if id(tensor) not in placed:
-                    placed[id(tensor)] = tensor, _like(tensor, _local_part(registry[key].data, tensor, device))
-        for registry, key, tensor in own:
-            registry[key] = placed[id(tensor)][1]
+                    part = _local_part(getattr(module, key).data, tensor, device)
+                    placed[id(tensor)] = tensor, _like(tensor, part)
+        for key, tensor in own:
+            setattr(module, key, placed[id(tensor)][1])
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a module's parameters and buffers by name, without those of the modules in it; tied ones too."""
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    yield from module.named_buffers(recurse=False, remove_duplicate=False)
 
 
 def _like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A parameter if the tensor was one, else a plain tensor."""
+    """Returns the value as a parameter if the tensor is one."""
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 

@@ -1,82 +1,83 @@
-"""What a run says: metrics.jsonl, wandb beside it, a progress bar on a terminal or plain lines elsewhere."""
+"""Reports of a run: metrics.jsonl, wandb beside it, a progress bar on a terminal or plain lines elsewhere."""
 
+import importlib.util
 import json
 import math
 import os
 import resource
-import shutil
+import statistics
 import sys
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
-from types import TracebackType
+from typing import TYPE_CHECKING, Literal
 
+import requests
 import torch
 from tqdm import tqdm
 
 from flash_stu import files
-from flash_stu.training.config import RunConfig
-from flash_stu.training.tracking import start_wandb
+from flash_stu.errors import UserError
+from flash_stu.network import is_reachable
+from flash_stu.training.metrics_file import StepRecord, keep_lines_up_to, read_metrics
+from flash_stu.training.run_config import RunConfig
 
-# What differs between two equal runs; all else is the same to the last bit on a CPU.
-MEASURED = ("tokens_per_second", "mfu", "memory_gib", "data_wait", "time")
-_LARGEST = 1 << 63  # integers from here on are no values of ours, and too large for a float or a plot
+if TYPE_CHECKING:
+    import wandb
+
+_SERVER = "https://api.wandb.ai"
+_INIT_SECONDS = 60
+_CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+_WINDOW = 100  # steps that say what a usual loss is
+_FEWEST = 20
+_SPIKE = 6.0  # standard deviations
 
 
 class Metrics:
-    """The log of one process's stretch of a run; a context manager. Only the main process's says anything.
+    """The log of a run, written by the main process alone; a context manager.
 
-    metrics.jsonl has one line per optimizer step,
-
-        step
-        loss                nats per token; null where it was not finite
-        learning_rate
-        grad_norm           before clipping
-        skipped             steps of the run so far that were left out because loss or gradient was not finite
-        tokens_per_second   of all processes
-        mfu                 model FLOPs (flash_stu.training.flops) over the GPUs' peak; null where that is not known
-        memory_gib          the most this process has held: of GPU memory, or resident on the CPU
-        data_wait           seconds this process waited for its batch
-        time                seconds of training so far
-
-    one per validation, {"step", "validation_loss" (nats per token), "validation_bits_per_byte"}, and one per loss
-    spike, {"step", "loss_spike" (the loss), "usual_loss" (the mean of the 100 before)}. Where tasks are run during
-    training, {"step", "evaluation/<task>/<metric>", ...}.
+    Args:
+        config: the run's.
+        folder: the run directory; see flash_stu.training.metrics_file for what is written there.
+        steps: length of the run.
+        enabled: whether this is the main process.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, steps: int, start: int, run_id: str, enabled: bool) -> None:
-        """Prepare; nothing is written yet.
-
-        Args:
-            config: the run's.
-            folder: the run directory.
-            steps: length of the run.
-            start: steps done before; later lines, of steps that are trained again, are dropped.
-            run_id: wandb's name for the run, the same after a restart.
-            enabled: whether this is the main process.
-        """
-        self.config, self.path, self.start, self.run_id = config, folder / "metrics.jsonl", start, run_id
+    def __init__(self, config: RunConfig, folder: Path, steps: int, enabled: bool) -> None:
+        self.config, self.path = config, folder / "metrics.jsonl"
         self.steps, self.every, self.enabled = steps, config.train.log_every, enabled
-        self.file = self.bar = self.wandb = None
+        self.file: FileIO | None = None
+        self.bar: tqdm | None = None
+        self.wandb: wandb.Run | None = None
+        self.spikes = SpikeDetector()
         self.failure: OSError | None = None  # of the first line that could not be written; all later ones are dropped
 
-    def open(self) -> None:
+    def open(self, start: int, run_id: str) -> None:
         """Open the log on the main process.
+
+        Args:
+            start: steps done before; later lines, of steps that are trained again, are dropped.
+            run_id: wandb's name for the run, the same after a restart.
 
         Raises:
             UserError: if it cannot be written, or wandb does not start.
         """
-        keep_lines_up_to(self.path, self.start)
+        keep_lines_up_to(self.path, start)
+        self.spikes = SpikeDetector(record["loss"] for record in read_metrics(self.path) if "loss" in record)
         with files.writing(self.path):
             self.file = self.path.open("ab", buffering=0)
-        self.wandb = start_wandb(self.config, self.path.parent, self.run_id)
+        self.wandb = start_wandb(self.config, self.path.parent, run_id)
         if sys.stderr.isatty():
             self.bar = tqdm(
-                total=self.steps, initial=self.start, unit="step", desc="training", dynamic_ncols=True, smoothing=0.05
+                total=self.steps, initial=start, unit="step", desc="training", dynamic_ncols=True, smoothing=0.05
             )
 
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         if self.file is not None:
             self.file.close()
         if self.bar is not None:
@@ -84,48 +85,37 @@ class Metrics:
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(kind is not None))
 
-    def train(self, step: int, values: dict[str, float]) -> None:
-        """Log one optimizer step."""
+    def log_step(self, record: StepRecord) -> None:
+        """Log one optimizer step, and its loss again if it is a spike."""
         if not self.enabled:
             return
-        self._write({"step": step, **values})
-        rate = values["tokens_per_second"]
+        self._write(**asdict(record))
+        rate = f"{record.tokens_per_second:,.0f} tokens/s" + ("" if record.mfu is None else f", MFU {record.mfu:.1%}")
         if self.bar is not None:
-            self.bar.set_postfix_str(
-                f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s{_percent(values['mfu'])}", refresh=False
-            )
+            self.bar.set_postfix_str(f"loss {record.loss:.3f}, {rate}", refresh=False)
             self.bar.update()
-        elif step % self.every == 0 or step in (1, self.steps):
+        elif record.step % self.every == 0 or record.step in (1, self.steps):
             print(
-                f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {values['loss']:.4f}  "
-                f"learning rate {values['learning_rate']:.2e}  gradient norm {values['grad_norm']:.2f}  "
-                f"{rate:,.0f} tokens/s{_percent(values['mfu'])}",
+                f"step {record.step:>{len(str(self.steps))}}/{self.steps}  loss {record.loss:.4f}  "
+                f"learning rate {record.learning_rate:.2e}  gradient norm {record.grad_norm:.2f}  {rate}",
                 flush=True,
             )
+        if usual := self.spikes.check(record.loss):
+            self._write(record.step, loss_spike=record.loss, usual_loss=usual)
+            self._print(f"step {record.step}: loss spike, {record.loss:.4f} where {usual:.4f} is usual")
 
-    def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+    def log_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """Log one validation."""
         if self.enabled:
-            self._write({"step": step, "validation_loss": loss, "validation_bits_per_byte": bits_per_byte})
-            self.say(f"step {step}: validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte")
+            self._write(step, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
+            self._print(f"step {step}: validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte")
 
-    def tasks(self, step: int, scores: dict[str, float]) -> None:
-        """Log what tasks of the harness gave, {"evaluation/<task>/<metric>": value}."""
+    def log_tasks(self, step: int, scores: dict[str, float]) -> None:
+        """Log the scores of tasks of the harness, {"evaluation/<task>/<metric>": value}."""
         if self.enabled:
-            self._write({"step": step, **scores})
+            self._write(step, **scores)
             listed = ", ".join(f"{name.removeprefix('evaluation/')} {value:.4f}" for name, value in scores.items())
-            self.say(f"step {step}: {listed}")
-
-    def loss_spike(self, step: int, loss: float, usual: float) -> None:
-        """Log a loss that stands out."""
-        if self.enabled:
-            self._write({"step": step, "loss_spike": loss, "usual_loss": usual})
-            self.say(f"step {step}: loss spike, {loss:.4f} where {usual:.4f} is usual")
-
-    def say(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one."""
-        if self.enabled:
-            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+            self._print(f"step {step}: {listed}")
 
     def sync(self) -> None:
         """Put all lines of the main process on disk: before a checkpoint, since a resumed run relies on them.
@@ -136,75 +126,105 @@ class Metrics:
         with files.writing(self.path):
             if self.failure:
                 raise self.failure
-            os.fsync(self.file.fileno())
+            if self.file is not None:
+                os.fsync(self.file.fileno())
 
-    def _write(self, record: dict[str, float]) -> None:
+    def _print(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        tqdm.write(text) if self.bar is not None else print(text, flush=True)
+
+    def _write(self, step: int, **values: float | None) -> None:
         # JSON has no NaN
-        finite = {k: v if v is not None and math.isfinite(v) else None for k, v in record.items()}
-        if self.failure is None:
+        finite = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
+        if self.file is not None and self.failure is None:
             try:
-                line = (json.dumps(finite) + "\n").encode()
+                line = (json.dumps({"step": step} | finite) + "\n").encode()
                 while line:
                     line = line[self.file.write(line) :]
             except OSError as error:
                 self.failure = error
         if self.wandb is not None:
-            self.wandb.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=record["step"])
+            self.wandb.log({k: v for k, v in values.items() if v is not None}, step=step)
+
+
+class SpikeDetector:
+    """Notices losses far above those of the last 100 steps: more than 6 standard deviations.
+
+    Args:
+        losses: of the steps so far.
+    """
+
+    def __init__(self, losses: Iterable[float | None] = ()) -> None:
+        self.recent = deque((loss for loss in losses if loss is not None), maxlen=_WINDOW)
+
+    def check(self, loss: float) -> float | None:
+        """Take in the next step's loss.
+
+        Returns:
+            the usual loss, the mean of the last 100, if this one is a spike.
+        """
+        if not math.isfinite(loss):
+            return None
+        usual = None
+        if len(self.recent) >= _FEWEST:
+            mean = statistics.fmean(self.recent)
+            if loss > mean + _SPIKE * statistics.pstdev(self.recent, mean):
+                usual = mean
+        self.recent.append(loss)
+        return usual
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB of memory this process has held at most: allocated on its GPU, or resident on the CPU."""
+    """Returns the most memory this process has held, in GiB: allocated on its GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _percent(mfu: float | None) -> str:
-    return "" if mfu is None else f", MFU {mfu:.1%}"
-
-
-def read_metrics(path: Path) -> list[dict[str, int | float | None]]:
-    """Returns the records of a metrics.jsonl, each with its step; lines that hold none are left out.
-
-    There are none if there is no file.
-    """
-    return files.read_records(path, _is_record)[0]
-
-
-def keep_lines_up_to(path: Path, step: int) -> None:
-    """Drop the records of later steps from a metrics.jsonl; of all, if step is 0.
-
-    A last line that was cut short is dropped. With any other unreadable line the file is kept as metrics.jsonl.damaged,
-    and a line says so.
+def check_wandb(mode: str) -> Literal["online", "offline", "disabled"]:
+    """Returns the mode to use: "auto" is offline where wandb is installed, else disabled.
 
     Raises:
-        UserError: if that is not possible.
+        UserError: if wandb is asked for by name and not installed, or "online" without a key or a network.
     """
-    with files.writing(path):
-        records, unreadable = files.read_records(path, _is_record)
-        if unreadable:
-            lines = path.read_bytes().split(b"\n")
-            if unreadable != [len(lines)]:
-                copy = files.damaged_name(path)
-                with files.replacing_file(copy) as temporary:
-                    shutil.copyfile(path, temporary)
-                print(f"{path}: {len(unreadable)} lines cannot be read; the file as it was is {copy.name}", flush=True)
-        kept = [json.dumps(record) + "\n" for record in records if 0 < step >= record["step"]]
-        files.write_text(path, "".join(kept))
+    installed = importlib.util.find_spec("wandb") is not None
+    if mode == "disabled" or (mode == "auto" and not installed):
+        return "disabled"
+    if not installed:
+        raise UserError(f"wandb.mode is {mode!r}, but wandb is not installed (pip install wandb); or use 'disabled'")
+    if mode != "online":
+        return "offline"
+    server = os.environ.get("WANDB_BASE_URL") or _SERVER
+    if not any(os.environ.get(name) for name in _CREDENTIALS) and not requests.utils.get_netrc_auth(server):
+        raise UserError(f"wandb.mode is 'online', but there is no key for {server}: wandb login, or use 'offline'")
+    if not is_reachable(server):
+        raise UserError(f"wandb.mode is 'online', but {server} cannot be reached; or use 'offline'")
+    return "online"
 
 
-def _is_record(record: dict) -> bool:
-    """Whether something is a record of metrics.jsonl: a step, and numbers or null."""
-    step = record.get("step")
-    return type(step) is int and 0 <= step < _LARGEST and all(map(_is_value, record.values()))
+def start_wandb(config: RunConfig, folder: Path, run_id: str) -> "wandb.Run | None":
+    """Start a wandb run, whose files go to the run directory; returns None where it is disabled.
 
+    Raises:
+        UserError: if wandb refuses, for example a key.
+    """
+    mode = check_wandb(config.wandb.mode)
+    if mode == "disabled":
+        return None
+    import wandb  # optional, and slow to import
 
-def _is_value(value: object) -> bool:
-    if isinstance(value, bool):
-        return False
-    return (
-        value is None
-        or (isinstance(value, int) and abs(value) < _LARGEST)
-        or (isinstance(value, float) and math.isfinite(value))
-    )
+    try:
+        return wandb.init(
+            mode=mode,
+            project=config.wandb.project,
+            name=config.wandb.name or folder.name,
+            dir=folder,
+            id=run_id,
+            resume="allow" if mode == "online" else None,  # an offline run cannot be resumed; sync appends by id
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=_INIT_SECONDS),
+        )
+    except (wandb.Error, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"wandb.mode is {mode!r}, but a run cannot be started: {reason}; or use 'disabled'") from None

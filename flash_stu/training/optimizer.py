@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from flash_stu.model.modeling import Block
-from flash_stu.training.config import OptimizerConfig
+from flash_stu.training.run_config import OptimizerConfig
 
 
 def learning_rate(step: int, config: OptimizerConfig, steps: int) -> float:
-    """The learning rate of one optimizer step.
+    """Returns the learning rate of one optimizer step.
 
     It rises in proportion to the step up to the peak at step warmup_steps, then falls to the minimum at the
     last step, along a line or half a cosine; "constant" stays at the peak.
@@ -31,7 +31,7 @@ def learning_rate(step: int, config: OptimizerConfig, steps: int) -> float:
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers that together train a model's parameters, each parameter in exactly one of them.
+    """Returns the optimizers of a model's parameters; each parameter is in exactly one of them.
 
     Parameters of two or more dimensions decay, norms and biases do not. With "muon", Muon takes the weight matrices of
     the blocks' linear layers and AdamW the rest: embedding and head, whose rows are used one at a time, the STU's
@@ -66,7 +66,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
             torch.optim.AdamW(
                 [group for group in groups if group["params"]],
                 lr=config.learning_rate,
-                betas=tuple(config.betas),
+                betas=(config.betas[0], config.betas[1]),
                 eps=config.eps,
                 amsgrad=config.amsgrad,
                 fused=others[0].is_cuda if config.fused == "auto" else config.fused,
@@ -75,8 +75,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     return optimizers
 
 
-def _block_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The trained weights of the linear layers within the model's blocks, in the order of the parameters."""
+def _block_matrices(model: nn.Module) -> list[torch.Tensor]:
+    """Returns the trained weights of the linear layers within the model's blocks, in the order of the parameters."""
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     linears = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
     return [linear.weight for linear in linears if linear.weight.requires_grad]

@@ -1,16 +1,15 @@
-"""Processes, devices and sharding: the one place that knows there may be more than one GPU.
+"""The parallel strategy of a run: sharding, replicas, and the synchronisation of gradients.
 
-The model is written for one device. `parallelize` applies, from outside and in this order, activation
-checkpointing, compilation of each block, mixed precision, and the strategy: fully_shard (FSDP2) per block
-and then for the rest, or DistributedDataParallel, or nothing. With several replicas the processes form a
-grid (HSDP): each row of it shards one whole model, and the rows average their gradients.
+The model is written for one device. `parallelize` applies, from outside and in this order, the transformations of the
+blocks (see recompute), mixed precision, and the strategy: fully_shard (FSDP2) per block and then for the rest, or
+DistributedDataParallel, or nothing. With several replicas the processes form a grid (HSDP): each row of it shards one
+whole model, and the rows average their gradients.
 """
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,13 +17,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flash_stu.distributed import World, join, local_device, world_size
 from flash_stu.errors import UserError
-from flash_stu.ops import kept
-from flash_stu.training.config import ParallelConfig, RunConfig
+from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.training.initialization import initialize, read_initial_weights
+from flash_stu.training.recompute import transform_blocks
+from flash_stu.training.run_config import ParallelConfig, RunConfig
 
 _KEPT_BYTES = 8 << 30  # of gathered parameters: a tenth of an H100's memory
 _DDP_LIMIT = 10**9  # parameters; with their gradients and AdamW's moments, 16 GB in float32
@@ -43,7 +42,7 @@ def join_world(config: RunConfig) -> Iterator[World]:
     if world_size() > 1 and strategy == "none":
         raise UserError(f"parallel.strategy is 'none' for {world_size()} processes; allowed: 'auto', 'ddp', 'fsdp'")
     device = local_device("cuda" if torch.cuda.is_available() else "cpu")
-    # later than the watchdog's, which knows who is to blame
+    # longer than the watchdog's, whose message names the process that hangs
     timeout = timedelta(minutes=2 * config.parallel.timeout_minutes + 1)
     backend = "nccl" if device.type == "cuda" else "gloo"
     with join(device, backend, timeout, group_of_one=strategy in ("ddp", "fsdp")) as world:
@@ -51,7 +50,7 @@ def join_world(config: RunConfig) -> Iterator[World]:
 
 
 def resolve_strategy(parallel: ParallelConfig, processes: int, parameters: int) -> str:
-    """What "auto" means: nothing for one process; DDP up to a billion parameters, FSDP beyond, or for replicas."""
+    """Returns parallel.strategy; for "auto" that of the number of processes, replicas and parameters."""
     if parallel.strategy != "auto":
         return parallel.strategy
     if parallel.replicas > 1:
@@ -62,37 +61,17 @@ def resolve_strategy(parallel: ParallelConfig, processes: int, parameters: int) 
 
 
 def resolve_resharding(config: RunConfig, parameters: int) -> bool:
-    """Whether FSDP frees the gathered parameters between forward and backward: parallel.reshard_after_forward."""
+    """Returns whether FSDP frees the gathered parameters between forward and backward: reshard_after_forward."""
     setting = config.parallel.reshard_after_forward
     size = 2 if config.train.dtype == "bfloat16" else 4
     return parameters * size > _KEPT_BYTES if setting == "auto" else setting
 
 
-def check_size(config: RunConfig, world: World) -> None:
-    """Refuse a model that cannot be held: weights, gradients and one moment in float32, against all memory there is.
-
-    Raises:
-        UserError: with the number of weights.
-    """
-    weights = config.architecture().count_weights()
-    sharded = resolve_strategy(config.parallel, world.size, weights) == "fsdp"
-    needed = 12 * weights // (world.size // config.parallel.replicas or 1 if sharded else 1)
-    if world.device.type == "cuda":
-        available = torch.cuda.get_device_properties(world.device).total_memory
-    else:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:
-        raise UserError(
-            f"the model of section model has {weights:,} weights; training needs more than {needed / 2**30:,.0f} GiB "
-            f"per process, {world.device} has {available / 2**30:,.0f}"
-        )
-
-
-def parallelize(model: nn.Module, config: RunConfig, world: World) -> nn.Module:
+def parallelize(model: FlashSTUForCausalLM, config: RunConfig, world: World) -> nn.Module:
     """Prepare a model for training on this world and give it its initial weights.
 
     Args:
-        model: a FlashSTUForCausalLM in float32 on the meta device; changed in place.
+        model: in float32 on the meta device, from `build_model`; changed in place.
         config: the run's; seed, train.initial_weights, dtype, compile, activation_checkpointing and the
             parallel section are read.
         world: the processes.
@@ -107,11 +86,7 @@ def parallelize(model: nn.Module, config: RunConfig, world: World) -> nn.Module:
     """
     strategy = resolve_strategy(config.parallel, world.size, model.num_parameters())
     bfloat16 = config.train.dtype == "bfloat16"
-    for block in model.model.layers:
-        if config.train.activation_checkpointing != "none":
-            block.forward = _recomputed(block.forward, config.train.activation_checkpointing)
-        if config.train.compile:  # the function, not the module: FSDP's hooks stay outside
-            block.forward = torch.compile(block.forward)
+    transform_blocks(model, config.train)
     if strategy == "fsdp":
         _shard(model, config, world)
     if config.train.initial_weights is None:
@@ -126,7 +101,7 @@ def parallelize(model: nn.Module, config: RunConfig, world: World) -> nn.Module:
     return model
 
 
-def _shard(model: nn.Module, config: RunConfig, world: World) -> None:
+def _shard(model: FlashSTUForCausalLM, config: RunConfig, world: World) -> None:
     replicas = config.parallel.replicas
     if world.size % replicas:
         raise UserError(f"parallel.replicas is {replicas}; it must divide the {world.size} processes")
@@ -143,23 +118,11 @@ def _shard(model: nn.Module, config: RunConfig, world: World) -> None:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    options = {"mesh": mesh, "mp_policy": precision}
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
     options["reshard_after_forward"] = resolve_resharding(config, model.num_parameters())
     for block in model.model.layers:
         fully_shard(block, **options)
     fully_shard(model, **options)
-
-
-def _recomputed(forward: Callable, mode: str) -> Callable:
-    """The same function, which keeps only its inputs, and if selective its products, and recomputes the rest."""
-    options = {}
-    if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, kept.policy)
-
-    def run(*inputs):  # a function of its own: torch.compile skips a functools.partial of checkpoint
-        return checkpoint(forward, *inputs, use_reentrant=False, **options)
-
-    return run
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool, config: RunConfig) -> None:
@@ -169,7 +132,8 @@ def set_gradient_sync(model: nn.Module, enabled: bool, config: RunConfig) -> Non
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
-        model.set_reshard_after_backward(enabled or resolve_resharding(config, model.num_parameters()))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        model.set_reshard_after_backward(enabled or resolve_resharding(config, parameters))
     elif isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = enabled
 

@@ -1,8 +1,8 @@
-"""The directory of a run: whose it is, whether it is finished, and what may change between two starts.
+"""The directory of a run: its files, whether it is finished, and what may change between two starts.
 
 - config.yaml: the resolved config
-- metrics.jsonl: one record per step and per validation
-- checkpoints/step-N/: see flash_stu.training.checkpoint
+- metrics.jsonl: one record per step and per validation, see flash_stu.training.metrics_file
+- checkpoints/step-N/: see flash_stu.training.checkpoint_folder
 - final/: the trained model, a transformers directory
 - .lock: held by the main process as long as it trains
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 from flash_stu import files
 from flash_stu.arguments import why_not_writable
 from flash_stu.errors import UserError
-from flash_stu.training.config import RunConfig, changed_keys, load_config
-from flash_stu.training.export import export_checkpoint
-from flash_stu.training.metrics import read_metrics
+from flash_stu.training.checkpoint_export import export_checkpoint
+from flash_stu.training.metrics_file import read_metrics
+from flash_stu.training.run_config import RunConfig, changed_keys, load_config
 
 # Settings that do not change what is computed, up to rounding; a run may be continued with others.
 _FREE = {
@@ -60,10 +60,10 @@ class RunDirectory:
         self.final = self.path / "final"
 
     def check(self) -> None:
-        """Refuse a directory that is something else's.
+        """Compare the directory with the config; nothing is written.
 
         Raises:
-            UserError: if it is not empty and holds no run, or a run with other settings, which are named.
+            UserError: if it is not empty and holds no run, or holds a run with other settings, which are named.
         """
         if problem := why_not_writable(self.path):
             raise UserError(f"output_dir {self.path} cannot be written: {problem}")
@@ -89,7 +89,7 @@ class RunDirectory:
             )
 
     def is_finished(self, steps: int) -> bool:
-        """Whether the run's last step was trained and the model exported."""
+        """Returns whether the run's last step was trained and the model exported."""
         try:
             exported = files.read_manifest(self.final)["files"]
         except (OSError, files.DamagedError):
@@ -106,8 +106,8 @@ class RunDirectory:
         What this start has made is removed again if the block fails before the first step.
 
         Raises:
-            UserError: if another process holds it, `check` refuses it, final/ is not one that this program wrote, or it
-                cannot be written.
+            UserError: if another process holds it, final/ was not created by this program, it cannot be written, or as
+                `check`.
         """
         missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         is_new = files.is_empty(self.path)

@@ -1,10 +1,9 @@
-"""A process that stands still ends the whole job, by name, instead of letting all others wait for it.
+"""Ends a job in which a process makes no progress, and names that process.
 
-The training loop tells the watchdog of its process whenever it gets somewhere (`mark`). A thread of the watchdog posts
-the newest mark, with a heartbeat, for the other processes to see. When a process has got nowhere for the time-out,
-because it hangs or because it waits for one that does, its watchdog reads what all have posted, says who is behind,
-and ends its process; the launcher ends the rest. This comes before the collectives' own time-outs, whose errors name
-whoever waited.
+The training loop reports progress to the watchdog of its process (`mark`). A thread of the watchdog posts the newest
+mark, with a heartbeat, to the other processes. When a process has made no progress for the time-out, because it hangs
+or because it waits for one that does, its watchdog reads what all have posted, prints which process is behind, and ends
+its own; the launcher ends the rest. The collectives' own time-outs are longer: their errors name whoever waited.
 """
 
 import os
@@ -13,19 +12,17 @@ import sys
 import threading
 import time
 import traceback
-from types import TracebackType
+from sys import _current_frames  # documented, in spite of its name
 from typing import NamedTuple
 
-import torch.distributed as dist
-
-from flash_stu.training.parallel import World
+from flash_stu.distributed import World, launcher_store
 
 EXIT_STATUS = 3
 _LONGEST_INTERVAL = 10.0  # seconds between heartbeats
 
 
 class Post(NamedTuple):
-    """What a process has last said of itself."""
+    """The last post of a process."""
 
     beat: int
     marks: int
@@ -40,29 +37,29 @@ class Watchdog:
     Args:
         world: the processes.
         timeout: seconds without a mark after which the job ends.
-        on_stall: what to do after the report; ends the process by default.
     """
 
-    def __init__(self, world: World, timeout: float, on_stall=lambda: os._exit(EXIT_STATUS)) -> None:
-        self.world, self.timeout, self.on_stall = world, timeout, on_stall
+    def __init__(self, world: World, timeout: float) -> None:
+        self.world, self.timeout = world, timeout
         self.interval = min(timeout / 8, _LONGEST_INTERVAL)
-        self._marks, self._mark, self._marked_at = 0, "starting", time.monotonic()
+        self._marks, self._mark, self._marked_at = 0, "", 0.0
         self._beat = 0
         self._watched = threading.get_ident()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def mark(self, what: str) -> None:
-        """Say what this process is about to do; to be called by all processes alike."""
+        """Report what this process is about to do; to be called by all processes alike."""
         self._marks, self._mark, self._marked_at = self._marks + 1, what, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
         if self.world.size > 1:
-            self._store = _open_store()
+            self.mark("starting")
+            self._store = launcher_store("flash_stu/watchdog")
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -72,17 +69,16 @@ class Watchdog:
             self._post()
             if time.monotonic() - self._marked_at > self.timeout:
                 self._report()
-                self.on_stall()
-                return
+                return os._exit(EXIT_STATUS)
 
     def _post(self) -> None:
         self._beat += 1
-        frame = traceback.extract_stack(sys._current_frames()[self._watched])[-1]
+        frame = traceback.extract_stack(_current_frames()[self._watched])[-1]
         fields = (self._beat, self._marks, self._mark, socket.gethostname(), f"{frame.name} ({frame.filename})")
         self._store.set(str(self.world.rank), "\n".join(map(str, fields)))
 
     def _read(self) -> dict[int, Post]:
-        posts = {}
+        posts: dict[int, Post] = {}
         for rank in range(self.world.size):
             if self._store.check([str(rank)]):
                 beat, marks, *rest = self._store.get(str(rank)).decode().split("\n")
@@ -90,7 +86,7 @@ class Watchdog:
         return posts
 
     def _report(self) -> None:
-        """Compare what the processes post; the first of those that still do says it."""
+        """Compare what the processes post; the first that still does prints the result."""
         before = self._read()
         for _ in range(3):
             time.sleep(self.interval)
@@ -101,11 +97,11 @@ class Watchdog:
         if self.world.rank == min(set(posts) - set(silent), default=self.world.rank):
             print(describe_stall(posts, silent, self.timeout, self.world.size), file=sys.stderr, flush=True)
         else:
-            time.sleep(self.interval)  # whoever ends first takes the others along: let it finish its sentence
+            time.sleep(self.interval)  # whoever ends first takes the others along: let it print first
 
 
 def describe_stall(posts: dict[int, Post], silent: list[int], timeout: float, size: int) -> str:
-    """Name the processes that hold up the others.
+    """Returns a line that names the processes that hold up the others.
 
     Args:
         posts: what each process posted last; a process that never did is missing.
@@ -121,7 +117,7 @@ def describe_stall(posts: dict[int, Post], silent: list[int], timeout: float, si
     behind = {rank: post for rank, post in posts.items() if post.marks < furthest}
     if behind:
         return head + "; ".join(f"process {r} of {size}{_where(p)} is in {p.frame}" for r, p in behind.items())
-    frames = {}
+    frames: dict[str, list[str]] = {}
     for rank, post in posts.items():
         frames.setdefault(post.frame, []).append(str(rank))
     places = "; ".join(f"{', '.join(ranks)} in {frame}" for frame, ranks in frames.items())
@@ -130,9 +126,3 @@ def describe_stall(posts: dict[int, Post], silent: list[int], timeout: float, si
 
 def _where(post: Post | None) -> str:
     return f" (host {post.host}, {post.mark})" if post else ""
-
-
-def _open_store() -> dist.Store:
-    """A connection of the watchdog's own to the launcher's key-value store, so that no other use of it can block it."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
-    return dist.PrefixStore(f"flash_stu/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

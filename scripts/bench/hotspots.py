@@ -33,7 +33,7 @@ def hotspots(path: str, overrides: list[str], device: torch.device, steps: int) 
         for _ in range(WARM_UP):
             bench.step(model, optimizers)
         events = profiled(lambda: bench.step(model, optimizers), steps, device)
-    shape = {"config": path, "dtype": config.train.dtype, "tokens": bench.tokens[..., 1:].numel()}
+    shape = {"config": path, "dtype": config.train.dtype, "tokens": bench.tokens[:, 1:].numel()}
     return shape | {"milliseconds": sum(event["ms"] for event in events), "rows": events[:TOP]}
 
 

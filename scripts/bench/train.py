@@ -12,30 +12,33 @@ model's FLOPs (flash_stu/training/flops.py) are given as a share of it. On a CPU
 import gc
 import statistics
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from conv import two_branch_fft
 from measuring import environment, finish, page, seconds, spread, table
 from plots import bars
-from torch import nn
 
 from flash_stu.arguments import input_file, integer, output_directory
 from flash_stu.devices import default_device
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.model.layers import STU, SlidingWindowAttention
+from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.modeling import Block, FlashSTUForCausalLM
 from flash_stu.ops.attention.choice import sliding_window_attention
 from flash_stu.ops.backends import why_not
 from flash_stu.ops.conv.choice import spectral_conv
 from flash_stu.ops.cross_entropy import linear_cross_entropy
 from flash_stu.training import RunConfig, join_world, load_config
 from flash_stu.training.flops import forward_flops, peak_flops, train_flops
+from flash_stu.training.initialization import build_model
 from flash_stu.training.metrics import peak_memory
 from flash_stu.training.optimizer import build_optimizers
-from flash_stu.training.parallel import World, clip_gradients, parallelize, set_gradient_sync
-from flash_stu.training.trainer import build_model
+from flash_stu.training.parallel import World, clip_gradients, parallelize
+from flash_stu.training.step import train_step
 
 TWO_BRANCH = "two-branch FFT (published)"
 WARM_UP = 2
@@ -65,7 +68,7 @@ class Bench:
         self.shape = (config.train.micro_batch_size, config.train.sequence_length)
         self.micro_batches = config.sequences_per_step(1) // self.shape[0]
         generator = torch.Generator().manual_seed(config.seed)
-        shape = (self.micro_batches, self.shape[0], self.shape[1] + 1)
+        shape = (self.micro_batches * self.shape[0], self.shape[1] + 1)
         self.tokens = torch.randint(0, config.model["vocab_size"], shape, generator=generator).to(self.device)
 
     def variants(self) -> dict[str, dict[str, str]]:
@@ -81,30 +84,24 @@ class Bench:
                 result[name] = plain | choice
         return result | {"as configured": {}}
 
-    def build(self, name: str, changes: dict[str, str]) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
-        """Model and optimizers as the trainer makes them."""
+    def build(self, name: str, changes: dict[str, str]) -> tuple[FlashSTUForCausalLM, list[torch.optim.Optimizer]]:
+        """Returns model and optimizers as the trainer makes them."""
         torch.compiler.reset()
         config = self.config.model_copy(update={"model": self.config.model | changes})
-        model = build_model(config)
+        model = build_model(config.architecture())
         if name == TWO_BRANCH:
             for module in model.modules():
                 if isinstance(module, STU):
                     module.forward = partial(_two_branch_forward, module)
-        model = parallelize(model, config, self.world)
+        model = cast(FlashSTUForCausalLM, parallelize(model, config, self.world))  # of one process: not wrapped
         return model.train(), build_optimizers(model, config.optimizer)
 
-    def step(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-        """One optimizer step, as the trainer's."""
-        for index, windows in enumerate(self.tokens):
-            set_gradient_sync(model, index == self.micro_batches - 1, self.config)
-            outputs = model(input_ids=windows[:, :-1], shift_labels=windows[:, 1:], skip_logits=True)
-            (outputs.loss / self.micro_batches).backward()
-        self.update(model, optimizers)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+    def step(self, model: FlashSTUForCausalLM, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Take one optimizer step, as the trainer does."""
+        train_step(model, optimizers, self.tokens, self.config, self.world)
 
-    def update(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-        """What a step does once its gradients are there."""
+    def update(self, model: FlashSTUForCausalLM, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Clip the gradients and update the weights, as the end of a step does."""
         clip_gradients(model, self.config.train.max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()
@@ -128,7 +125,7 @@ class Bench:
 
     def run(self) -> dict:
         """All variants; the parts of the last one, the config's own."""
-        variants = []
+        variants, parameters, parts = [], 0, []
         for name, changes in self.variants().items():
             gc.collect()  # the model before
             if self.device.type == "cuda":
@@ -146,7 +143,8 @@ class Bench:
             memory = peak_memory(self.device) if self.device.type == "cuda" else None
             variants.append({"variant": name, "seconds": taken, "product_rates": rates, "peak_memory_gib": memory})
             parameters = model.num_parameters()
-            parts = self.parts(model, optimizers) if name == list(self.variants())[-1] else None
+            if name == list(self.variants())[-1]:
+                parts = self.parts(model, optimizers)
             del model, optimizers
         return {
             "parameters": parameters,
@@ -160,42 +158,42 @@ class Bench:
             "parts": parts,
         }
 
-    def parts(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[dict]:
+    def parts(self, model: FlashSTUForCausalLM, optimizers: list[torch.optim.Optimizer]) -> list[dict]:
         """Seconds that each part of the model would take in a step if every call took as long as it does alone."""
         captured = []
         hook = model.model.layers[0].register_forward_pre_hook(lambda _, inputs: captured.append(inputs))
         with torch.no_grad():
-            model(input_ids=self.tokens[0, :, :-1])
+            model(input_ids=self.tokens[: self.shape[0], :-1])
         hook.remove()
         ((x, context, *_),) = captured
         compiled = torch.compile if self.config.train.compile else lambda function: function
-        layers, parts = model.model.layers, []
+        layers, parts = [cast(Block, block) for block in model.model.layers], []
 
         def add(name: str, of: str | None, count: int, function: Callable, *inputs: torch.Tensor) -> None:
-            inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
             function = compiled(function)
 
             def there_and_back() -> None:
                 with self.autocast():
-                    y = function(*inputs)
+                    y = function(*leaves)
                 y.backward(torch.ones_like(y))
 
             taken = self.samples(there_and_back, count * self.micro_batches)
             parts.append({"part": name, "of": of, "seconds": taken})
 
-        blocks = {type(block.mixer): block for block in layers}
+        mixers = {type(block.mixer): block.mixer for block in layers}
         with self.autocast(), torch.no_grad():
             normed = layers[0].mixer_norm(x)
         for kind, name in ((STU, "STU layers"), (SlidingWindowAttention, "attention layers")):
-            if kind not in blocks:
+            if kind not in mixers:
                 continue
-            mixer = blocks[kind].mixer
+            mixer = mixers[kind]
             count = sum(isinstance(block.mixer, kind) for block in layers)
             add(name, None, count, lambda u, mixer=mixer: mixer.forward(u, context), normed)
-            if kind is STU and mixer.tensordot:
+            if isinstance(mixer, STU) and mixer.tensordot:
                 convolve = partial(_convolve, mixer, mixer.features(context.filters))
                 add("convolution", name, count, convolve, normed.to(self.dtype))
-            elif kind is SlidingWindowAttention:
+            elif isinstance(mixer, SlidingWindowAttention):
                 heads = [
                     torch.randn(x.shape[0], n, x.shape[1], mixer.head_dim, device=self.device, dtype=self.dtype)
                     for n in (mixer.heads, mixer.kv_heads, mixer.kv_heads)
@@ -206,7 +204,7 @@ class Bench:
                 add("attention", name, count, lambda q, k, v, attend=attend: attend(q, k, v), *heads)
         add("MLPs", None, len(layers), layers[0].mlp.forward, normed)
 
-        labels = self.tokens[0, :, 1:]
+        labels = self.tokens[: self.shape[0], 1:]
         head, backend = model.lm_head, model.config.loss_backend
         hidden = normed.detach().requires_grad_()
 
@@ -220,19 +218,20 @@ class Bench:
         taken = self.samples(lambda: self.update(model, optimizers))
         return [*parts, {"part": "optimizer", "of": None, "seconds": taken}]
 
-    def autocast(self):
+    def autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
 
 def _convolve(stu: STU, features: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """What an STU-T layer does to its projected inputs."""
+    """Returns the convolution of an STU-T layer's projected inputs."""
     return spectral_conv(inputs, features, stu.M_filters.flatten(0, 1), stu.backend, stu.dilation, stu.oscillating)
 
 
-def _two_branch_forward(stu: STU, x: torch.Tensor, context) -> torch.Tensor:
-    """An STU layer's forward pass with both branches convolved in full, as published."""
+def _two_branch_forward(stu: STU, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+    """Returns an STU layer's outputs with both branches convolved in full, as published."""
+    assert context.filters is not None  # the model has STU layers
     with torch.autocast(x.device.type, enabled=False):
         filters = context.filters.float() @ stu.M_filters[0].float()
     return two_branch_fft(stu.in_proj(x), filters[: x.shape[1]])

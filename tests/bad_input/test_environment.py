@@ -12,8 +12,8 @@ from flash_stu import UserError, distributed, network
 from flash_stu.data import DataConfig
 from flash_stu.data.hub import hub_commit
 from flash_stu.distributed import read_launch
-from flash_stu.training import tracking
-from flash_stu.training.tracking import check_wandb
+from flash_stu.training import metrics
+from flash_stu.training.metrics import check_wandb
 
 PEERS = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 LAUNCHES = [
@@ -109,11 +109,11 @@ def test_a_name_that_takes_long_to_look_up(monkeypatch):
 
 def test_wandb_online(no_network, refuses, config_file, monkeypatch, tmp_path):
     pytest.importorskip("wandb")
-    for name in (*tracking._CREDENTIALS, "WANDB_BASE_URL"):
+    for name in (*metrics._CREDENTIALS, "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     refuses("train.py", ["--config", config_file, "wandb.mode=online"], "wandb.mode is 'online'", "no key")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     refuses("train.py", ["--config", config_file, "wandb.mode=online"], "wandb.mode is 'online'", "cannot be reached")
-    monkeypatch.setattr(tracking, "is_reachable", lambda url: True)
+    monkeypatch.setattr(metrics, "is_reachable", lambda url: True)
     assert check_wandb("online") == "online"

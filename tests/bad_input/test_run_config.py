@@ -7,7 +7,7 @@ import yaml
 
 from flash_stu import UserError
 from flash_stu.model.config import BOUNDS
-from flash_stu.training.config import RunConfig, load_config
+from flash_stu.training.run_config import RunConfig, load_config
 
 BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
     b"%c: &%c [%s]\n" % (98 + i, 98 + i, b", ".join([b"*%c" % (97 + i)] * 9)) for i in range(9)

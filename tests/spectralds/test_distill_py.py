@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash_stu.data import load_tokenizer
+from flash_stu.distributed import World
 from flash_stu.model.loading import load_model
-from flash_stu.training.checkpoint import Checkpointer, RunState
-from flash_stu.training.parallel import World
+from flash_stu.training.checkpoint import Checkpointer
+from flash_stu.training.checkpoint_folder import RunState
 
 REPOSITORY = Path(__file__).parents[2]
 SIZES = {"vocab_size": 257, "max_position_embeddings": 129, "hidden_size": 16}

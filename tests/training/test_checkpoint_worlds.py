@@ -9,9 +9,9 @@ from processes import run_processes
 from toy_checkpoints import alter, assert_equal, build, checkpointer, state, train, trained, whole
 
 from flash_stu import UserError, files
+from flash_stu.distributed import World
 from flash_stu.training import checkpoint
-from flash_stu.training.checkpoint import load_weights
-from flash_stu.training.parallel import World
+from flash_stu.training.checkpoint_export import load_weights
 
 
 def join() -> World:

@@ -8,7 +8,7 @@ import yaml
 
 from flash_stu import FlashSTUForCausalLM, UserError
 from flash_stu.training import load_config
-from flash_stu.training.config import changed_keys
+from flash_stu.training.run_config import changed_keys
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

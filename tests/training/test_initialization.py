@@ -5,16 +5,16 @@ import torch
 from processes import run_processes
 
 from flash_stu.training import join_world
-from flash_stu.training.config import load_config
+from flash_stu.training.initialization import build_model
 from flash_stu.training.parallel import parallelize
-from flash_stu.training.trainer import build_model
+from flash_stu.training.run_config import load_config
 
 
 def initial_weights(config_file: str, *overrides: str) -> tuple[dict[str, torch.Tensor], bool]:
     """Whole initial weights and buffers by name, and whether the head is tied to the embedding."""
     config = load_config(config_file, list(overrides))
     with join_world(config) as world:
-        model = parallelize(build_model(config), config, world)
+        model = parallelize(build_model(config.architecture()), config, world)
         model = getattr(model, "module", model)
         tensors = [*model.named_parameters(), *model.named_buffers()]
         whole = {name: getattr(t, "full_tensor", lambda t=t: t)().detach().clone() for name, t in tensors}

@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
-from flash_stu.training.config import OptimizerConfig
 from flash_stu.training.optimizer import build_optimizers, learning_rate, set_learning_rate
+from flash_stu.training.run_config import OptimizerConfig
 
 
 def config(**values) -> OptimizerConfig:

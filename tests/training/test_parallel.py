@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from flash_stu import UserError
 from flash_stu.training import Trainer, join_world
-from flash_stu.training.config import ParallelConfig, load_config
-from flash_stu.training.metrics import read_metrics
+from flash_stu.training.initialization import build_model
+from flash_stu.training.metrics_file import read_metrics
 from flash_stu.training.parallel import parallelize, resolve_resharding, resolve_strategy, set_gradient_sync
-from flash_stu.training.trainer import build_model
+from flash_stu.training.run_config import ParallelConfig, load_config
 
 STEPS = 20
 
@@ -91,7 +91,7 @@ def collectives(config_file: str, *overrides: str) -> Counter:
     """How often a step of four micro batches gathers parameters and reduces gradients."""
     config = load_config(config_file, list(overrides))
     with join_world(config) as world:
-        model = parallelize(build_model(config), config, world)
+        model = parallelize(build_model(config.architecture()), config, world)
         ids = torch.arange(25)[None]
         with CallCounter() as counter:
             for micro_batch in range(4):
@@ -130,10 +130,10 @@ def train_with_accident(config_file: str, accident: Callable, *overrides: str) -
     """Train in this process; something happens to the second of two at step 3."""
     train_step = Trainer._train_step
 
-    def step(self):
+    def step(self, batches):
         if self.step == 3 and self.world.rank == 1:
             accident()
-        return train_step(self)
+        train_step(self, batches)
 
     Trainer._train_step = step
     with open(f"{config_file}.stderr", "a") as sys.stderr:

@@ -7,12 +7,12 @@ import torch
 from call_counter import CallCounter
 
 from flash_stu.ops.kept import KEPT
+from flash_stu.training.initialization import build_model
 from flash_stu.training.parallel import World, parallelize
-from flash_stu.training.trainer import build_model
 
 
 def count(config) -> Counter:
-    model = parallelize(build_model(config), config, World(0, 1, torch.device("cpu"))).train()
+    model = parallelize(build_model(config.architecture()), config, World(0, 1, torch.device("cpu"))).train()
     ids = torch.arange(2 * 25).view(2, 25) % 256
     with CallCounter() as counter:
         model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:], skip_logits=True).loss.backward()

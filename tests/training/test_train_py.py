@@ -10,7 +10,7 @@ import pytest
 
 from flash_stu import UserError
 from flash_stu.training import load_config
-from flash_stu.training.dry_run import describe
+from flash_stu.training.run_size import describe
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -14,11 +14,10 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash_stu import UserError
-from flash_stu.training import Trainer, join_world
-from flash_stu.training.export import load_checkpoint
-from flash_stu.training.metrics import MEASURED, read_metrics
-from flash_stu.training.trainer import dropout_seed
-from flash_stu.training.watchdog import Watchdog
+from flash_stu.training import Trainer, join_world, step
+from flash_stu.training.checkpoint_export import load_checkpoint
+from flash_stu.training.metrics_file import MEASURED, read_metrics
+from flash_stu.training.step import accumulate_gradients, dropout_seed
 
 
 def losses(folder: str | Path) -> list[dict]:
@@ -73,10 +72,10 @@ def test_a_signal_and_restart_give_the_same_run_bit_for_bit(finished, load, fit,
     config = load("model.dropout=0.1")
     train_step = Trainer._train_step
 
-    def interrupted(self):
+    def interrupted(self, batches):
         if self.step == stop_at:
             os.kill(os.getpid(), number)
-        return train_step(self)
+        train_step(self, batches)
 
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
     assert not fit(config)
@@ -90,19 +89,19 @@ def test_a_signal_and_restart_give_the_same_run_bit_for_bit(finished, load, fit,
 
 def test_crash_between_checkpoints_loses_nothing(finished, load, fit, monkeypatch):
     config = load("model.dropout=0.1")
-    validate = Trainer.validate
+    validate = Trainer._validate
 
     def crash(self):
         if self.step == 3:
             raise RuntimeError("power cut")
         return validate(self)
 
-    monkeypatch.setattr(Trainer, "validate", crash)
+    monkeypatch.setattr(Trainer, "_validate", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         fit(config)
     with (Path(config.output_dir) / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "valid')  # and a line cut short
-    monkeypatch.setattr(Trainer, "validate", validate)
+    monkeypatch.setattr(Trainer, "_validate", validate)
     assert fit(config)  # from step 2
     assert_same_run(config.output_dir, finished)
 
@@ -120,8 +119,7 @@ def test_results_do_not_depend_on_the_micro_batch(load, tmp_path):
         config = load(f"train.micro_batch_size={micro_batch_size}", f"output_dir={tmp_path / str(micro_batch_size)}")
         with join_world(config) as world:
             trainer = Trainer(config, world)
-            trainer.watchdog = Watchdog(world, 60)
-            loss = trainer._accumulate_gradients(trainer.loader.batch(0))
+            loss = accumulate_gradients(trainer.model, trainer.loader.batch(0), config, world.device)
             return loss.item(), [p.grad for p in trainer.model.parameters()]
 
     (one, one_gradients), (four, four_gradients) = gradients(1), gradients(4)
@@ -177,16 +175,15 @@ def test_validation_is_the_mean_over_fixed_windows(load):
         data, starts = trainer.validation.dataset, trainer.validation.starts
         assert len(starts) == 5 and starts == sorted(set(starts)) and all(start % 24 == 0 for start in starts)
         assert starts[-1] > len(data) / 2  # spread over the split
-        trainer.watchdog = Watchdog(world, 60)
-        values = trainer.validate()
+        loss, bits_per_byte = trainer.validation.losses(trainer.model, world)
         nats = []
         with torch.no_grad():
             for start in starts:
                 window = torch.from_numpy(data.window(start, 25).astype("int64"))[None]
                 logits = trainer.model.eval()(input_ids=window[:, :-1]).logits.double()
                 nats.append(torch.nn.functional.cross_entropy(logits[0], window[0, 1:]).item())
-    assert values["loss"] == pytest.approx(sum(nats) / 5, rel=1e-6)
-    assert values["bits_per_byte"] == pytest.approx(values["loss"] / math.log(2) * len(data) / data.num_bytes)
+    assert loss == pytest.approx(sum(nats) / 5, rel=1e-6)
+    assert bits_per_byte == pytest.approx(loss / math.log(2) * len(data) / data.num_bytes)
 
 
 def test_epochs_count_the_windows_of_the_corpus(load):
@@ -253,12 +250,17 @@ def not_finite_at(monkeypatch):
     """Spoil the loss, and so the gradient, of some steps."""
 
     def spoil(*steps):
-        loss = Trainer._loss
+        train_step, token_loss, current = Trainer._train_step, step.token_loss, []
 
-        def spoiled(self, windows, counted=None):
-            return loss(self, windows, counted) * (math.nan if self.step in steps and torch.is_grad_enabled() else 1)
+        def noting(self, batches):
+            current.append(self.step)
+            train_step(self, batches)
 
-        monkeypatch.setattr(Trainer, "_loss", spoiled)
+        def spoiled(*arguments):
+            return token_loss(*arguments) * (math.nan if current[-1] in steps else 1)
+
+        monkeypatch.setattr(Trainer, "_train_step", noting)
+        monkeypatch.setattr(step, "token_loss", spoiled)
 
     return spoil
 
@@ -274,7 +276,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(load, fit, not_finite
 
 def test_too_many_in_a_row_end_the_run_with_the_last_good_weights(load, fit, not_finite_at, tmp_path):
     not_finite_at(3, 4, 5)
-    with pytest.raises(UserError, match="3 steps in a row, the last of them step 5 .*step-5 has the weights"):
+    words = "3 steps in a row, the last of them step 5 .*max_skipped_steps is 2.*step-5 has the weights"
+    with pytest.raises(UserError, match=words):
         fit(load("train.max_skipped_steps=2", "train.keep_checkpoints=9"))
     good, _ = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-2")
     kept, _ = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-5")

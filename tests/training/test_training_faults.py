@@ -24,7 +24,7 @@ from flash_stu import files, orphans
 from flash_stu.errors import UserError
 from flash_stu.training import Trainer, join_world, load_config, metrics
 from flash_stu.training.checkpoint_folder import list_steps
-from flash_stu.training.metrics import MEASURED, read_metrics
+from flash_stu.training.metrics_file import MEASURED, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -451,8 +451,8 @@ def test_metrics_that_can_no_longer_be_written(start, tmp_path, whole, monkeypat
 
     opened = metrics.Metrics.open
 
-    def open_full(self):
-        opened(self)
+    def open_full(self, *arguments):
+        opened(self, *arguments)
         self.file = Full(self.file)
 
     run = tmp_path / "run"
@@ -590,15 +590,15 @@ def full_on_main(config_file: Path) -> str:
     """Train with a disk that takes no third line of metrics."""
     opened = metrics.Metrics.open
 
-    def open_full(self):
-        opened(self)
+    def open_full(self, *arguments):
+        opened(self, *arguments)
         write, lines = self._write, []
 
-        def limited(record):
-            lines.append(record)
+        def limited(step, **values):
+            lines.append(step)
             if len(lines) == 3:
                 os.dup2(os.open("/dev/full", os.O_WRONLY), self.file.fileno())
-            write(record)
+            write(step, **values)
 
         self._write = limited
 

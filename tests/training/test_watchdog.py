@@ -1,13 +1,14 @@
 """A stalled process is named: by its silence, by its place in the program, or by where all are."""
 
+import os
 import threading
 import time
 
 import torch
 import torch.distributed as dist
 
+from flash_stu.distributed import World
 from flash_stu.training import watchdog
-from flash_stu.training.parallel import World
 from flash_stu.training.watchdog import Post, Watchdog, describe_stall
 
 
@@ -35,12 +36,13 @@ def test_without_a_culprit_everyones_place_is_told():
 
 def test_two_processes_of_which_one_stands_still(monkeypatch, capsys):
     store = dist.HashStore()
-    monkeypatch.setattr(watchdog, "_open_store", lambda: store)
+    monkeypatch.setattr(watchdog, "launcher_store", lambda prefix: store)
     stalled, ends = threading.Event(), []
+    monkeypatch.setattr(os, "_exit", ends.append)  # of threads that play processes
 
     def process(rank: int) -> None:
         world = World(rank, 2, torch.device("cpu"))
-        with Watchdog(world, timeout=3.0, on_stall=lambda: ends.append(rank)) as dog:
+        with Watchdog(world, timeout=3.0) as dog:
             for step in range(6):
                 dog.mark(f"step {step}: reading")
                 if rank == 1 and step == 3:
@@ -59,16 +61,17 @@ def test_two_processes_of_which_one_stands_still(monkeypatch, capsys):
     stalled.set()
     for thread in threads:
         thread.join()
-    assert sorted(ends) == [0, 1]
+    assert ends == [watchdog.EXIT_STATUS] * 2
     told = capsys.readouterr().err
     assert told.count("error:") == 1 and "process 1 of 2" in told and "step 3: reading" in told and "wait" in told
 
 
 def test_a_process_that_gets_on_is_left_alone(monkeypatch):
     store = dist.HashStore()
-    monkeypatch.setattr(watchdog, "_open_store", lambda: store)
+    monkeypatch.setattr(watchdog, "launcher_store", lambda prefix: store)
     ends = []
-    with Watchdog(World(0, 2, torch.device("cpu")), timeout=3.0, on_stall=lambda: ends.append(0)) as dog:
+    monkeypatch.setattr(os, "_exit", ends.append)
+    with Watchdog(World(0, 2, torch.device("cpu")), timeout=3.0) as dog:
         for step in range(45):
             dog.mark(f"step {step}")
             time.sleep(0.1)

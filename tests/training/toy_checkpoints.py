@@ -9,8 +9,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from flash_stu.training.checkpoint import Checkpointer, RunState
-from flash_stu.training.parallel import World
+from flash_stu.distributed import World
+from flash_stu.training.checkpoint import Checkpointer
+from flash_stu.training.checkpoint_folder import RunState
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 

@@ -1,23 +1,27 @@
-"""What a run will be, worked out from its config alone: nothing is read, written or allocated."""
+"""The size of a run, worked out from its config alone: nothing is read, written or allocated."""
+
+import os
 
 import torch
 
+from flash_stu.distributed import World
+from flash_stu.errors import UserError
 from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.ops.cross_entropy import CHUNK_BYTES
-from flash_stu.training.config import RunConfig
+from flash_stu.training.initialization import build_model
 from flash_stu.training.parallel import resolve_resharding, resolve_strategy
+from flash_stu.training.run_config import RunConfig
 
 
 def describe(config: RunConfig, processes: int) -> str:
-    """The resolved config and the size of the run, for people.
+    """Returns the resolved config and the size of the run, as --dry-run prints them.
 
     Raises:
         UserError: if the global batch does not divide over this many processes.
     """
     train = config.train
     sequences = config.sequences_per_step(processes)
-    with torch.device("meta"):
-        model = FlashSTUForCausalLM(config.architecture())
+    model = build_model(config.architecture())
     parameters = model.num_parameters()
     strategy = resolve_strategy(config.parallel, processes, parameters)
     if train.steps is None:
@@ -41,8 +45,28 @@ def describe(config: RunConfig, processes: int) -> str:
     return f"{config.to_yaml()}\n{summary}"
 
 
-def estimate_memory(model, config: RunConfig, strategy: str, processes: int) -> dict[str, int]:
-    """Bytes per GPU, by part; an estimate to choose a micro batch by, not a promise.
+def check_size(config: RunConfig, world: World) -> None:
+    """Compare weights, gradients and one moment in float32 with all the memory there is.
+
+    Raises:
+        UserError: if they need more.
+    """
+    weights = config.architecture().count_weights()
+    sharded = resolve_strategy(config.parallel, world.size, weights) == "fsdp"
+    needed = 12 * weights // (world.size // config.parallel.replicas or 1 if sharded else 1)
+    if world.device.type == "cuda":
+        available = torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        raise UserError(
+            f"the model of section model has {weights:,} weights; training needs more than {needed / 2**30:,.0f} GiB "
+            f"per process, {world.device} has {available / 2**30:,.0f}"
+        )
+
+
+def estimate_memory(model: FlashSTUForCausalLM, config: RunConfig, strategy: str, processes: int) -> dict[str, int]:
+    """Estimates the bytes per GPU, by part, to choose a micro batch by.
 
     Parameters, gradients and the two moments of AdamW (Muon has one) are float32 and divided among the processes of
     a replica by FSDP, where gathered weights and unreduced gradients come on top: of two blocks and the embedding, or

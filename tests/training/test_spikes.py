@@ -1,29 +1,11 @@
-"""Skipped steps are counted in total and in a row; spikes are measured against the recent losses."""
+"""Loss spikes are measured against the recent losses."""
 
 import math
 import random
 
 import pytest
 
-from flash_stu import UserError
-from flash_stu.training.health import SkippedSteps, SpikeDetector
-
-
-def test_only_finite_steps_are_taken():
-    skipped = SkippedSteps(limit=2)
-    taken = [not skipped.count(loss, norm) for loss, norm in [(1.0, 2.0), (math.nan, 1.0), (1.0, math.inf), (1.0, 1.0)]]
-    assert taken == [True, False, False, True]
-    assert (skipped.total, skipped.in_a_row, skipped.too_many) == (2, 0, False)
-
-
-def test_one_more_than_the_limit_in_a_row_is_too_many():
-    skipped = SkippedSteps(limit=2, total=5, in_a_row=1)
-    skipped.count(math.nan, 1.0)
-    assert not skipped.too_many
-    skipped.count(math.nan, 1.0)
-    assert skipped.too_many and skipped.total == 7
-    with pytest.raises(UserError, match=r"3 steps in a row, .* step 12 .*max_skipped_steps is 2.*checkpoints/step-12"):
-        skipped.end_run(12, "checkpoints/step-12")
+from flash_stu.training.metrics import SpikeDetector
 
 
 def test_a_spike_is_far_above_the_recent_losses():

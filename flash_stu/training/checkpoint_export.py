@@ -1,26 +1,30 @@
-"""From a training checkpoint to a transformers model directory."""
+"""Models of training checkpoints: loaded on one process, or written as transformers directories."""
 
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load
 from transformers.utils import logging
 
 from flash_stu import files
 from flash_stu.data import Tokenizer, load_tokenizer
 from flash_stu.errors import UserError
+from flash_stu.files import DamagedError
 from flash_stu.model.modeling import FlashSTUForCausalLM
-from flash_stu.training.checkpoint import list_steps, load_weights
-from flash_stu.training.config import load_config
+from flash_stu.training import checkpoint_folder
+from flash_stu.training.initialization import build_model
+from flash_stu.training.run_config import load_config
 
 
 def find_checkpoint(run: str | Path, step: int | None = None) -> Path:
-    """The checkpoint of a step of a run; of the newest, if none is given.
+    """Returns the path of a run's checkpoint of a step, of the newest if none is given.
 
     Raises:
         UserError: if the run has no such checkpoint.
     """
     folder = Path(run) / "checkpoints"
-    steps = list_steps(folder)
+    steps = checkpoint_folder.list_steps(folder)
     if not steps:
         raise UserError(f"{run} has no checkpoints")
     if step is not None and step not in steps:
@@ -48,11 +52,37 @@ def load_checkpoint(path: str | Path) -> tuple[FlashSTUForCausalLM, Tokenizer]:
     tokenizer = load_tokenizer(config.data.tokenizer)
     architecture = config.architecture()
     architecture.eos_token_id = tokenizer.eos_token_id
-    with torch.device("meta"):
-        model = FlashSTUForCausalLM(architecture)
+    model = build_model(architecture)
     load_weights(path, model)
     model.tie_weights()
     return model.eval(), tokenizer
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Give a model the weights and buffers of a checkpoint, on the CPU.
+
+    Args:
+        path: the checkpoint.
+        model: may be on the meta device; its tensors are replaced.
+
+    Raises:
+        UserError: if the checkpoint is not there, not as it was written, or another model's.
+    """
+    try:
+        checkpoint_folder.read_state(path)
+        files.verify(path)
+        reader, saved = checkpoint_folder.open_reader(path)
+    except (OSError, DamagedError) as error:
+        raise UserError(f"damaged checkpoint {path}: {error}") from error
+    checkpoint_folder.check_weights(path, saved, checkpoint_folder.own_tensors(model))
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in saved.items()
+        if name.startswith("model.")
+    }
+    load(tensors, storage_reader=reader, no_dist=True)
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    model.load_state_dict(weights, assign=True, strict=False)  # tied ones have other names too
 
 
 def export_checkpoint(path: str | Path, output: str | Path, label: str = "--output") -> None:

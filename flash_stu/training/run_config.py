@@ -1,29 +1,28 @@
-"""The run config: every setting of a training run, typed, checked before any work starts.
+"""The run config: every setting of a training run, typed, and validated before any work starts.
 
-A run is one YAML file plus `section.key=value` overrides. Unknown keys, wrong types and impossible
-combinations are refused with one line that names the key. The resolved config, written into the run
-directory, is again such a file.
+A run is one YAML file plus `section.key=value` overrides. Unknown keys, wrong types and impossible combinations are
+errors of one line that names the key. The resolved config, written into the run directory, is again such a file.
 """
 
-import difflib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from flash_stu.data import DataConfig
 from flash_stu.errors import UserError
 from flash_stu.model.config import LARGEST_LENGTH, FlashSTUConfig
 from flash_stu.paths import ExpandedPath
-from flash_stu.settings import LARGEST_SEED, Count, CountOrZero, Section, describe, parse_yaml, read_yaml, shown
+from flash_stu.settings import LARGEST_SEED, Count, CountOrZero, Section, describe, flatten, override, read_yaml
 
 _LARGEST_BATCH = 2**40  # tokens
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Section):
-    """How much is trained, in which pieces, and what is kept."""
+    """Length and shape of the training, validation and checkpoints."""
 
     sequence_length: int = Field(ge=2, le=LARGEST_LENGTH, description="tokens a sequence predicts")
     global_batch_size: int = Field(ge=1, le=_LARGEST_BATCH, description="tokens per optimizer step, over all processes")
@@ -32,7 +31,7 @@ class TrainConfig(Section):
     epochs: float | None = Field(
         default=None, gt=0, le=1e6, description="passes over the training tokens; or set steps"
     )
-    dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of the matrix products")
+    dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="dtype of the matrix products")
     compile: bool = Field(default=False, description="torch.compile every block")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         default="none",
@@ -46,17 +45,20 @@ class TrainConfig(Section):
     max_skipped_steps: CountOrZero = Field(
         default=10, description="steps in a row with a loss or gradient that is not finite; one more ends the run"
     )
-    validation_every: Count = Field(default=500, description="steps")
+    validation_every: Count = Field(default=500, description="steps between two validations")
     validation_tokens: int | None = Field(
-        default=1_048_576, ge=1, le=_LARGEST_BATCH, description="null: the whole validation split"
+        default=1_048_576,
+        ge=1,
+        le=_LARGEST_BATCH,
+        description="tokens of a validation, spread over the split; null: the whole split",
     )
-    checkpoint_every: Count = Field(default=1000, description="steps")
+    checkpoint_every: Count = Field(default=1000, description="steps between two checkpoints")
     keep_checkpoints: Count = Field(default=2, description="how many of the newest checkpoints to keep")
-    keep_every: Count | None = Field(default=None, description="keep checkpoints of multiples of this for ever")
+    keep_every: Count | None = Field(default=None, description="keep the checkpoints of multiples of this step too")
     log_every: Count = Field(default=10, description="steps between printed lines where there is no terminal")
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise UserError(
                 f"train.steps is {self.steps} and train.epochs is {self.epochs}; set exactly one, the other to null"
@@ -68,21 +70,26 @@ class OptimizerConfig(Section):
     """The optimizer and its learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = Field(
-        default="adamw", description="muon: of the matrices in the blocks; AdamW of everything else"
+        default="adamw", description="muon: Muon for the matrices in the blocks, AdamW for everything else"
     )
-    learning_rate: float = Field(default=3e-3, gt=0, le=1e3, description="the peak, reached at the end of the warm-up")
+    learning_rate: float = Field(default=3e-3, gt=0, le=1e3, description="the peak, reached at the last warm-up step")
     min_learning_rate: float = Field(default=3e-5, ge=0, le=1e3, description="reached at the last step")
-    warmup_steps: CountOrZero = 0
-    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="after the warm-up")
-    betas: list[_Beta] = Field(default=[0.9, 0.95], min_length=2, max_length=2, description="AdamW's")
-    eps: float = Field(default=1e-8, gt=0, le=1, description="AdamW's")
-    momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's")
-    weight_decay: float = Field(default=0.1, ge=0, le=100, description="of matrices; vectors have none")
-    amsgrad: bool = Field(default=False, description="AdamW's")
+    warmup_steps: CountOrZero = Field(default=0, description="steps in which the rate rises from 0 to the peak")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear",
+        description="of the rate after the warm-up: to the minimum along a line or half a cosine, or constant",
+    )
+    betas: list[_Beta] = Field(
+        default=[0.9, 0.95], min_length=2, max_length=2, description="AdamW's decay rates of the two moments"
+    )
+    eps: float = Field(default=1e-8, gt=0, le=1, description="AdamW's, added to the denominator")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's momentum")
+    weight_decay: float = Field(default=0.1, ge=0, le=100, description="decay of matrices; vectors have none")
+    amsgrad: bool = Field(default=False, description="AdamW divides by the largest second moment so far")
     fused: bool | Literal["auto"] = Field(default="auto", description="AdamW in one kernel per step; auto: on CUDA")
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> Self:
         if self.schedule != "constant" and self.min_learning_rate > self.learning_rate:
             raise UserError(
                 f"optimizer.min_learning_rate is {self.min_learning_rate}; "
@@ -92,9 +99,13 @@ class OptimizerConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How several processes share the work; see flash_stu.training.parallel."""
+    """How several processes share the work."""
 
-    strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    strategy: Literal["auto", "none", "ddp", "fsdp"] = Field(
+        default="auto",
+        description="ddp: every process holds the model; fsdp: they share it; auto: none for one process, ddp up to a "
+        "billion parameters, fsdp beyond and for replicas",
+    )
     replicas: int = Field(
         default=1,
         ge=1,
@@ -107,11 +118,11 @@ class ParallelConfig(Section):
         "one more gathering; auto: if they take more than 8 GiB",
     )
     timeout_minutes: float = Field(
-        default=10.0, gt=0, le=365 * 24 * 60, description="a process that stands still longer ends the run"
+        default=10.0, gt=0, le=365 * 24 * 60, description="a process without progress for so long ends the run"
     )
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> Self:
         if self.replicas > 1 and self.strategy not in ("auto", "fsdp"):
             raise UserError(
                 f"parallel.replicas is {self.replicas}, parallel.strategy {self.strategy!r}; needed: 'fsdp'"
@@ -120,17 +131,17 @@ class ParallelConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Tasks of lm-eval-harness during training, beside the validation loss; see flash_stu.training.evaluation_hook."""
+    """Tasks of lm-eval-harness during training, beside the validation loss."""
 
     tasks: str | None = Field(
-        default=None, description="what evaluate.py --tasks takes, such as embedded_cloze; null: none"
+        default=None, description="tasks or a suite as evaluate.py --tasks takes, such as embedded_cloze; null: none"
     )
-    every: Count = Field(default=1000, description="steps")
-    limit: Count | None = Field(default=None, description="score only the first so many items of each task")
+    every: Count = Field(default=1000, description="steps between two evaluations")
+    limit: Count | None = Field(default=None, description="score only this many items of each task, the first")
     data_dir: ExpandedPath | None = Field(
         default=None, description="local mirror of data sets; null: the hub, or its cache"
     )
-    include_path: ExpandedPath | None = Field(default=None, description="folder with task definitions of one's own")
+    include_path: ExpandedPath | None = Field(default=None, description="folder with further task definitions")
 
 
 class WandbConfig(Section):
@@ -139,15 +150,15 @@ class WandbConfig(Section):
     mode: Literal["auto", "disabled", "offline", "online"] = Field(
         default="auto", description="auto: offline where wandb is installed, else disabled"
     )
-    project: str = "flash-stu"
-    name: str | None = Field(default=None, description="null: the name of output_dir")
+    project: str = Field(default="flash-stu", description="project of the run in wandb")
+    name: str | None = Field(default=None, description="name of the run in wandb; null: the name of output_dir")
 
 
 class RunConfig(Section):
-    """Everything a run depends on."""
+    """All settings of a run."""
 
     output_dir: ExpandedPath = Field(description="the run directory")
-    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="of initial weights, order of the data and dropout")
     model: dict[str, Any] = Field(description="entries of FlashSTUConfig")
     data: DataConfig
     train: TrainConfig
@@ -162,11 +173,11 @@ class RunConfig(Section):
         return FlashSTUConfig.from_user(model).to_user()
 
     def architecture(self) -> FlashSTUConfig:
-        """The model section as a new config of the model's own class."""
+        """Returns the model section as a new config of the model's own class."""
         return FlashSTUConfig.from_user(self.model)
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> Self:
         longest = self.model["max_position_embeddings"]
         if self.train.sequence_length > longest:
             raise UserError(
@@ -187,7 +198,7 @@ class RunConfig(Section):
         return self
 
     def sequences_per_step(self, world_size: int) -> int:
-        """Sequences in a global batch.
+        """Returns the number of sequences in a global batch.
 
         Raises:
             UserError: unless every process gets a whole number of micro batches; names the nearest sizes.
@@ -204,12 +215,29 @@ class RunConfig(Section):
             )
         return train.global_batch_size // train.sequence_length
 
+    def count_steps(self, tokens: int) -> int:
+        """Returns the number of optimizer steps: train.steps, or train.epochs of this many tokens.
+
+        Raises:
+            UserError: if these are not more than optimizer.warmup_steps.
+        """
+        if self.train.epochs is None:
+            return self.train.steps or 0
+        windows = (tokens - 1) // self.train.sequence_length
+        steps = int(self.train.epochs * windows / self.sequences_per_step(1))
+        if steps <= self.optimizer.warmup_steps:
+            raise UserError(
+                f"train.epochs is {self.train.epochs}, {steps} steps on {tokens} tokens; "
+                f"more are needed than optimizer.warmup_steps, {self.optimizer.warmup_steps}"
+            )
+        return steps
+
     def to_yaml(self) -> str:
-        """The resolved config as a YAML document that load_config reads back to an equal config."""
+        """Returns the resolved config as a YAML document that load_config reads back to an equal config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run config.
 
     Args:
@@ -223,68 +251,15 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     settings = read_yaml(path, "--config")
     if not isinstance(settings, dict):
         raise UserError(f"--config {path}: not a mapping of settings; see configs/quickstart.yaml")
-    for override in overrides:
-        _override(settings, override)
+    for text in overrides:
+        override(settings, text)
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
-        raise UserError(_describe(error)) from None
+        raise UserError(describe(error, RunConfig)) from None
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
-    """Dotted names of the settings in which two configs differ."""
-    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    """Returns the dotted names of the settings in which two configs differ, sorted."""
+    before, after = flatten(old.model_dump()), flatten(new.model_dump())
     return [key for key in sorted(before | after) if before.get(key) != after.get(key)]
-
-
-def _override(settings: dict, override: str) -> None:
-    """Apply one "a.b=value" to nested settings, in place."""
-    key, equals, value = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise UserError(f"override {shown(override)}: expected section.key=value")
-    for part in parts[:-1]:
-        if settings.get(part) is None:
-            settings[part] = {}
-        settings = settings[part]
-        if not isinstance(settings, dict):
-            raise UserError(f"override {shown(override)}: {part} is a single value, not a section")
-    settings[parts[-1]] = parse_yaml(value, f"override {shown(override)}")
-
-
-def _describe(error: ValidationError) -> str:
-    """One line for the first of pydantic's complaints."""
-    first = error.errors()[0]
-    if first["type"] == "extra_forbidden":
-        return _describe_unknown(".".join(map(str, first["loc"])))
-    return describe(error)
-
-
-def _describe_unknown(key: str) -> str:
-    known = _known_keys()
-    section, _, name = key.rpartition(".")
-    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
-    elsewhere = [k for k in known if k.rpartition(".")[2] == name]
-    close = elsewhere or [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)]
-    hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(siblings.values())}"
-    return f"unknown setting {key}; {hint}"
-
-
-def _known_keys() -> list[str]:
-    """Dotted names of all settings, sections included, except the model's, which FlashSTUConfig knows."""
-    keys = []
-    for name, field in RunConfig.model_fields.items():
-        keys.append(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += [f"{name}.{key}" for key in field.annotation.model_fields]
-    return keys
-
-
-def _flatten(settings: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -1,0 +1,106 @@
+"""One optimizer step: micro batches forward and backward, clipping, and the update of the weights."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from flash_stu.distributed import World
+from flash_stu.training.parallel import clip_gradients, set_gradient_sync
+from flash_stu.training.run_config import RunConfig
+
+
+class StepResult(NamedTuple):
+    """Results of one step, the same on every process.
+
+    Attributes:
+        loss: nats per token, the mean over the global batch.
+        grad_norm: norm of all gradients before clipping.
+        taken: whether the weights were updated. A step whose loss or gradient is not finite is skipped: it uses up its
+            batch and its place in the schedule, and leaves weights and moments as they were.
+        sums: of the values that the processes passed to `train_step`.
+    """
+
+    loss: float
+    grad_norm: float
+    taken: bool
+    sums: list[float]
+
+
+def unwatched(_mark: str) -> None:
+    """Ignore a mark; the default without a watchdog."""
+
+
+def train_step(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    batch: torch.Tensor,
+    config: RunConfig,
+    world: World,
+    values: Iterable[float] = (),
+    mark: Callable[[str], object] = unwatched,
+) -> StepResult:
+    """Take one optimizer step; to be called by all processes alike.
+
+    Args:
+        model: as `parallelize` returned it.
+        optimizers: of its parameters; left without gradients.
+        batch: this process's part of the global batch, (sequences, sequence_length + 1), token ids.
+        config: the run's.
+        world: the processes.
+        values: summed over all processes in the same exchange as the loss.
+        mark: called with the name of each micro batch before it begins.
+    """
+    loss = accumulate_gradients(model, batch, config, world.device, mark)
+    norm = clip_gradients(model, config.train.max_grad_norm)
+    mean_loss, *sums = world.sum(loss / world.size, *values)
+    taken = math.isfinite(mean_loss) and math.isfinite(norm)
+    for optimizer in optimizers:
+        if taken:
+            optimizer.step()
+        optimizer.zero_grad()
+    return StepResult(mean_loss, norm, taken, sums)
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    batch: torch.Tensor,
+    config: RunConfig,
+    device: torch.device,
+    mark: Callable[[str], object] = unwatched,
+) -> torch.Tensor:
+    """Add up the gradients of this process's part of a global batch; arguments as `train_step`.
+
+    Returns:
+        its mean loss in nats per token, without gradient.
+    """
+    model.train()
+    micro_batches = batch.split(config.train.micro_batch_size)
+    total = torch.zeros((), device=device)
+    for index, windows in enumerate(micro_batches):
+        mark(f"micro batch {index + 1} of {len(micro_batches)}")
+        set_gradient_sync(model, index == len(micro_batches) - 1, config)
+        loss = token_loss(model, windows, device) / len(micro_batches)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def token_loss(
+    model: nn.Module, windows: torch.Tensor, device: torch.device, counted: int | None = None
+) -> torch.Tensor:
+    """Returns the mean nats per token of windows (sequences, sequence_length + 1), of the first `counted` if given."""
+    windows = windows.to(device, non_blocking=True)
+    labels = windows[:, 1:]
+    if counted is not None:
+        labels = labels.clone()
+        labels[counted:] = -100
+    return model(input_ids=windows[:, :-1], shift_labels=labels, skip_logits=True).loss
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Returns a seed for the random numbers of one step on one process, so that no generator's state is saved."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)

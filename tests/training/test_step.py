@@ -1,0 +1,36 @@
+"""The optimizer step as a function: what it returns, and that a step that is not finite changes nothing."""
+
+import math
+
+import torch
+
+from flash_stu.distributed import World
+from flash_stu.training.initialization import build_model
+from flash_stu.training.optimizer import build_optimizers
+from flash_stu.training.parallel import parallelize
+from flash_stu.training.step import train_step
+
+
+def test_a_step_updates_the_weights_unless_it_is_not_finite(load):
+    config, world = load(), World()
+    model = parallelize(build_model(config.architecture()), config, world)
+    optimizers = build_optimizers(model, config.optimizer)
+    batch = torch.arange(4 * 25).reshape(4, 25)
+    marks = []
+
+    def step():
+        before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+        result = train_step(model, optimizers, batch, config, world, (2.0, 0.0), marks.append)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        return result, {name for name, tensor in model.named_parameters() if not tensor.equal(before[name])}
+
+    result, changed = step()
+    assert result.taken and abs(result.loss - math.log(264)) < 0.3 and result.grad_norm > 0
+    assert result.sums == [2.0, 0.0]
+    assert marks == ["micro batch 1 of 2", "micro batch 2 of 2"]
+    assert "model.embed_tokens.weight" in changed
+
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.inf
+    result, changed = step()
+    assert not result.taken and not math.isfinite(result.loss) and changed == set()
