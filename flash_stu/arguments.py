@@ -1,12 +1,14 @@
 """Types of command line arguments: numbers within bounds, and paths that can be what they are meant for.
 
-Each is what argparse takes as `type`; argparse puts the argument's name before the message.
+Each is what argparse takes as `type`; argparse puts the argument's name before the message. `naming_options` is for the
+messages of library functions.
 """
 
 import math
 import os
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flash_stu.errors import UserError, why_not_text
@@ -93,6 +95,29 @@ def output_file(value: str) -> str:
     if os.path.lexists(place) and not os.path.isfile(place):
         raise ArgumentTypeError(f"{place} exists and is not a regular file")
     return _writable(place)
+
+
+@contextmanager
+def naming_options(*arguments: str, **others: str) -> Iterator[None]:
+    """Name the options of a command line in errors of a library function, whose messages begin with an argument's name.
+
+    "batch_size is 0; ..." becomes "--batch-size is 0; ...".
+
+    Args:
+        arguments: those whose options are called alike.
+        others: by argument, the name of its option.
+
+    Raises:
+        UserError: as the block does.
+    """
+    options = {name: name.replace("_", "-") for name in arguments} | others
+    try:
+        yield
+    except UserError as error:
+        name, space, rest = str(error).partition(" ")
+        if name not in options or not space:
+            raise
+        raise UserError(f"--{options[name]} {rest}") from error
 
 
 def why_not_writable(path: str | Path) -> str | None:

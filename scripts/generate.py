@@ -6,7 +6,7 @@ python scripts/generate.py --model runs/quickstart/final --prompt "The function 
 import sys
 import time
 
-from flash_stu.arguments import SEED, any_path, integer, number
+from flash_stu.arguments import SEED, any_path, integer, naming_options, number
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.files import read_text
 from flash_stu.utf8 import decode
@@ -31,7 +31,8 @@ def main() -> None:
     for text in prompts + args.stop:
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise UserError(f"{text!r} is not UTF-8 text")
-    device = choose_device(args.device)
+    with naming_options("device"):
+        device = choose_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
     model, tokenizer = load_source(args.model, device, dtype)
 

@@ -279,7 +279,7 @@ def choose_device(name: str | None) -> torch.device:
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     allowed = ["cpu", *["cuda"] * bool(gpus), *gpus]
     if name not in allowed:
-        raise UserError(f"--device is {name!r}; allowed here: {', '.join(allowed)}")
+        raise UserError(f"device is {name!r}; allowed here: {', '.join(allowed)}")
     return torch.device(name)
 
 

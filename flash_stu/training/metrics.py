@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from tqdm import tqdm
 
 from flash_stu import files
+from flash_stu.progress import Progress
 from flash_stu.training.config import RunConfig
 from flash_stu.training.tracking import start_wandb
 
@@ -55,7 +55,8 @@ class Metrics:
         """
         self.config, self.path, self.start, self.run_id = config, folder / "metrics.jsonl", start, run_id
         self.steps, self.every, self.enabled = steps, config.train.log_every, enabled
-        self.file = self.bar = self.wandb = None
+        self.progress = Progress("training", "step", unit_scale=False, enabled=enabled, line_every=math.inf)
+        self.file = self.wandb = None
         self.failure: OSError | None = None  # of the first line that could not be written; all later ones are dropped
 
     def open(self) -> None:
@@ -68,10 +69,7 @@ class Metrics:
         with files.writing(self.path):
             self.file = self.path.open("ab", buffering=0)
         self.wandb = start_wandb(self.config, self.path.parent, self.run_id)
-        if sys.stderr.isatty():
-            self.bar = tqdm(
-                total=self.steps, initial=self.start, unit="step", desc="training", dynamic_ncols=True, smoothing=0.05
-            )
+        self.progress.start(self.steps, self.start)
 
     def __enter__(self) -> "Metrics":
         return self
@@ -79,8 +77,7 @@ class Metrics:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.file is not None:
             self.file.close()
-        if self.bar is not None:
-            self.bar.close()
+        self.progress.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(kind is not None))
 
@@ -90,12 +87,8 @@ class Metrics:
             return
         self._write({"step": step, **values})
         rate = values["tokens_per_second"]
-        if self.bar is not None:
-            self.bar.set_postfix_str(
-                f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s{_percent(values['mfu'])}", refresh=False
-            )
-            self.bar.update()
-        elif step % self.every == 0 or step in (1, self.steps):
+        self.progress.update(1, f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s{_percent(values['mfu'])}")
+        if self.progress.bar is None and (step % self.every == 0 or step in (1, self.steps)):
             print(
                 f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {values['loss']:.4f}  "
                 f"learning rate {values['learning_rate']:.2e}  gradient norm {values['grad_norm']:.2f}  "
@@ -125,7 +118,7 @@ class Metrics:
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
         if self.enabled:
-            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+            self.progress.say(text)
 
     def sync(self) -> None:
         """Put all lines of the main process on disk: before a checkpoint, since a resumed run relies on them.

@@ -28,7 +28,7 @@ from measuring import device_rates, environment, finish, page, seconds, spread, 
 from plots import panels
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
-from flash_stu.arguments import any_path, integer, output_directory
+from flash_stu.arguments import any_path, integer, naming_options, output_directory
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.figures import save_figure
 from flash_stu.filters.spectral import spectral_filters
@@ -51,7 +51,8 @@ _RECENT = 128  # tokens over which a rate is taken
 
 def main() -> int:
     args = parse()
-    device = choose_device(args.device)
+    with naming_options("device"):
+        device = choose_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
     if args.long:
         return long_text(args, device, dtype)
