@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
@@ -28,7 +28,7 @@ class WriteError(UserError):
         cause: why, in one line.
     """
 
-    def __init__(self, path: str | Path, cause: str):
+    def __init__(self, path: str | Path, cause: str) -> None:
         super().__init__(path, cause)
         self.cause = cause
 
@@ -57,8 +57,8 @@ def why_not_text(value: str) -> str | None:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser, with a wrong command line reported like any other bad input and no abbreviated options."""
 
-    def __init__(self, **options) -> None:
-        super().__init__(**options, allow_abbrev=False)
+    def __init__(self, description: str | None = None, **options: Any) -> None:
+        super().__init__(description=(description or "").partition("\n")[0], allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

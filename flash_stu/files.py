@@ -438,7 +438,7 @@ def adding_files(path: str | Path, label: str = "output") -> Iterator[Path]:
 
 
 def read_records(
-    path: Path, is_valid: Callable[[dict[str, Any]], bool] = lambda record: True
+    path: Path, is_valid: Callable[[dict[str, Any]], bool] = lambda _: True
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Read a file with one JSON object per line, whatever has happened to it.
 

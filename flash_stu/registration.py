@@ -32,7 +32,7 @@ class _Finder(MetaPathFinder):
     def __init__(self, auto: str, registrar: str) -> None:
         self.auto, self.registrar = auto, registrar
 
-    def find_spec(self, fullname: str, path=None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
         if fullname != self.auto:
             return None
         sys.meta_path.remove(self)

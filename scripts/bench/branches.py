@@ -60,7 +60,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--steps", type=integer(), default=400)
     parser.add_argument(
         "--runs", type=output_directory, default="runs/branches", metavar="DIR", help="where the run directories are"

@@ -11,6 +11,7 @@ the same run. Runs on a GPU if there is one. What it finds fastest is what flash
 
 import math
 import statistics
+from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -109,7 +110,7 @@ def filters_of(length: int) -> torch.Tensor:
     return spectral_filters(length, FEATURES)[1].float()
 
 
-def compare(length: int, args, device: torch.device, dtype: torch.dtype) -> list[dict]:
+def compare(length: int, args: Namespace, device: torch.device, dtype: torch.dtype) -> list[dict]:
     """One row of raw figures for each variant at one length."""
     torch.manual_seed(0)
     x = torch.randn(args.batch, length, args.channels, device=device).to(dtype).requires_grad_()
@@ -189,7 +190,7 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> None:
     device = default_device()
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     parser.add_argument(
         "--lengths", type=integer(1, LARGEST_LENGTH), nargs="+", default=[512, 2048, 8192, 32768, 131072]
     )

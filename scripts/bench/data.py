@@ -12,6 +12,7 @@ the page cache holds.
 import os
 import shutil
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,7 +32,7 @@ _LENGTH, _BATCH, _STEPS = 8192, 8, 150
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     parser.add_argument(
         "--text", type=any_path, metavar="PATH", default="embedded", help="a local dataset (default: embedded)"
     )
@@ -56,7 +57,7 @@ def main() -> None:
     finish("data", results, render, plot, args.output)
 
 
-def measure(documents: list[str], args) -> dict:
+def measure(documents: list[str], args: Namespace) -> dict:
     """Seconds of the bare tokenizer, the preparation and the loaders, and how many tokens were prepared and read."""
     encoding = tiktoken.get_encoding(args.tokenizer.removeprefix("tiktoken:"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -70,7 +71,7 @@ def measure(documents: list[str], args) -> dict:
             return seconds(lambda: prepare(config, progress=False), CPU)
 
         print(f"preparing {len(documents):,} documents on {cores} cores", flush=True)
-        bare = {"bare": lambda: seconds(lambda: encoding.encode_ordinary_batch(documents, num_threads=cores), CPU)}
+        bare = {"bare": lambda: seconds(lambda: encoding.encode_ordinary_batch(documents, num_threads=cores or 1), CPU)}
         prepared = take_turns(bare | {"whole": whole}, args.repeats, LIMIT)
         data = prepare(config, progress=False)
         readers = {"read by the caller": read_directly, "read ahead by a thread": read_ahead}

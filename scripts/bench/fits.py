@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--length", type=integer(8, LARGEST_LENGTH), default=8192)
     parser.add_argument("--filters", type=integer(1, 1024), default=24)
     parser.add_argument("--basis", choices=BASES, default="hankel")
@@ -71,7 +71,7 @@ def errors(bank: FilterBank) -> list[dict]:
 
 def smallest(bank: FilterBank, tolerance: float) -> dict:
     """How many states "auto" takes for a tolerance in each dtype; None where none are enough."""
-    found = {"tolerance": tolerance}
+    found: dict[str, float | None] = {"tolerance": tolerance}
     for name, dtype in DTYPES.items():
         try:
             found[name] = fit_lds(bank, "auto", dtype=dtype, tolerance=tolerance).report["state_dim"]

@@ -17,6 +17,7 @@ Source of the comparison: Shah et al. 2025, SpectraLDS (arXiv 2505.17868), figur
 import os
 import statistics
 import time
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 from measuring import device_rates, environment, finish, page, seconds, spread, table
 from plots import panels
+from torch import nn
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
 from flash_stu.arguments import any_path, integer, naming_options, output_directory
@@ -78,8 +80,8 @@ def main() -> int:
     return 0
 
 
-def parse():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+def parse() -> Namespace:
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--config", type=any_path, default="configs/quickstart.yaml",
         help="run config whose model section gives the shape")  # fmt: skip
@@ -101,7 +103,7 @@ def parse():
     return args
 
 
-def panel(name: str, args, device, dtype) -> dict[str, Callable]:
+def panel(name: str, args: Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], nn.Module]]:
     """What is compared in one panel: per label, a function that builds the layer or model."""
     settings = read_yaml(args.config, "--config")
     section = settings.get("model") if isinstance(settings, dict) else None
@@ -116,20 +118,22 @@ def panel(name: str, args, device, dtype) -> dict[str, Callable]:
         values |= {"num_hidden_layers": 1, "layer_types": ["linear_attention"], "vocab_size": 64}
     attention = values | {"layer_types": ["sliding_attention"] * values["num_hidden_layers"]}
 
-    def build(changes: dict, state_dim: int | None = None):
+    def build(changes: dict, state_dim: int | None = None) -> nn.Module:
         torch.manual_seed(0)
         model = FlashSTUForCausalLM(FlashSTUConfig.from_user(changes)).eval()
         model = model if state_dim is None else distill(model, state_dim)
-        model = model.to(device, dtype)
-        return model.model.layers[0].mixer if name == "layer" else model
+        nn.Module.to(model, device, dtype)
+        return model.get_submodule("model.layers.0.mixer") if name == "layer" else model
 
-    makers = {label: lambda b=backend: build(values | {"decode_backend": b}) for label, backend in EXACT.items()}
-    makers |= {f"LDS, {dim} states": lambda dim=dim: build(values, dim) for dim in args.state_dims}
-    makers["attention" if name == "layer" else "attention only"] = lambda: build(attention)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        label: partial(build, values | {"decode_backend": backend}) for label, backend in EXACT.items()
+    }
+    makers |= {f"LDS, {dim} states": partial(build, values, dim) for dim in args.state_dims}
+    makers["attention" if name == "layer" else "attention only"] = partial(build, attention)
     return makers
 
 
-def measure(subjects: dict, args, rate: float) -> list[dict]:
+def measure(subjects: dict, args: Namespace, rate: float) -> list[dict]:
     """Time generations by each layer or model.
 
     Returns:
@@ -154,7 +158,7 @@ def measure(subjects: dict, args, rate: float) -> list[dict]:
     return rows
 
 
-def one_generation(subjects: dict, args) -> dict[str, dict[int, float]]:
+def one_generation(subjects: dict, args: Namespace) -> dict[str, dict[int, float]]:
     """Seconds by label and length of one generation, in turns of a few tokens, so that a drifting machine hits all."""
     last = args.lengths[-1]
     before = {max(1, n - _RECENT) for n in args.lengths}
@@ -171,45 +175,48 @@ def one_generation(subjects: dict, args) -> dict[str, dict[int, float]]:
     return times
 
 
-def steps(subject, args) -> Iterator:
+def steps(subject: nn.Module, args: Namespace) -> Iterator:
     """Something happens for every token that is taken from it; what has to be compiled is compiled before."""
     if isinstance(subject, STU | LDS | SlidingWindowAttention):
         return layer_steps(subject, args.batch)
+    assert isinstance(subject, FlashSTUForCausalLM)
     deque(model_steps(subject, args.batch, 8, args.compile), maxlen=0)
     return model_steps(subject, args.batch, args.lengths[-1], args.compile)
 
 
-def model_steps(model, batch: int, count: int, compile: bool) -> Iterator:
+def model_steps(model: FlashSTUForCausalLM, batch: int, count: int, compile: bool) -> Iterator:
     compile = compile and not model.config.uses_stu
     prompt = torch.ones(batch, 1, dtype=torch.long, device=model.device)
     return generate_tokens(model, prompt, count, Sampling(temperature=0), compile=compile)
 
 
 @torch.inference_mode()
-def layer_steps(layer, batch: int) -> Iterator:
+def layer_steps(layer: STU | LDS | SlidingWindowAttention, batch: int) -> Iterator:
     """Step a layer alone, with the same random input over and over."""
     example = next(p for p in layer.parameters() if p.dim() == 2)
-    size, config = example.shape[1], getattr(layer, "config", None)
+    size = example.shape[1]
     x = torch.randn(batch, 1, size, device=example.device).to(layer_dtype(layer))
     filters, rotary = None, None
     if isinstance(layer, STU):
+        config = layer.config
         filters = spectral_filters(config.max_position_embeddings, config.num_filters, config.filter_basis)[1]
         filters = filters.float().to(example.device)
     if isinstance(layer, SlidingWindowAttention):
         rotary = rotary_angles(torch.zeros(1, 1, dtype=torch.long, device=example.device), layer.head_dim, 1e4)
     context = SequenceContext(filters, rotary)
+    step: Callable = layer.step  # of a state of the layer's own kind
     _, state = layer.prefill(x, context)
     yield
     while True:
-        _, state = layer.step(x, context, state)
+        _, state = step(x, context, state)
         yield
 
 
-def layer_dtype(layer) -> torch.dtype:
-    return next(m.weight.dtype for m in layer.modules() if isinstance(m, torch.nn.Linear))
+def layer_dtype(layer: nn.Module) -> torch.dtype:
+    return next(m.weight.dtype for m in layer.modules() if isinstance(m, nn.Linear))
 
 
-def weights(subject) -> int:
+def weights(subject: nn.Module) -> int:
     """Bytes of parameters that a token has to read; of an embedding that is not also the head, only a row."""
     tied = getattr(getattr(subject, "config", None), "tie_word_embeddings", True)
     skipped = () if tied else ("model.embed_tokens.weight",)
@@ -237,16 +244,17 @@ def _name(row: dict) -> str:
     return f"{PANELS.get(row['panel'], row['panel'])}: {row['label']}"
 
 
-def long_text(args, device, dtype) -> int:
+def long_text(args: Namespace, device: torch.device, dtype: torch.dtype) -> int:
     """Generate one long text and compare its beginning with its end; 1 if it slows down."""
     if args.model:
         model = load_model(args.model[0], device, dtype)
     else:
         model = panel("hybrid", args, device, dtype)[f"LDS, {args.state_dims[-1]} states"]()
+    assert isinstance(model, FlashSTUForCausalLM)
     if model.config.uses_stu:
         raise UserError(f"--long needs a distilled model; {args.model[0]} has STU layers")
     warm, window = 1000, 1000
-    first, latest, memory = [], deque(maxlen=window), None
+    first, latest, memory = [], deque(maxlen=window), 0
     started = previous = time.perf_counter()
     for count, token in enumerate(model_steps(model, args.batch, args.long, args.compile), start=1):
         int(token[0])  # the token is there, on a GPU too

@@ -69,7 +69,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--config", type=input_file, default="configs/quickstart.yaml")
     parser.add_argument("--steps", type=integer(1, 10000), default=5)
     parser.add_argument("--output", type=output_directory, metavar="DIR", help="write hotspots.json and .png there")

@@ -9,6 +9,7 @@ Figures are medians with their spread, layers taken in turn. Runs on a GPU if th
 """
 
 import statistics
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,9 @@ from flash_stu.model.modeling import FlashSTUModel
 LAYERS = ("STU", "LDS", "sliding-window attention", "MLP")
 
 
-def build(args, device: torch.device) -> tuple[dict[str, torch.nn.Module], Callable[[torch.Tensor], SequenceContext]]:
+def build(
+    args: Namespace, device: torch.device
+) -> tuple[dict[str, torch.nn.Module], Callable[[torch.Tensor], SequenceContext]]:
     """One layer of each kind with fresh weights, and what makes their context."""
     torch.manual_seed(0)
     shape = {
@@ -43,7 +46,9 @@ def build(args, device: torch.device) -> tuple[dict[str, torch.nn.Module], Calla
     return dict(zip(LAYERS, layers, strict=True)), lambda x: stu._context(x, 0, None, None)
 
 
-def compare(length: int, args, device: torch.device, dtype: torch.dtype, layers: dict, context: Callable) -> list[dict]:
+def compare(
+    length: int, args: Namespace, device: torch.device, dtype: torch.dtype, layers: dict, context: Callable
+) -> list[dict]:
     """One row of raw figures for each layer at one length."""
     x = torch.randn(args.batch, length, args.width, device=device).to(dtype).requires_grad_()
     shared = context(x)
@@ -51,7 +56,7 @@ def compare(length: int, args, device: torch.device, dtype: torch.dtype, layers:
     def call(name: str) -> tuple[float, float]:
         layer = layers[name]
 
-        def run(x: torch.Tensor, *_) -> torch.Tensor:
+        def run(x: torch.Tensor, *_: object) -> torch.Tensor:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 return layer(x) if name == "MLP" else layer(x, shared)
 
@@ -87,7 +92,7 @@ def plot(results: dict, path: Path) -> None:
 def main() -> None:
     device = default_device()
     cuda = device.type == "cuda"
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--lengths", type=integer(1, LARGEST_LENGTH), nargs="+",
                         default=[1024, 8192, 32768] if cuda else [1024, 4096, 16384])  # fmt: skip
     parser.add_argument("--width", type=integer(16, 2**17), default=1024 if cuda else 256, help="divisible by 16")

@@ -8,6 +8,7 @@ implementation does and what the definition says, both in float64 with 2K filter
 """
 
 import statistics
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -26,20 +27,20 @@ from spectralds.distillation import fold
 from spectralds.fit import MAX_STATE_DIM, LDSFit, fit_lds
 
 
-def make_layer(config: FlashSTUConfig, device: torch.device) -> tuple[LDS, STU, LDSFit]:
+def make_layer(config: FlashSTUConfig, states: int, device: torch.device) -> tuple[LDS, STU, LDSFit]:
     """An STU layer with random weights, its distilled form, and the fit between the two."""
     torch.manual_seed(0)
     _, phi = spectral_filters(config.max_position_embeddings, config.num_filters)
     stu = STU(config)
     torch.nn.init.normal_(stu.in_proj.weight, std=config.hidden_size**-0.5)
     stu.reset_parameters(torch.nn.init)
-    fit = fit_lds(FilterBank(phi), config.lds_state_dim, "quadrature", torch.float32, config.stu_dilation)
+    fit = fit_lds(FilterBank(phi), states, "quadrature", torch.float32, config.stu_dilation)
     layer = LDS(config)
     layer.load_state_dict(fold(fit, stu) | {"in_proj.weight": stu.in_proj.weight.detach()})
     return layer.to(device), stu.to(device), fit
 
 
-def recurrence_loop(x, stu: STU, fit: LDSFit) -> torch.Tensor:
+def recurrence_loop(x: torch.Tensor, stu: STU, fit: LDSFit) -> torch.Tensor:
     """Token by token in float64: all states of every channel, 2K outputs per channel from them, then the weights."""
     decay, out = fit.A.to(x.device), (fit.B[:, None] * fit.C).to(x.device)
     weights = torch.cat([stu.M_filters[0], stu.M_filters[-1]]).double().t().contiguous()
@@ -50,7 +51,7 @@ def recurrence_loop(x, stu: STU, fit: LDSFit) -> torch.Tensor:
     return torch.stack(outputs)[None].to(x.dtype)
 
 
-def definition_step(x, past, stu: STU, features: torch.Tensor) -> torch.Tensor:
+def definition_step(x: torch.Tensor, past: torch.Tensor, stu: STU, features: torch.Tensor) -> torch.Tensor:
     """One token in float64 from the definition: 2K sums over all lags of every channel, then the weights."""
     weights = torch.cat([stu.M_filters[0], stu.M_filters[-1]]).double()
     past[-1] = stu.in_proj(x[0, 0]).double()
@@ -58,13 +59,13 @@ def definition_step(x, past, stu: STU, features: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def measure(args, device: torch.device) -> dict:
+def measure(args: Namespace, device: torch.device) -> dict:
     """Seconds of everything: of the whole sequence by its rows, of one token by its rows."""
     config = FlashSTUConfig(
         hidden_size=args.hidden_size, num_attention_heads=1, max_position_embeddings=args.length,
         lds_state_dim=args.state_dim,
     )  # fmt: skip
-    layer, stu, fit = make_layer(config, device)
+    layer, stu, fit = make_layer(config, args.state_dim, device)
     context = SequenceContext()
     x = torch.randn(1, args.length, args.hidden_size, device=device)
     short = x[:, : args.loop_tokens]
@@ -152,7 +153,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--hidden-size", type=integer(1, 2**17), default=896)
     parser.add_argument("--state-dim", type=integer(2, MAX_STATE_DIM), default=160)
     parser.add_argument(

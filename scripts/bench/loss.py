@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure(args) -> dict:
+def measure(args: Namespace) -> dict:
     """Run one variant; seconds of each repeat, bytes above inputs, weight and gradients, and the loss."""
     device = default_device()
     generator = torch.Generator().manual_seed(0)
@@ -73,12 +74,13 @@ def measure(args) -> dict:
     gradients = (hidden.numel() + weight.numel()) * weight.itemsize
     result = {"seconds": taken, "bytes": peak_bytes(device) - before - gradients, "loss": losses[-1]}
     if args.save:
+        named = {"hidden": hidden, "weight": weight}
         with replacing_file(args.save) as temporary:
-            save_file({"hidden": hidden.grad, "weight": weight.grad}, temporary)
+            save_file({name: tensor.grad for name, tensor in named.items() if tensor.grad is not None}, temporary)
     return result
 
 
-def in_a_process(args, variant: str, tokens: int, repeats: int, save: Path | None = None) -> dict:
+def in_a_process(args: Namespace, variant: str, tokens: int, repeats: int, save: Path | None = None) -> dict:
     """The same in a fresh process."""
     print(f"{variant}, {tokens:,} tokens", flush=True)
     options = {"variant": variant, "tokens": tokens, "hidden": args.hidden, "vocabulary": args.vocabulary}
@@ -102,7 +104,7 @@ def largest_difference(path: Path, reference: Path, name: str) -> float:
     return difference / largest
 
 
-def compare(args) -> list[dict]:
+def compare(args: Namespace) -> list[dict]:
     """All variants at --tokens, with their differences from the plain loss; then the others at other numbers."""
     others = ["chunked"] + (["liger"] if why_not("liger") is None else [])
     with tempfile.TemporaryDirectory() as folder:
@@ -153,7 +155,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--tokens", type=integer(1, LARGEST_LENGTH), default=2048, help="where all are compared")
     parser.add_argument("--chunked-tokens", type=integer(1, LARGEST_LENGTH), nargs="*", default=[512, 8192],
                         help="without the plain loss")  # fmt: skip

@@ -9,7 +9,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ def forward_and_backward(function: Callable, inputs: tuple[torch.Tensor, ...]) -
     return forward, time.perf_counter() - start
 
 
-def take_turns(functions: dict[str, Callable[[], object]], repeats: int, limit: float) -> dict[str, list]:
+def take_turns(functions: Mapping[str, Callable[[], object]], repeats: int, limit: float) -> dict[str, list]:
     """Results of calling every function `repeats` times in turn, so that a drifting machine hits all alike.
 
     A first round warms up. One that has taken `limit` seconds in three calls or more is not called again.

@@ -8,6 +8,7 @@ same rates in short runs, then train the full number of steps at the best one. R
 again.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 from measuring import environment, finish, page, table
@@ -22,7 +23,7 @@ from flash_stu.model.loading import default_device
 OPTIMIZERS = ("adamw", "muon")
 
 
-def compare(args) -> list[dict]:
+def compare(args: Namespace) -> list[dict]:
     """Both optimizers: their sweeps, and the long run at the best rate."""
 
     def run(name: str, rate: float, steps: int) -> dict:
@@ -63,7 +64,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--steps", type=integer(), default=400)
     parser.add_argument("--sweep-steps", type=integer(), default=150)
     parser.add_argument("--rates", type=number(0, 1e3, above=True), nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2],

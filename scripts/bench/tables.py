@@ -68,7 +68,7 @@ def _tables(results: Path, name: str) -> str | None:
 
 
 def main() -> int:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--results", type=input_directory, default="results", metavar="DIR")
     parser.add_argument("--page", type=input_file, default="docs/results.md", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if something would change")

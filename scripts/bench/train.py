@@ -291,7 +291,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     parser.add_argument(
         "--config", type=input_file, action="append", help=f"run config; default: {' and '.join(CONFIGS)}"
     )

@@ -1,6 +1,7 @@
 """Trainings that benchmarks compare: the quickstart's config with a few things changed, on the embedded corpus."""
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def train(run: Path, steps: int, changes: dict) -> dict:
     if subprocess.run([sys.executable, "train.py", "--config", CONFIG, *words]).returncode:
         raise UserError(f"training {run} failed; see above")
     records = list(read_metrics(run / "metrics.jsonl"))
-    losses = [record["loss"] for record in records if "loss" in record]
+    losses = [record["loss"] or math.nan for record in records if "loss" in record]
     ends = range(len(losses), 0, -STRETCH)
     return {
         "validation": [record["validation_loss"] for record in records if "validation_loss" in record][-1],
