@@ -142,7 +142,7 @@ class Definitions:
         """Returns the single tasks that a task, group or tag consists of: by name the definition and its file.
 
         Raises:
-            UserError: for a group that defines a task inside itself.
+            UserError: for a task that has no YAML file of its own, such as one that is defined inside a group.
         """
         entry = self.own.get(name) or official_index().get(name)
         if entry is None:
@@ -152,6 +152,8 @@ class Definitions:
             members = entry.tags
         elif entry.kind.name == "GROUP":
             members = [m if isinstance(m, str) else m.get("task", m.get("group")) for m in definition["task"]]
+        elif entry.yaml_path is None:
+            raise UserError(f"task {name!r} has no YAML definition, so a mirror cannot serve it")
         else:
             return {name: (definition, entry.yaml_path)}
         found = {}

@@ -85,12 +85,12 @@ class EvaluatedLM(_HFLM):
             raise UserError(f"{directory}: the tokenizer has no end-of-text token to start a text with")
         return cls(model, tokenizer, batch_size, world)
 
-    def loglikelihood(self, requests: list[Instance], **_: Any) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance], **_options: Any) -> list[tuple[float, bool]]:
         """Score (context, continuation): log-likelihood in nats of the continuation, and whether it is greedy."""
         return super().loglikelihood(requests, disable_tqdm=True)  # ours is the only progress shown
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_options: Any
     ) -> list[tuple[float, bool]]:
         """Score (strings, context ids, continuation ids): what the harness's `loglikelihood` calls."""
         windows = []
@@ -99,7 +99,7 @@ class EvaluatedLM(_HFLM):
             self._count_length(len(context) + len(continuation) - 1)
         return self._score(windows)
 
-    def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance], **_options: Any) -> list[float]:
         """Log-likelihood in nats of whole texts, each after one end-of-text (or beginning-of-text) token."""
         texts = [self.tok_encode(request.args[0]) for request in requests]
         for text in texts:  # what is too long comes in stretches here, nothing is cut
@@ -107,7 +107,7 @@ class EvaluatedLM(_HFLM):
         windows = [split_windows([self.prefix_token_id], text, self.longest) for text in texts]
         return [log_likelihood for log_likelihood, _ in self._score(windows)]
 
-    def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
+    def generate_until(self, requests: list[Instance], **_options: Any) -> list[str]:
         """Generate as the harness does, each process a part.
 
         Raises:
@@ -116,7 +116,7 @@ class EvaluatedLM(_HFLM):
         counters = self.counters
         counters.requests += len(requests)
         for request in requests:
-            prompt, options = request.args
+            prompt, options = tuple(request.args)
             self._count_length(len(self._prompt(prompt)) + self._new_tokens(options))
         mine = requests[self.world.rank :: self.world.size]
         self._generated = 0
@@ -130,7 +130,7 @@ class EvaluatedLM(_HFLM):
         return texts
 
     def tok_batch_encode(
-        self, strings: Sequence[str], left_truncate_len: int | None = None, **_: Any
+        self, strings: Sequence[str], left_truncate_len: int | None = None, **_options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode prompts to generate from; each is cut from the left, and padded on the left."""
         return pad_left([self._prompt(text)[-(left_truncate_len or 0) :] for text in strings])

@@ -339,7 +339,7 @@ class _Run:
         ids = ids.to(self.model.device)
         if not isinstance(self.model, FlashSTUForCausalLM):
             return self.model(input_ids=ids, use_cache=False).logits, lambda logits: logits
-        run, head = self.model.model, self.model.get_output_embeddings()
+        run, head = self.model.model, self.model.lm_head
         piece = ids.shape[1]
         if not self.model.config.uses_stu:  # an input of any length, in pieces that fit
             piece = max(1, self.budget.tokens // len(ids))

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 import evaluate as door
 from flash_stu.errors import UserError, run_cli
 from flash_stu.evaluation import evaluate, harness, language_model
-from flash_stu.evaluation.definitions import official_index
+from flash_stu.evaluation.definitions import official_index, write_local_task
 from flash_stu.evaluation.harness import write_embedded_task
-from flash_stu.evaluation.local_data import write_local_task
 from flash_stu.evaluation.report import format_csv, format_report, format_table
 from flash_stu.model.loading import load_model
 
@@ -319,11 +318,11 @@ def some_results():
 def test_table_shows_percent_errors_average_and_warnings(some_results):
     lines = format_table(some_results).splitlines()
     assert lines[:5] == [
-        "| model              | bits (bits_per_byte) |  mmlu 5-shot |  piqa | average acc |",
-        "| ------------------ | -------------------: | -----------: | ----: | ----------: |",
-        "| stu                |               1.2346 | 25.00 ± 1.00 | 75.00 |       50.00 |",
-        "| distilled          |               1.2346 | 30.00 ± 1.00 | 75.00 |       52.50 |",
-        "| Theirs (published) |                      |        26.50 | 65.34 |       45.92 |",
+        "| model              |   bits (bits_per_byte) |   mmlu 5-shot |   piqa |   average acc |",
+        "|:-------------------|-----------------------:|--------------:|-------:|--------------:|",
+        "| stu                |                 1.2346 |  25.00 ± 1.00 |  75.00 |         50.00 |",
+        "| distilled          |                 1.2346 |  30.00 ± 1.00 |  75.00 |         52.50 |",
+        "| Theirs (published) |                        |         26.50 |  65.34 |         45.92 |",
     ]
     assert "Only the first 9 items of each task were scored" in "\n".join(lines)
     assert "stu: 3 of 24 requests were longer than its 65 tokens and were cut from the left, by 15 tokens" in lines[-3]

@@ -11,9 +11,9 @@ from tiny_run import run_settings
 from flash_stu.data import load_tokenizer
 from flash_stu.errors import UserError
 from flash_stu.evaluation import evaluate
+from flash_stu.evaluation.definitions import TaskSpec
 from flash_stu.evaluation.harness import load_tasks, run_task
 from flash_stu.evaluation.language_model import EvaluatedLM
-from flash_stu.evaluation.suite import TaskSpec
 from flash_stu.training import Trainer, join_world
 from flash_stu.training.config import EvaluationConfig, RunConfig
 from flash_stu.training.evaluation_hook import TaskEvaluation, whole_copy
@@ -68,7 +68,7 @@ def scores_and_answers(trainer, own_tasks):
     scores = trainer.evaluation.scores(trainer.model)
     (task,) = load_tasks([TaskSpec(name="colours")], include_path=own_tasks)
     copy = whole_copy(trainer.model, trainer.world.device, torch.float32)
-    lm = EvaluatedLM(copy, load_tokenizer("bytes").to_transformers(), processes=trainer.evaluation.processes)
+    lm = EvaluatedLM(copy, load_tokenizer("bytes").to_transformers(), world=trainer.world)
     samples = run_task(lm, task)["samples"]
     return scores, [answer[0] for sample in samples for answer in sample["answers"]]
 
