@@ -20,31 +20,16 @@ def main() -> None:
     """Parse the command line, evaluate, and print where the results are."""
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add(
-        "--model",
-        type=any_path,
-        action="append",
-        required=True,
-        metavar="DIR",
-        help="model directory, training run, or its checkpoints/step-N; repeatable",
-    )
-    add(
-        "--tasks",
-        metavar="LIST",
-        help="tasks and groups of lm-eval, suites such as paper, comma-separated; "
-        "default: embedded_bpb,embedded_cloze, which need no download",
-    )
+    model = "model directory, training run, or its checkpoints/step-N; repeatable"
+    add("--model", type=any_path, action="append", required=True, metavar="DIR", help=model)
+    tasks = "tasks and groups of lm-eval, suites such as paper, comma-separated; "
+    tasks += "default: embedded_bpb,embedded_cloze, which need no download"
+    add("--tasks", metavar="LIST", help=tasks)
     own = "task definitions of your own, in lm-eval's YAML format"
     add("--include-path", type=input_directory, metavar="DIR", help=own)
-    add(
-        "--text",
-        type=input_file,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="txt, jsonl or parquet file to measure bits per byte and perplexity on, also by position; repeatable; "
-        "without --tasks, nothing else is done",
-    )
+    text = "txt, jsonl or parquet file to measure bits per byte and perplexity on, also by position; repeatable; "
+    text += "without --tasks, nothing else is done"
+    add("--text", type=input_file, action="append", default=[], metavar="FILE", help=text)
     window = "tokens in a window; default: twice a model's trained length, or as many as it can take"
     add("--text-length", type=integer(), metavar="N", help=window)
     column = "where jsonl and parquet have the text (%(default)s)"

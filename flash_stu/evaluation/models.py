@@ -82,7 +82,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Session:
-    """What the models of an evaluation share.
+    """Settings that the models of an evaluation share.
 
     Attributes:
         store: what an earlier evaluation found, and where this one keeps its own.

@@ -1,4 +1,4 @@
-"""What an evaluation has found so far, on disk, so that one that was stopped resumes: of whole tasks, and inside one.
+"""An evaluation's findings so far, on disk, so that one that was stopped resumes: of whole tasks, and inside one.
 
     items/<model>/<task>.json               {"key", "model", "result", "items"}
     items/<model>/<task>.json.part.<rank>   while the task runs: the scores so far

@@ -63,7 +63,7 @@ def score_text(
             share = wanted / total
             break
     if not total:
-        raise UserError(f"texts {path} holds no text")
+        raise UserError(f"text {path} holds no text")
     stream = stream[: int(min(wanted, total)) + 1]
     for start in range(0, len(stream) - 1, length):
         piece = stream[start : start + length + 1]
@@ -119,7 +119,7 @@ def _documents(lm: EvaluatedLM, path: Path, column: str) -> Iterator[tuple[list[
 
     A file of no known format is one document.
     """
-    texts = read_texts(path, column) if file_format(path) else [read_text(path, "texts", _LARGEST)]
+    texts = read_texts(path, column) if file_format(path) else [read_text(path, "text", _LARGEST)]
     for text in texts:
         if text:
             yield [*lm.tok_encode(text, add_special_tokens=False), lm.eot_token_id], len(text.encode())

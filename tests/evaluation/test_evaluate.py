@@ -12,6 +12,7 @@ from processes import run_processes
 from safetensors.torch import load_file, save_file
 
 import evaluate as door
+from flash_stu.arguments import naming_options
 from flash_stu.errors import UserError, run_cli
 from flash_stu.evaluation import evaluate, harness, language_model
 from flash_stu.evaluation.definitions import official_index, write_local_task
@@ -283,6 +284,44 @@ def test_bad_arguments_are_one_line_and_status_2(arguments, message, stu_dir, no
     assert message in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in stu_dir.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"limit": 0}, "limit is 0; it must be at least 1"),
+        ({"batch_size": -2}, "batch_size is -2; it must be at least 1"),
+        ({"texts": ["config.json"], "text_length": 0}, "text_length is 0; it must be at least 1"),
+        ({"data_dir": "nowhere"}, "data_dir nowhere is not a directory"),
+        ({"include_path": "config.json"}, "include_path config.json is not a directory"),
+        ({"texts": ["nowhere.txt"]}, "texts nowhere.txt: no such file"),
+        ({"texts": ["config.json", "./config.json"]}, "texts config.json: another file has the same name"),
+        ({"tasks": ","}, "tasks names no task"),
+        ({"device": "tpu"}, "device is 'tpu'; allowed here: cpu"),
+        ({"output": "."}, "output . exists and was not written by this program"),
+        ({"output": "config.json"}, "output config.json exists and is not a directory"),
+        ({"model_dirs": []}, "model_dirs is empty"),
+        ({"model_dirs": [".", "."]}, "model_dirs . is given twice"),
+    ],
+)
+def test_messages_of_the_function_name_its_arguments(arguments, message, stu_dir, no_model_is_loaded, monkeypatch):
+    monkeypatch.chdir(stu_dir)
+    with pytest.raises(UserError) as caught:
+        evaluate(**({"model_dirs": ["."]} | arguments))
+    assert str(caught.value).startswith(message)
+
+
+def test_options_are_named_for_arguments_at_the_beginning_of_a_message_only():
+    for message, expected in [
+        ("batch_size is 0", "--batch-size is 0"),
+        ("texts a.txt: no such file", "--text a.txt: no such file"),
+        ("no space left on device", "no space left on device"),
+        ("device", "device"),
+        ("device: task 'a' failed", "device: task 'a' failed"),  # a model of that name
+    ]:
+        with pytest.raises(UserError) as caught, naming_options("batch_size", "device", texts="text"):
+            raise UserError(message)
+        assert str(caught.value) == expected
 
 
 def scored(metric, value, stderr=None, shots=0, truncated=0, beyond=0):
