@@ -4,41 +4,49 @@ python evaluate.py --model DIR [--model DIR ...] [--tasks LIST] [--limit N] [--d
     [--text FILE ...]; or torchrun --nproc-per-node GPUS evaluate.py ...
 """
 
-from flash_stu.arguments import any_path, input_directory, input_file, integer, output_directory, printable
+from flash_stu.arguments import (
+    any_path,
+    input_directory,
+    input_file,
+    integer,
+    output_directory,
+    printable,
+)
 from flash_stu.errors import ArgumentParser, run_cli
 
 
 def main() -> None:
-    """Parse the command line, evaluate, and say where the results are."""
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    """Parse the command line, evaluate, and print where the results are."""
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--model", type=any_path, action="append", required=True, metavar="DIR",
-        help="model directory, training run, or its checkpoints/step-N; repeatable")  # fmt: skip
-    add("--tasks", metavar="LIST", help="tasks and groups of lm-eval, suites such as paper, "
-        "comma-separated; default: embedded_bpb,embedded_cloze, which need no download")  # fmt: skip
-    add("--include-path", type=input_directory, metavar="DIR",
-        help="task definitions of your own, in lm-eval's YAML format")  # fmt: skip
-    add("--text", type=input_file, action="append", default=[], metavar="FILE",
-        help="txt, jsonl or parquet file to measure bits per "
-        "byte and perplexity on, also by position; repeatable; without --tasks, nothing else is done")  # fmt: skip
-    add("--text-length", type=integer(), metavar="N",
-        help="tokens in a window; default: twice a model's trained length, or as many as it can take")  # fmt: skip
-    add("--text-column", type=printable, default="text", metavar="NAME",
-        help="where jsonl and parquet have the text (%(default)s)")  # fmt: skip
-    add("--limit", type=integer(), metavar="N",
-        help="score only the first N items of each task, N windows of each text")  # fmt: skip
-    add("--data-dir", type=input_directory, metavar="DIR",
-        help="local mirror of data sets, see scripts/fetch_eval_data.py")  # fmt: skip
-    add("--output", type=output_directory, default="runs/evaluation", metavar="DIR", help="where results go; what "
-        "is there already is not done again (%(default)s)")  # fmt: skip
+    model = "model directory, training run, or its checkpoints/step-N; repeatable"
+    add("--model", dest="model_dirs", type=any_path, action="append", required=True, metavar="DIR", help=model)
+    tasks = "tasks and groups of lm-eval, suites such as paper, comma-separated; "
+    tasks += "default: embedded_bpb,embedded_cloze, which need no download"
+    add("--tasks", metavar="LIST", help=tasks)
+    own = "task definitions of your own, in lm-eval's YAML format"
+    add("--include-path", type=input_directory, metavar="DIR", help=own)
+    text = "txt, jsonl or parquet file to measure bits per byte and perplexity on, also by position; repeatable; "
+    text += "without --tasks, nothing else is done"
+    add("--text", dest="texts", type=input_file, action="append", default=[], metavar="FILE", help=text)
+    window = "tokens in a window; default: twice a model's trained length, or as many as it can take"
+    add("--text-length", type=integer(), metavar="N", help=window)
+    column = "where jsonl and parquet have the text (%(default)s)"
+    add("--text-column", type=printable, default="text", metavar="NAME", help=column)
+    first = "score only the first N items of each task, N windows of each text"
+    add("--limit", type=integer(), metavar="N", help=first)
+    mirror = "local mirror of data sets, see scripts/fetch_eval_data.py"
+    add("--data-dir", type=input_directory, metavar="DIR", help=mirror)
+    results = "where results go; what is there already is not done again (%(default)s)"
+    add("--output", type=output_directory, default="runs/evaluation", metavar="DIR", help=results)
     add("--batch-size", type=integer(), metavar="N", help="sequences per forward pass; default: as many as fit")
     add("--device", metavar="D", help="cpu, cuda or cuda:N; default: a GPU if there is one")
     options = vars(parser.parse_args())
 
     from flash_stu.distributed import read_launch
-    from flash_stu.evaluation.runner import evaluate
+    from flash_stu.evaluation import evaluate
 
-    evaluate(options.pop("model"), texts=options.pop("text"), **options)
+    evaluate(**options)
     if read_launch().rank == 0:
         print(f"\nresults: {options['output']}/results.json, table.md, table.csv, pictures")
 

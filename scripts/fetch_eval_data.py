@@ -7,18 +7,18 @@ examples from. What is there already is not fetched again, so a download that wa
 """
 
 from pathlib import Path
+from typing import Any
 
 import datasets
 
 from flash_stu.arguments import input_directory, output_directory
 from flash_stu.errors import ArgumentParser, UserError, run_cli
-from flash_stu.evaluation.definitions import Definitions, quiet, shots_of
-from flash_stu.evaluation.local_data import Dataset, data_of, file_of
-from flash_stu.evaluation.suite import resolve_tasks
+from flash_stu.evaluation.definitions import Dataset, Definitions, data_of, file_of, resolve_tasks
+from flash_stu.evaluation.patches import quiet
 from flash_stu.files import adding_files, growing_directory
 from flash_stu.network import spare_the_hub
 
-_KIND, _LABEL = "mirror of evaluation data", "--output"
+_KIND, _LABEL = "mirror of evaluation data", "output"
 
 
 def fetch(tasks: str, output: Path, include_path: Path | None = None) -> list[Path]:
@@ -42,9 +42,8 @@ def fetch(tasks: str, output: Path, include_path: Path | None = None) -> list[Pa
     wanted: dict[str, tuple[Dataset, str, dict]] = {}  # by file
     for spec in specs:
         definitions.require(spec.name)
-        for name in sorted(definitions.leaves(spec.name)):
-            definition = definitions[name].cfg
-            dataset, _, splits = data_of(name, definition, shots_of(spec, definition))
+        for name, (definition, _) in definitions.leaves(spec.name).items():
+            dataset, _, splits = data_of(name, definition, spec.shots_of(definition))
             for split in splits:
                 file = file_of(Path(), dataset, split).as_posix()
                 wanted.setdefault(file, (dataset, split, definition.get("dataset_kwargs") or {}))
@@ -59,11 +58,12 @@ def fetch(tasks: str, output: Path, include_path: Path | None = None) -> list[Pa
     return [output / file for file in wanted]
 
 
-def _download(dataset: Dataset, split: str, options: dict) -> datasets.Dataset:
-    """The rows of one split of a hub data set."""
+def _download(dataset: Dataset, split: str, options: dict[str, Any]) -> datasets.Dataset:
+    """Returns the rows of one split of a hub data set."""
     name, configuration = dataset
     try:
-        return datasets.load_dataset(name, configuration, split=split, **(options | {"trust_remote_code": False}))
+        options = options | {"trust_remote_code": False}
+        return datasets.load_dataset(name, configuration, split=split, **options)
     except Exception as error:  # the hub, its cache and the files fail in as many ways
         reason = " ".join(str(error).split())
         what = name if configuration is None else f"{name} ({configuration})"
@@ -72,16 +72,12 @@ def _download(dataset: Dataset, split: str, options: dict) -> datasets.Dataset:
 
 def main() -> None:
     """Parse the command line and fetch."""
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--tasks", default="paper", metavar="LIST", help="tasks, groups and suites, comma-separated (%(default)s)")
     add("--output", required=True, type=output_directory, metavar="DIR", help="where the data go")
-    add(
-        "--include-path",
-        type=input_directory,
-        metavar="DIR",
-        help="task definitions of your own, in lm-eval's YAML format",
-    )
+    own = "task definitions of your own, in lm-eval's YAML format"
+    add("--include-path", type=input_directory, metavar="DIR", help=own)
     arguments = parser.parse_args()
     include_path = None if arguments.include_path is None else Path(arguments.include_path)
     files = fetch(arguments.tasks, Path(arguments.output), include_path)

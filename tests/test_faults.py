@@ -82,7 +82,7 @@ def stand_ins(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     monkeypatch.setattr("spectralds.directory.plot_fit", lambda bank, fit, curve, path: path.write_bytes(b"x" * 9999))
-    monkeypatch.setattr("flash_stu.evaluation.results.draw_positions", lambda *args: args[-1].write_bytes(b"x" * 9999))
+    monkeypatch.setattr("flash_stu.evaluation.report.draw_positions", lambda *args: args[-1].write_bytes(b"x" * 9999))
 
 
 MODEL, TEXT = "INPUTS/model", "INPUTS/text.txt"

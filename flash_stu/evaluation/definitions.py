@@ -1,47 +1,110 @@
-"""The definitions of tasks: the harness's own, the user's, and how to ask about them quietly."""
+"""Tasks that can be asked for: suites of them, their definitions, and definitions that read local data.
 
-import contextlib
+A suite is a YAML list of tasks. A definition is the harness's own or the user's, in the harness's YAML format. For a
+task on local data a YAML file is written that includes its definition, keeps its name, and reads
+`<data dir>/<data set>/<configuration or default>/<split>.jsonl` instead of the hub.
+"""
+
 import difflib
 import functools
-import io
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import datasets
-import lm_eval.api.task
 import yaml
 from lm_eval.tasks import TaskManager
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flash_stu.errors import UserError
 from flash_stu.evaluation.embedded import TASK_NAMES
-from flash_stu.evaluation.suite import TaskSpec, suite_names
-from flash_stu.files import read_text
+from flash_stu.evaluation.patches import quiet
+from flash_stu.files import read_text, write_text
+from flash_stu.paths import expand
+
+SUITE_FOLDER = Path(__file__).parent / "suites"
+DEFAULT_TASKS = ("embedded_bpb", "embedded_cloze")  # need no download
+_SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
+
+Dataset = tuple[str, str | None]  # id on the hub, configuration
 
 
-@contextlib.contextmanager
-def quiet(level: int = logging.WARNING):
-    """Keep the harness's prints, log lines below a level, and progress bars but ours off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    bars = lm_eval.api.task.tqdm, datasets.are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(level)
-    lm_eval.api.task.tqdm = functools.partial(bars[0], disable=True)
-    datasets.disable_progress_bars()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        for logger, before in zip(loggers, levels, strict=True):
-            logger.setLevel(before)
-        lm_eval.api.task.tqdm = bars[0]
-        if not bars[1]:
-            datasets.enable_progress_bars()
+class TaskSpec(BaseModel):
+    """One column of the table: a task or group of the harness and how to run it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str = Field(min_length=1, description="as lm-eval-harness knows it")
+    shots: int | None = Field(default=None, ge=0, description="examples in a prompt; null: the task's own number")
+    metric: str | None = Field(default=None, description="shown in the table; null: acc, else the task's first")
+
+    def shots_of(self, definition: dict[str, Any]) -> int:
+        """Returns the examples in a prompt of one of its tasks, given that task's definition."""
+        return definition.get("num_fewshot") or 0 if self.shots is None else self.shots
+
+
+class Suite(BaseModel):
+    """A YAML file that lists tasks, and what others have published for them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    tasks: list[TaskSpec] = Field(min_length=1)
+    published: dict[str, list[float]] = Field(default={}, description="row: a value per task, percent")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Suite":
+        for row, values in self.published.items():
+            if len(values) != len(self.tasks):
+                raise ValueError(f"published {row!r} has {len(values)} values for {len(self.tasks)} tasks")
+        return self
+
+    def published_rows(self) -> dict[str, dict[str, float]]:
+        """Returns {row: {task: value in percent}}."""
+        names = [task.name for task in self.tasks]
+        return {row: dict(zip(names, values, strict=True)) for row, values in self.published.items()}
+
+
+def resolve_tasks(names: str | Sequence[str] | None) -> tuple[list[TaskSpec], dict[str, dict[str, float]]]:
+    """Turn what the user asked for into tasks, each suite replaced by its members.
+
+    Args:
+        names: task names, names of suites (flash_stu/evaluation/suites) and paths of suite files, as a
+            list or separated by commas; None for the tasks that need no download.
+
+    Returns:
+        the tasks, and the published rows of the suites among them, {row: {task: value in percent}}.
+
+    Raises:
+        UserError: for no task at all, a task asked for twice, or a suite file that cannot be read.
+    """
+    if names is None:
+        names = DEFAULT_TASKS
+    if isinstance(names, str):
+        names = names.split(",")
+    suites = [_expand(name.strip()) for name in names if name.strip()]
+    specs = [spec for suite in suites for spec in suite.tasks]
+    if not specs:
+        raise UserError(f"tasks names no task; give task names or suites ({', '.join(suite_names())})")
+    seen = set()
+    for spec in specs:
+        if spec.name in seen:
+            raise UserError(f"task {spec.name!r} is asked for twice; name it once")
+        seen.add(spec.name)
+    published: dict[str, dict[str, float]] = {}
+    for suite in suites:
+        for row, values in suite.published_rows().items():
+            published.setdefault(row, {}).update(values)
+    return specs, published
+
+
+def suite_names() -> list[str]:
+    """Returns the names of the suites that come with the project, sorted."""
+    return sorted(path.stem for path in SUITE_FOLDER.glob("*.yaml"))
 
 
 @functools.cache
 def official_index() -> dict:
-    """Every task, group and tag of the harness by name; parsing its 14,000 files takes some ten seconds."""
+    """Returns every task, group and tag of the harness by name; parsing its 14,000 files takes some ten seconds."""
     with quiet(logging.ERROR):
         return TaskManager().task_index
 
@@ -63,11 +126,8 @@ class Definitions:
             with quiet(logging.ERROR):
                 self.own = TaskManager(include_path=str(include_path), include_defaults=False).task_index
 
-    def __getitem__(self, name: str):
-        return self.own[name] if name in self.own else official_index()[name]
-
     def require(self, name: str) -> None:
-        """Refuse a name that means nothing.
+        """Refuse an unknown name.
 
         Raises:
             UserError: with names that are close.
@@ -78,26 +138,31 @@ class Definitions:
         close = difflib.get_close_matches(name, known, n=5, cutoff=0.6) or [*suite_names(), *TASK_NAMES]
         raise UserError(f"unknown task {name!r}; close matches: {', '.join(close)}")
 
-    def leaves(self, name: str) -> set[str]:
-        """The single tasks that a task, group or tag consists of.
+    def leaves(self, name: str) -> dict[str, tuple[dict[str, Any], Path]]:
+        """Returns the single tasks that a task, group or tag consists of: by name the definition and its file.
 
         Raises:
-            UserError: for a group that defines a task inside itself.
+            UserError: for a task that has no YAML file of its own, such as one that is defined inside a group.
         """
-        try:
-            entry = self[name]
-        except KeyError:
-            raise UserError(f"task {name!r} is defined inside a group, so a mirror cannot serve it") from None
+        entry = self.own.get(name) or official_index().get(name)
+        if entry is None:
+            raise UserError(f"task {name!r} is defined inside a group, so a mirror cannot serve it")
+        definition = entry.cfg or {}
         if entry.kind.name == "TAG":
             members = entry.tags
         elif entry.kind.name == "GROUP":
-            members = [m if isinstance(m, str) else m.get("task", m.get("group")) for m in entry.cfg["task"]]
+            members = [m if isinstance(m, str) else m.get("task", m.get("group")) for m in definition["task"]]
+        elif entry.yaml_path is None:
+            raise UserError(f"task {name!r} has no YAML definition, so a mirror cannot serve it")
         else:
-            return {name}
-        return set().union(*(self.leaves(member) for member in members))
+            return {name: (definition, entry.yaml_path)}
+        found = {}
+        for member in members:
+            found |= self.leaves(member)
+        return dict(sorted(found.items()))
 
     def manager(self, folder: Path, name: str) -> TaskManager:
-        """A task manager that knows the definitions in a folder, and below them all that a task may need."""
+        """Returns a task manager that knows the definitions in a folder, and below them all that a task may need."""
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         own = self.own.get(name)
         single = name in TASK_NAMES or (own is not None and own.kind.name not in ("TAG", "GROUP"))
@@ -108,16 +173,104 @@ class Definitions:
         return manager
 
 
+def write_local_task(
+    name: str, definition: dict[str, Any], definition_path: Path, data_dir: Path, shots: int, folder: Path
+) -> Path:
+    """Write the YAML file that reads one task's data from a folder.
+
+    Splits that only examples in prompts need may be missing where there are no shots.
+
+    Args:
+        name: the task's name.
+        definition: its resolved definition (the harness's YAML, inclusions merged).
+        definition_path: where that YAML is.
+        data_dir: the mirror.
+        shots: examples in the prompt.
+        folder: where to write.
+
+    Raises:
+        UserError: naming the file that the mirror lacks, or the task if it does not read a hub data set.
+    """
+    dataset, splits, needed = data_of(name, definition, shots)
+    files = {split: file_of(data_dir, dataset, split) for split in splits.values() if split is not None}
+    for split in needed:
+        if not files[split].is_file():
+            raise UserError(f"task {name!r} needs {files[split]}, which does not exist")
+    present = {split: str(path.resolve()) for split, path in files.items() if path.is_file()}
+    absent = {key: None for key, split in splits.items() if split is not None and split not in present}
+
+    override = {
+        "include": str(definition_path),
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": present},
+        **absent,
+    }
+    path = folder / f"{name}.yaml"
+    write_text(path, yaml.safe_dump(override, sort_keys=False))
+    return path
+
+
+def data_of(name: str, definition: dict[str, Any], shots: int) -> tuple[Dataset, dict[str, str | None], list[str]]:
+    """Returns the data that a task reads.
+
+    Args:
+        name: the task's name.
+        definition: its resolved definition.
+        shots: examples in the prompt.
+
+    Returns:
+        the data set; the split that each of the definition's entries names; and the splits that are needed: what is
+        scored, and if there are shots what they are drawn from.
+
+    Raises:
+        UserError: if the task does not read a hub data set, or has nothing to score.
+    """
+    dataset = definition.get("dataset_path")
+    if not dataset or "class" in definition or "custom_dataset" in definition:
+        raise UserError(f"task {name!r} does not read a hub data set, so a mirror cannot serve it")
+    splits = {key: definition.get(key) for key in _SPLIT_KEYS}
+    scored = splits["test_split"] or splits["validation_split"]
+    if scored is None:
+        raise UserError(f"task {name!r} has neither a test nor a validation split")
+    examples = splits["fewshot_split"] or splits["training_split"] or splits["validation_split"] or scored
+    needed = [scored] if not shots or examples == scored else [scored, examples]
+    return (dataset, definition.get("dataset_name")), splits, needed
+
+
+def file_of(data_dir: Path, dataset: Dataset, split: str) -> Path:
+    """Returns where a mirror keeps a split."""
+    name, configuration = dataset
+    return data_dir / name / (configuration or "default") / f"{split}.jsonl"
+
+
+def _expand(name: str) -> Suite:
+    if name.endswith((".yaml", ".yml")):
+        return _read_suite(Path(expand(name)))
+    if name in suite_names():
+        return _read_suite(SUITE_FOLDER / f"{name}.yaml")
+    return Suite(tasks=[TaskSpec(name=name)])
+
+
+def _read_suite(path: Path) -> Suite:
+    try:
+        return Suite.model_validate(yaml.safe_load(read_text(path, "task suite")))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"task suite {path} is not a YAML file: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(
+            f"task suite {path}: {where}: {first['msg']}; it has `tasks`, each a name, shots, metric"
+        ) from error
+
+
 def _check_syntax(folder: Path) -> None:
     for path in sorted(folder.rglob("*.yaml")):
-        text = read_text(path, "--include-path")
+        text = read_text(path, "include_path")
         try:
             yaml.compose(text, Loader=yaml.SafeLoader)
         except (yaml.YAMLError, RecursionError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"--include-path {path}: not valid YAML: {reason}") from error
-
-
-def shots_of(spec: TaskSpec, definition: dict) -> int:
-    """Examples in a prompt: what the spec says, else the task's definition."""
-    return definition.get("num_fewshot") or 0 if spec.shots is None else spec.shots
+            raise UserError(f"include_path {path}: not valid YAML: {reason}") from error

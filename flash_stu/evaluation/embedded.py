@@ -1,7 +1,7 @@
 """Two tasks made from the embedded corpus, for a machine that can download nothing.
 
 Their definitions are the YAML files in tasks/; their data are made here from the corpus' validation documents
-and laid out like any local mirror of data sets (see local_data.py).
+and laid out like any local mirror of data sets (see definitions.py).
 """
 
 import atexit

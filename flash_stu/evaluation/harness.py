@@ -1,4 +1,8 @@
-"""lm-eval-harness: load tasks before any model is, run them quietly."""
+"""lm-eval-harness: tasks are loaded before any model, and run one at a time with the harness's own seeds.
+
+`lm_eval.simple_evaluate` would set the seeds too, but loads the tasks anew for every model, collects a description of
+the machine for every task, and returns results in one process only.
+"""
 
 import contextlib
 import dataclasses
@@ -10,28 +14,28 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lm_eval.utils
 import numpy as np
 import torch
 from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.tasks import TaskManager
 
 from flash_stu.data import embedded_corpus
 from flash_stu.errors import UserError
-from flash_stu.evaluation.definitions import Definitions, quiet, shots_of
+from flash_stu.evaluation.definitions import Definitions, TaskSpec, write_local_task
 from flash_stu.evaluation.embedded import TASK_FOLDER, TASK_NAMES, write_embedded_data
-from flash_stu.evaluation.local_data import write_local_task
+from flash_stu.evaluation.language_model import EvaluatedLM
+from flash_stu.evaluation.patches import compiled_templates, quiet
 from flash_stu.evaluation.scoring import Counters
-from flash_stu.evaluation.suite import TaskSpec
 from flash_stu.network import spare_the_hub
 
-_SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harness's own
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in what Python says of a function
 _BOOTSTRAP_SAMPLES = 1000  # for standard errors without a formula; accuracies have one
 
@@ -58,7 +62,7 @@ class LoadedTask:
 
 
 @contextlib.contextmanager
-def _naming(task: str, failure: str, hint: str = ""):
+def _naming(task: str, failure: str, hint: str = "") -> Iterator[None]:
     """Turn whatever goes wrong with a task, in the harness or in its data, into one line that names it."""
     try:
         yield
@@ -68,17 +72,6 @@ def _naming(task: str, failure: str, hint: str = ""):
         reason = " ".join(str(error).split())
         advice = hint if isinstance(error, OSError) else ""  # what failed may be the network
         raise UserError(f"task {task!r} {failure}: {type(error).__name__}: {reason}{advice}") from error
-
-
-@contextlib.contextmanager
-def _compiled_templates():
-    """Compile each prompt template once; the harness does it for every row, which is most of its own time."""
-    env = lm_eval.utils.env
-    env.from_string = functools.cache(env.from_string)  # on the instance, over the method
-    try:
-        yield
-    finally:
-        del env.from_string
 
 
 def load_tasks(
@@ -102,7 +95,7 @@ def load_tasks(
     with tempfile.TemporaryDirectory() as scratch, quiet(logging.CRITICAL):
         # A folder each: a group and one of its members may be asked for with different shots.
         managers = [_manager_for(spec, definitions, data_dir, Path(scratch, str(i))) for i, spec in enumerate(specs)]
-        hint = "" if data_dir else "; a machine without internet needs --data-dir"
+        hint = "" if data_dir else "; a machine without internet needs a mirror, see scripts/fetch_eval_data.py"
         loaded = []
         for spec, manager in zip(specs, managers, strict=True):
             with _naming(spec.name, "cannot be loaded", hint):
@@ -112,8 +105,8 @@ def load_tasks(
 
 def write_embedded_task(name: str, folder: Path) -> Path:
     """Write the YAML file with which any harness runs an embedded task (`lm_eval --include_path folder`)."""
-    definition = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False).task_index[name].cfg
-    return write_local_task(name, definition, TASK_FOLDER / f"{name}.yaml", _embedded_data(), 0, folder)
+    entry = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False).task_index[name]
+    return write_local_task(name, entry.cfg or {}, TASK_FOLDER / f"{name}.yaml", _embedded_data(), 0, folder)
 
 
 @functools.cache
@@ -127,14 +120,13 @@ def _manager_for(spec: TaskSpec, definitions: Definitions, data_dir: Path | None
         if spec.name in TASK_NAMES:
             write_embedded_task(spec.name, folder)
         elif data_dir is not None:
-            for name in sorted(definitions.leaves(spec.name)):
-                entry = definitions[name]
-                write_local_task(name, entry.cfg, entry.yaml_path, data_dir, shots_of(spec, entry.cfg), folder)
+            for name, (definition, path) in definitions.leaves(spec.name).items():
+                write_local_task(name, definition, path, data_dir, spec.shots_of(definition), folder)
         return definitions.manager(folder, spec.name)
 
 
 def _load(spec: TaskSpec, manager: TaskManager) -> LoadedTask:
-    loaded = manager.load([spec.name])
+    loaded: dict[str, Any] = dict(manager.load([spec.name]))
     for task in loaded["tasks"].values():
         fixed = task.get_config("num_fewshot")
         if fixed is None or (spec.shots is not None and fixed != 0):  # 0 in a definition means: never any
@@ -149,7 +141,7 @@ def _load(spec: TaskSpec, manager: TaskManager) -> LoadedTask:
     return found
 
 
-def _check_definition(name: str, task) -> None:
+def _check_definition(name: str, task: ConfigurableTask) -> None:
     """Refuse what the harness would pass over or fail at late: metrics that it lacks, fields that the data lack."""
     unusable = [metric for metric, aggregate in task.aggregation().items() if not callable(aggregate)]
     if unusable:
@@ -186,15 +178,17 @@ def run_task(lm: LM, task: LoadedTask, limit: int | None = None) -> dict[str, An
 
 def _run_task(lm: LM, task: LoadedTask, limit: int | None) -> dict[str, Any]:
     started = time.perf_counter()
-    random.seed(_SEEDS["random"])
-    np.random.seed(_SEEDS["numpy"])
-    torch.manual_seed(_SEEDS["torch"])
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
     members = task.harness["tasks"]
     for member in members.values():
-        member.set_fewshot_seed(seed=_SEEDS["fewshot"])
-    lm.counters = Counters()
-    with quiet(), _compiled_templates():
-        outcome = run_harness(lm, task.harness, limit=limit, bootstrap_iters=_BOOTSTRAP_SAMPLES)
+        member.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    counters = Counters()
+    if isinstance(lm, EvaluatedLM):
+        lm.counters = counters
+    with quiet(), compiled_templates():
+        outcome: Any = run_harness(lm, task.harness, limit=limit, bootstrap_iters=_BOOTSTRAP_SAMPLES)
 
     metrics = {name: _metrics(row) for name, row in outcome["results"].items()}
     own = _mean([metrics[name] for name in members]) | metrics.pop(task.spec.name, {})
@@ -213,7 +207,7 @@ def _run_task(lm: LM, task: LoadedTask, limit: int | None) -> dict[str, Any]:
         "version": outcome["versions"].get(task.spec.name),
         "config_hash": task.config_hash,
         "seconds": time.perf_counter() - started,
-        **dataclasses.asdict(lm.counters),
+        **dataclasses.asdict(counters),
         "metrics": own,
         "members": {name: values for name, values in metrics.items() if values},
         "samples": [sample for name in members for sample in _samples(name, outcome["samples"][name])],
@@ -221,7 +215,7 @@ def _run_task(lm: LM, task: LoadedTask, limit: int | None) -> dict[str, Any]:
 
 
 def _samples(task: str, logged: Sequence[dict]) -> list[dict]:
-    """What is kept of the harness's log of a task; an item comes there once per filter."""
+    """Returns what is kept of the harness's log of a task; an item is there once per filter."""
     found: dict[int, dict] = {}
     for entry in logged:
         answers = [answer[0] for answer in entry["resps"]]
@@ -251,12 +245,12 @@ def _metrics(row: dict) -> dict[str, dict[str, float | None]]:
 
 
 def _mean(rows: Sequence[dict]) -> dict[str, dict[str, float | None]]:
-    """The plain mean over members: what tags get, and groups where they define no aggregate."""
+    """Returns the plain mean over members, for tags and for groups that define no aggregate."""
     shared = [key for key in rows[0] if all(key in row for row in rows)]
     return {key: {"value": sum(row[key]["value"] for row in rows) / len(rows), "stderr": None} for key in shared}
 
 
 def _main_metric(names: Sequence[str], wanted: str | None) -> str:
-    """The metric the table shows: the one asked for (under any filter), else acc, else the task's first."""
+    """Returns the metric the table shows: the one asked for (under any filter), else acc, else the task's first."""
     matching = [name for name in names if name.partition(",")[0] == (wanted or "acc")]
     return (matching or names)[0]

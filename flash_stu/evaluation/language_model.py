@@ -2,29 +2,32 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.api.instance import Instance
+from lm_eval.models import huggingface
+from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_stu.devices import default_dtype
 from flash_stu.distributed import World
 from flash_stu.errors import UserError
-from flash_stu.evaluation.budget import Budget
-from flash_stu.evaluation.journal import Journal
-from flash_stu.evaluation.progress import Progress
-from flash_stu.evaluation.scoring import Counters, Score, Window, score_windows, split_windows
+from flash_stu.evaluation.resume import Journal
+from flash_stu.evaluation.scoring import Budget, Counters, Score, Window, score_windows, split_windows
 from flash_stu.generation.loop import pad_left
 from flash_stu.model.layers import SlidingWindowAttention
 from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.model.source import load_source
 from flash_stu.ops import backends
+from flash_stu.progress import Progress
 
+_HFLM: Any = huggingface.HFLM  # its registration hides its type from type checkers
 _UNLIMITED = 2**31  # what the harness is told where there is no longest input
 _GENERATED_AT_ONCE = 32  # sequences, where no batch size is set
 
 
-class EvaluatedLM(HFLM):
+class EvaluatedLM(_HFLM):
     """The harness's Hugging Face model with our scoring: bounded memory, shared beginnings, several processes.
 
     Attributes:
@@ -35,27 +38,35 @@ class EvaluatedLM(HFLM):
         longest: the longest input the model can take; None if its state takes any.
     """
 
-    def __init__(self, model, tokenizer, batch_size: int | None = None, world: World | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int | None = None,
+        world: World | None = None,
+    ) -> None:
         """Wrap a model.
 
         Args:
-            model: a causal language model of transformers, in eval mode.
-            tokenizer: its tokenizer, of transformers.
+            model: a causal language model, in eval mode.
+            tokenizer: its tokenizer.
             batch_size: sequences in a forward pass at most; None for as many as a budget of tokens allows.
-            world: who shares the work.
+            world: the processes that share the work.
         """
-        super().__init__(
-            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size or _GENERATED_AT_ONCE
-        )
         ours = isinstance(model, FlashSTUForCausalLM)
-        self.trained_length = super().max_length
+        self.trained_length = resolve_max_length(model.config, tokenizer)
         self.longest = None if ours and not model.config.uses_stu else self.trained_length
-        if self.longest is None:
-            self._max_length = _UNLIMITED
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=batch_size or _GENERATED_AT_ONCE,
+            max_length=_UNLIMITED if self.longest is None else self.longest,
+        )
         self.budget = Budget.automatic(model.device, batch_size)
         self.world = world or World()
         self.counters = Counters()
-        self.progress = Progress()
+        self.progress = Progress(enabled=False)
         self.journal: Journal | None = None
         if ours and model.device.type == "cuda":
             _avoid_compilation(model)
@@ -74,20 +85,21 @@ class EvaluatedLM(HFLM):
             raise UserError(f"{directory}: the tokenizer has no end-of-text token to start a text with")
         return cls(model, tokenizer, batch_size, world)
 
-    def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance], **_options: Any) -> list[tuple[float, bool]]:
+        """Score (context, continuation): log-likelihood in nats of the continuation, and whether it is greedy."""
         return super().loglikelihood(requests, disable_tqdm=True)  # ours is the only progress shown
 
     def _loglikelihood_tokens(
-        self, requests, disable_tqdm: bool = True, override_bs: int | None = None
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_options: Any
     ) -> list[tuple[float, bool]]:
-        """Score (strings, context ids, continuation ids): what the harness's `loglikelihood` ends in."""
+        """Score (strings, context ids, continuation ids): what the harness's `loglikelihood` calls."""
         windows = []
         for _, context, continuation in requests:
             windows.append(split_windows(context, continuation, self.longest))
             self._count_length(len(context) + len(continuation) - 1)
         return self._score(windows)
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance], **_options: Any) -> list[float]:
         """Log-likelihood in nats of whole texts, each after one end-of-text (or beginning-of-text) token."""
         texts = [self.tok_encode(request.args[0]) for request in requests]
         for text in texts:  # what is too long comes in stretches here, nothing is cut
@@ -95,7 +107,7 @@ class EvaluatedLM(HFLM):
         windows = [split_windows([self.prefix_token_id], text, self.longest) for text in texts]
         return [log_likelihood for log_likelihood, _ in self._score(windows)]
 
-    def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
+    def generate_until(self, requests: list[Instance], **_options: Any) -> list[str]:
         """Generate as the harness does, each process a part.
 
         Raises:
@@ -104,7 +116,7 @@ class EvaluatedLM(HFLM):
         counters = self.counters
         counters.requests += len(requests)
         for request in requests:
-            prompt, options = request.args
+            prompt, options = tuple(request.args)
             self._count_length(len(self._prompt(prompt)) + self._new_tokens(options))
         mine = requests[self.world.rank :: self.world.size]
         self._generated = 0
@@ -118,7 +130,7 @@ class EvaluatedLM(HFLM):
         return texts
 
     def tok_batch_encode(
-        self, strings, padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
+        self, strings: Sequence[str], left_truncate_len: int | None = None, **_options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode prompts to generate from; each is cut from the left, and padded on the left."""
         return pad_left([self._prompt(text)[-(left_truncate_len or 0) :] for text in strings])
@@ -127,8 +139,8 @@ class EvaluatedLM(HFLM):
         """Token ids of a prompt; one of no tokens is the prefix token, as an empty context is in `loglikelihood`."""
         return self.tok_encode(text) or [self.prefix_token_id]
 
-    def _new_tokens(self, options) -> int:
-        new = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+    def _new_tokens(self, options: dict[str, Any]) -> int:
+        new = normalize_gen_kwargs(options, self.max_gen_toks).get("max_gen_toks")
         most = _UNLIMITED if self.longest is None else self.longest - 1
         if not isinstance(new, int) or not 1 <= new <= most:
             raise UserError(
@@ -137,14 +149,14 @@ class EvaluatedLM(HFLM):
             )
         return new
 
-    def _model_generate(self, context, max_length, stop, **options) -> torch.Tensor:
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         """Generate for one batch and count the tokens that are run: the prompts, and all new ones but the last."""
         found = super()._model_generate(context, max_length, stop, **options)
         self._generated += int(options["attention_mask"].sum()) + len(found) * (found.shape[1] - context.shape[1] - 1)
         return found
 
     def score(self, windows: Sequence[Window]) -> list[Score]:
-        """Score windows, whoever made them."""
+        """Score windows, given in any way."""
         settings = self.budget, self.counters, self.progress, self.world, self.journal
         return score_windows(self.model, windows, *settings)
 

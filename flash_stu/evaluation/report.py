@@ -1,37 +1,73 @@
-"""Results as tables: Markdown for readers, CSV for programs."""
+"""An evaluation's files: results.json, tables in Markdown for readers and CSV for programs, and pictures."""
 
 import csv
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from flash_stu.evaluation.comparison import CLOSE
+from matplotlib.figure import Figure
+from tabulate import tabulate
 
+from flash_stu.evaluation.compare import CLOSE
+from flash_stu.figures import save_figure
+
+RESULTS, TABLE, CSV, PICTURE = "results.json", "table.md", "table.csv", "table.png"
 _WORK = ["forward_tokens", "forward_tokens_unshared", "truncated", "truncated_tokens", "beyond_trained_length"]
 _VALUES = ["metric", "shots", "value", "stderr", "items", "items_available", "version", "config_hash"]
 _CSV_COLUMNS = ["model", "published", "task", *_VALUES, "seconds", "requests", *_WORK]
+_GREYS = ("0.45", "0.65", "0.8", "0.9")
+
+
+def result_files(texts: Iterable[str]) -> list[str]:
+    """Returns the names of all files that `write_results` may write for these texts."""
+    return [RESULTS, TABLE, CSV, PICTURE, *(_text_picture(name) for name in texts)]
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write all files into an empty directory.
+
+    Args:
+        folder: the directory.
+        results: the content of results.json.
+    """
+    files = {RESULTS: json.dumps(results, indent=2, default=str), TABLE: format_report(results)}
+    if results["settings"]["tasks"]:
+        files[CSV] = format_csv(results).rstrip("\n")
+    for name, text in files.items():
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+    draw_table(results, folder / PICTURE)
+    for name in {name: None for model in results["models"].values() for name in model["texts"]}:
+        models = {label: model for label, model in results["models"].items() if name in model["texts"]}
+        draw_positions(
+            {label: model["texts"][name] for label, model in models.items()},
+            {label: model["trained_length"] for label, model in models.items()},
+            name,
+            folder / _text_picture(name),
+        )
 
 
 def average_accuracy(tasks: dict[str, dict]) -> float | None:
-    """The plain mean of the tasks whose metric is acc; None if there is none."""
+    """Returns the plain mean of the tasks whose metric is acc; None if there is none."""
     values = [task["value"] for task in tasks.values() if task["metric"] == "acc"]
     return sum(values) / len(values) if values else None
 
 
 def columns_of(results: dict[str, Any]) -> dict[str, dict]:
-    """The tasks that any model has been scored on, in the order they were asked for, each as one model has it."""
+    """Returns the tasks that any model has been scored on, in the order asked for, each as one model has it."""
     found = {name: task for model in results["models"].values() for name, task in model["tasks"].items()}
     return {spec["name"]: found[spec["name"]] for spec in results["settings"]["tasks"] if spec["name"] in found}
 
 
 def format_report(results: dict[str, Any]) -> str:
-    """All of table.md: scores, what is behind them, texts, comparisons."""
+    """Returns all of table.md: scores, the work done for them, texts, comparisons."""
     parts = [format_table(results), format_details(results), format_texts(results), format_comparisons(results)]
     return "\n\n".join(part for part in parts if part)
 
 
 def format_table(results: dict[str, Any]) -> str:
-    """The table of scores: models as rows, published ones last; tasks as columns, the average accuracy last."""
+    """Returns the table of scores: models as rows, published ones last; tasks as columns, the average accuracy last."""
     columns = columns_of(results)
     if not columns:
         return ""
@@ -53,7 +89,7 @@ def format_table(results: dict[str, Any]) -> str:
 
 
 def format_details(results: dict[str, Any]) -> str:
-    """What was asked, and what each model had to do for it."""
+    """Returns the table of what was asked, and of the work of each model."""
     columns = columns_of(results)
     header = ["task", "metric", "shots", "items", "version", "config"]
     for label in results["models"]:
@@ -70,7 +106,7 @@ def format_details(results: dict[str, Any]) -> str:
 
 
 def format_comparisons(results: dict[str, Any]) -> str:
-    """Per pair of models: the difference on every task, and the p-value of McNemar's test."""
+    """Returns a table per pair of models: the difference on every task, and the p-value of McNemar's test."""
     tables = []
     for pair in results.get("comparisons", []):
         first, second = pair["first"], pair["second"]
@@ -92,7 +128,7 @@ def format_comparisons(results: dict[str, Any]) -> str:
 
 
 def format_texts(results: dict[str, Any]) -> str:
-    """Bits per byte and perplexity of texts, and the loss by position."""
+    """Returns tables of bits per byte and perplexity of texts, and of the loss by position."""
     texts = {name: None for model in results["models"].values() for name in model.get("texts", {})}
     parts = []
     for name in texts:
@@ -119,7 +155,7 @@ def format_texts(results: dict[str, Any]) -> str:
 
 
 def format_csv(results: dict[str, Any]) -> str:
-    """One line per model and task, values as they are; published values as fractions too."""
+    """Returns one line per model and task, values as they are; published values as fractions too."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, _CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -136,22 +172,24 @@ def format_csv(results: dict[str, Any]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, the first column to the left, the others to the right."""
-    widths = [max(3, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
+    """Returns the lines of a Markdown table, the first column to the left, the others to the right."""
+    align = ["left", *["right"] * (len(header) - 1)]
+    return tabulate(rows, header, "pipe", disable_numparse=True, colalign=align).splitlines()
 
-    def line(cells):
-        aligned = [
-            cells[0].ljust(widths[0]),
-            *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)),
-        ]
-        return "| " + " | ".join(aligned) + " |"
 
-    rule = "| " + " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]) + " |"
-    return [line(header), rule, *(line(row) for row in rows)]
+def summary(label: str, name: str, found: dict, known: bool) -> str:
+    """Returns one line on what was found for a model on a task or text, `known` if by an earlier evaluation."""
+    if "bits_per_byte" in found:
+        figures = f"{found['bits_per_byte']:.4f} bits per byte, perplexity {found['perplexity']:.3f}"
+        return f"{label}  {name}  {figures}  ({found['windows']} windows of {found['window']} tokens)"
+    stderr = "" if found["stderr"] is None else f" ± {found['stderr']:.4f}"
+    when = "found earlier" if known else f"{found['seconds']:.1f} s"
+    items = f"{found['items']} of {found['items_available']} items"
+    return f"{label}  {name}  {found['metric']} {found['value']:.4f}{stderr}  ({items}, {when})"
 
 
 def warning(label: str, model: dict, tasks: dict[str, dict]) -> str | None:
-    """One line on requests that did not fit the model, or None."""
+    """Returns one line on requests that did not fit the model, or None."""
     cut, lost, longer, asked = (
         sum(task[key] for task in tasks.values())
         for key in ("truncated", "truncated_tokens", "beyond_trained_length", "requests")
@@ -168,6 +206,89 @@ def warning(label: str, model: dict, tasks: dict[str, dict]) -> str | None:
             "it was trained on; its state read all of them."
         )
     return None
+
+
+def draw_table(results: dict[str, Any], output: Path) -> bool:
+    """Draw the accuracies as groups of bars, one group per task and one of the averages.
+
+    Args:
+        results: the content of results.json.
+        output: the image to write.
+
+    Returns:
+        whether there was anything to draw.
+    """
+    tasks = [name for name, task in columns_of(results).items() if task["metric"] == "acc"]
+    if not tasks:
+        return False
+    bars = []  # label, heights, errors, style
+    for index, (label, model) in enumerate(results["models"].items()):
+        own = {name: model["tasks"][name] for name in tasks if name in model["tasks"]}
+        heights = [100 * own[name]["value"] if name in own else 0.0 for name in tasks]
+        errors = [100 * (own[name]["stderr"] or 0.0) if name in own else 0.0 for name in tasks]
+        average = average_accuracy(own) if len(own) == len(tasks) else None
+        bars.append((label, [*heights, 100 * (average or 0.0)], [*errors, 0.0], {"color": f"C{index}"}))
+    for index, (label, values) in enumerate(results.get("published", {}).items()):
+        heights = [values.get(name, 0.0) for name in tasks]
+        style = {"color": _GREYS[index % len(_GREYS)], "hatch": "///", "edgecolor": "white", "linewidth": 0}
+        bars.append((f"{label} (published)", [*heights, sum(heights) / len(tasks)], None, style))
+
+    groups = [*tasks, "average"]
+    figure = Figure(figsize=(max(5.0, 1.2 * len(groups) + 1.5), 4.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    width = 0.84 / len(bars)
+    for index, (label, heights, errors, style) in enumerate(bars):
+        places = [group + (index - (len(bars) - 1) / 2) * width for group in range(len(groups))]
+        axes.bar(places, heights, 0.94 * width, label=label, zorder=2, **style)
+        if errors is not None:
+            marked = [(x, y, e) for x, y, e in zip(places, heights, errors, strict=True) if e]
+            if marked:
+                xs, ys, es = zip(*marked, strict=True)
+                axes.errorbar(xs, ys, es, fmt="none", color="black", linewidth=0.9, capsize=1.5, zorder=3)
+    axes.set_xticks(range(len(groups)), groups, rotation=25, ha="right", rotation_mode="anchor")
+    axes.axvline(len(tasks) - 0.5, color="0.7", linewidth=0.8)
+    axes.set_ylim(0, max(100 * 0.3, *(1.12 * max(heights) for _, heights, _, _ in bars)))
+    axes.set_ylabel("accuracy (%)")
+    axes.grid(axis="y", alpha=0.25, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    limit = results["settings"]["limit"]
+    if limit is not None:
+        axes.set_title(f"first {limit} items of each task only", fontsize="medium", color="0.3")
+    figure.legend(loc="outside upper center", ncols=min(len(bars), 3), frameon=False)
+    save_figure(figure, output)
+    return True
+
+
+def draw_positions(found: dict[str, dict], trained: dict[str, int], title: str, output: Path) -> None:
+    """Draw the loss over the number of tokens before, one line per model.
+
+    Args:
+        found: per model, what `score_text` returned.
+        trained: per model, its trained length in tokens, marked by a dashed line.
+        title: name of the text.
+        output: the image to write.
+    """
+    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for index, (label, text) in enumerate(found.items()):
+        buckets = text["positions"]
+        x = [(b["first"] * b["last"]) ** 0.5 for b in buckets]
+        y = [b["loss"] for b in buckets]
+        error = [b["stderr"] or 0.0 for b in buckets]
+        axes.plot(x, y, color=f"C{index}", marker="o", markersize=3.5, label=label, alpha=0.9)
+        low, high = ([v + sign * e for v, e in zip(y, error, strict=True)] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
+    for length in sorted(set(trained.values())):
+        axes.axvline(length, color="0.4", linestyle="--", linewidth=1, label=f"trained length, {length:,}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("tokens before the one predicted")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title, fontsize="medium")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    save_figure(figure, output)
 
 
 def _heading(name: str, task: dict) -> str:
@@ -197,10 +318,14 @@ def _is_percentage(task: dict) -> bool:
 
 
 def _notes(results: dict[str, Any]) -> list[str]:
-    """What a reader must know before comparing these numbers with others."""
+    """Returns what a reader must know before comparing these numbers with others."""
     notes = ["Columns without a metric are acc in percent, ± one standard error."]
     limit = results["settings"]["limit"]
     if limit is not None:
         notes.append(f"Only the first {limit} items of each task were scored: not to be compared with full runs.")
     lines = (warning(label, model, model["tasks"]) for label, model in results["models"].items())
     return notes + [line for line in lines if line]
+
+
+def _text_picture(name: str) -> str:
+    return f"{Path(name).stem}.by-position.png"

@@ -8,23 +8,28 @@ would be 6.6 GB. Batches hold sequences of similar length, as many as a budget o
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from flash_stu.distributed import World
-from flash_stu.evaluation.budget import Budget
-from flash_stu.evaluation.journal import Journal
-from flash_stu.evaluation.progress import Progress
+from flash_stu.errors import UserError
+from flash_stu.evaluation.resume import Journal
 from flash_stu.evaluation.sharing import Family, deal, plan_families
 from flash_stu.model.cache import FlashSTUCache
 from flash_stu.model.modeling import FlashSTUForCausalLM
+from flash_stu.progress import Progress
 
 _LOGITS_AT_ONCE = 2**25  # float32 values held while projecting onto the vocabulary: 128 MiB
+_CPU_TOKENS = 4096  # in a forward pass; more gains nothing on a CPU
+_GPU_TOKENS = 65536  # halved until it fits
 _PAST_SHARE = 4  # tokens of state in a batch weigh this many times less than tokens to run
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Score:
-    """What the model thinks of a window's targets.
+    """The probabilities of a window's targets.
 
     Attributes:
         log_probs: of every target in nats, float32; or only their sum, in float64.
@@ -49,13 +54,13 @@ class Score:
 
     @property
     def log_likelihood(self) -> float:
-        """The sum, in float64."""
+        """Their sum, in float64."""
         return float(self.log_probs.sum(dtype=np.float64))
 
 
 @dataclass
 class Counters:
-    """What scoring cost and what it had to leave out."""
+    """Work done for some requests, and what was left out."""
 
     requests: int = 0
     forward_tokens: int = 0  # run through the model, padding not counted
@@ -63,6 +68,57 @@ class Counters:
     truncated: int = 0  # requests whose context was cut from the left
     truncated_tokens: int = 0  # how much was cut off
     beyond_trained_length: int = 0  # longer requests that the model's state could take
+
+
+class Budget:
+    """Tokens in a forward pass, padding included, and optionally sequences; less where a GPU's memory is too small.
+
+    Attributes:
+        tokens: at most, unless a single sequence is longer.
+        rows: sequences at most; None for any number.
+    """
+
+    def __init__(self, tokens: int, rows: int | None = None) -> None:
+        self.tokens, self.rows = tokens, rows
+
+    @classmethod
+    def automatic(cls, device: torch.device, rows: int | None = None) -> "Budget":
+        """Returns the budget to begin with on a device."""
+        return cls(_GPU_TOKENS if device.type == "cuda" else _CPU_TOKENS, rows)
+
+    def run(
+        self, items: Sequence[Item], weight: Callable[[Item], int], function: Callable[[Sequence[Item]], object]
+    ) -> None:
+        """Call a function with batches of items, in order; a batch that the GPU's memory does not hold is halved.
+
+        Args:
+            items: heaviest first, so that the first of a batch says how wide it is.
+            weight: tokens of an item.
+            function: called with every batch; again with smaller ones where it ran out of memory.
+
+        Raises:
+            UserError: if there is no memory for a single item.
+        """
+        start = 0
+        while start < len(items):
+            widest = max(1, weight(items[start]))
+            count = max(1, min(len(items) - start, self.tokens // widest, self.rows or len(items)))
+            if self._fits(function, items[start : start + count]):
+                start += count
+            elif count == 1:
+                raise UserError(f"the GPU's memory does not hold one sequence of {widest} tokens")
+            else:
+                self.tokens = max(1, min(self.tokens, count * widest) // 2)
+
+    @staticmethod
+    def _fits(function: Callable, batch: Sequence) -> bool:
+        try:
+            function(batch)
+            return True
+        except torch.OutOfMemoryError:
+            pass
+        torch.cuda.empty_cache()  # here, where no traceback holds on to tensors any more
+        return False
 
 
 def split_windows(context: Sequence[int], continuation: Sequence[int], max_length: int | None) -> list[Window]:
@@ -104,8 +160,8 @@ def score_windows(
         budget: how much to run at a time; no effect on the result beyond rounding.
         counters: the tokens run are added.
         progress: told how many tokens there are for this process, and how many are done.
-        world: who shares the work; each has all the windows, and gets all the scores.
-        journal: what it knows is not run again, and what is run is noted there; of known scores only the sum is left.
+        world: the processes that share the work; each has all the windows, and gets all the scores.
+        journal: scores that it holds are not computed again, new ones are added; of the former only the sum is known.
 
     Returns:
         a score per window.
@@ -113,7 +169,7 @@ def score_windows(
     Raises:
         UserError: if the GPU's memory does not hold a single sequence.
     """
-    progress, world = progress or Progress(), world or World()
+    progress, world = progress or Progress(enabled=False), world or World()
     sharing: dict[tuple[int, ...], list[int]] = {}  # inputs -> indices of the windows that have them
     for index, window in enumerate(windows):
         sharing.setdefault(window.inputs, []).append(index)
@@ -132,20 +188,24 @@ def score_windows(
         found = run.score(mine)
     progress.close()
 
-    scores: list[Score | None] = [None] * len(windows)
+    scores: dict[int, Score] = {}
     for part in [known, *world.gather(found)]:
         for row, row_scores in part.items():
-            for index, score in zip(members[row], row_scores, strict=True):
-                scores[index] = score
-    return scores
+            scores |= zip(members[row], row_scores, strict=True)
+    return [scores[index] for index in range(len(windows))]
 
 
 def _from_journal(entries: Sequence[tuple[float, bool]]) -> list[Score]:
     return [Score(np.array([log_likelihood]), greedy) for log_likelihood, greedy in entries]
 
 
-def _plan(model, inputs, members, windows) -> list[Family]:
-    """Which inputs to run together; only our own models can carry on from a state whatever their layers are."""
+def _plan(
+    model: torch.nn.Module,
+    inputs: Sequence[tuple[int, ...]],
+    members: Sequence[Sequence[int]],
+    windows: Sequence[Window],
+) -> list[Family]:
+    """Returns which inputs to run together; only our own models can continue from a state whatever their layers are."""
     if not isinstance(model, FlashSTUForCausalLM):
         return [Family(0, (row,)) for row in range(len(inputs))]
     scored = [max(len(windows[index].targets) for index in group) for group in members]
@@ -153,7 +213,7 @@ def _plan(model, inputs, members, windows) -> list[Family]:
 
 
 @contextmanager
-def _cheapest_state(model) -> Iterator[None]:
+def _cheapest_state(model: torch.nn.Module) -> Iterator[None]:
     """Let STU layers keep their inputs and nothing else: what FutureFill prepares is for single steps."""
     if not (isinstance(model, FlashSTUForCausalLM) and model.config.uses_stu):
         yield
@@ -177,13 +237,21 @@ class _Run:
         journal: told about scores, or None.
     """
 
-    def __init__(self, model, inputs, targets, budget: Budget, progress: Progress, journal: Journal | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        inputs: Sequence[tuple[int, ...]],
+        targets: Sequence[Sequence[tuple[int, ...]]],
+        budget: Budget,
+        progress: Progress,
+        journal: Journal | None,
+    ) -> None:
         self.model, self.inputs, self.targets = model, inputs, targets
         self.budget, self.progress, self.journal = budget, progress, journal
         self.scores: dict[int, list[Score]] = {}
 
     def score(self, families: Sequence[Family]) -> dict[int, list[Score]]:
-        """Scores of the families' rows, by row."""
+        """Returns the scores of the families' rows, by row."""
         alone = [row for family in families if not family.prefix for row in family.members]
         self._score_rows(alone)
         by_prefix: dict[int, list[Family]] = {}
@@ -200,7 +268,7 @@ class _Run:
         ids = torch.tensor([self.inputs[family.members[0]][:prefix] for family in families])
         cache = FlashSTUCache(self.model.config.num_hidden_layers)
         self._hidden(ids, cache)
-        self.progress.advance(ids.numel())
+        self.progress.update(ids.numel())
         self._score_rows(
             [row for family in families for row in family.members],
             prefix,
@@ -208,16 +276,22 @@ class _Run:
             {row: place for place, family in enumerate(families) for row in family.members},
         )
 
-    def _score_rows(self, rows, prefix: int = 0, cache: FlashSTUCache | None = None, places=None) -> None:
+    def _score_rows(
+        self,
+        rows: Sequence[int],
+        prefix: int = 0,
+        cache: FlashSTUCache | None = None,
+        places: Mapping[int, int] | None = None,
+    ) -> None:
         """Score rows, after the states in a cache that hold the first `prefix` tokens of each at its place."""
 
         def run(batch: Sequence[int]) -> None:
             past = None
-            if cache is not None:
+            if cache is not None and places is not None:
                 past = copy.copy(cache)  # selecting makes new states, and leaves the cache to the next batch
                 past.batch_select_indices(torch.tensor([places[row] for row in batch], device=self.model.device))
             self._score_batch(batch, prefix, past)
-            self.progress.advance(sum(len(self.inputs[row]) - prefix for row in batch))
+            self.progress.update(sum(len(self.inputs[row]) - prefix for row in batch))
 
         ordered = sorted(rows, key=lambda row: len(self.inputs[row]), reverse=True)
         self.budget.run(ordered, lambda row: len(self.inputs[row]) - prefix + prefix // _PAST_SHARE, run)
@@ -265,7 +339,7 @@ class _Run:
         ids = ids.to(self.model.device)
         if not isinstance(self.model, FlashSTUForCausalLM):
             return self.model(input_ids=ids, use_cache=False).logits, lambda logits: logits
-        run, head = self.model.model, self.model.get_output_embeddings()
+        run, head = self.model.model, self.model.lm_head
         piece = ids.shape[1]
         if not self.model.config.uses_stu:  # an input of any length, in pieces that fit
             piece = max(1, self.budget.tokens // len(ids))
@@ -275,8 +349,22 @@ class _Run:
         return torch.cat(parts, dim=1), head
 
 
-def _project(states, head, vocab_size, entry_position, targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log-probability of every entry's target and whether it is the likeliest token, piece by piece."""
+def _project(
+    states: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    vocab_size: int,
+    entry_position: torch.Tensor,
+    targets: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the log-probability of every entry's target and whether it is the likeliest token.
+
+    Args:
+        states: (positions, channels).
+        head: from states to logits, applied to some positions at a time.
+        vocab_size: of the logits.
+        entry_position: per entry, its position.
+        targets: per entry, its token.
+    """
     log_probs = torch.empty(len(targets), device=states.device)
     greedy = torch.empty(len(targets), dtype=torch.bool, device=states.device)
     step = max(1, _LOGITS_AT_ONCE // vocab_size)

@@ -24,7 +24,7 @@ _LARGEST = 1 << 40  # bytes; all of a text is in memory
 
 
 def file_hash(path: Path) -> str:
-    """A short hash of a file's content."""
+    """Returns a short hash of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -63,7 +63,7 @@ def score_text(
             share = wanted / total
             break
     if not total:
-        raise UserError(f"--text {path} holds no text")
+        raise UserError(f"text {path} holds no text")
     stream = stream[: int(min(wanted, total)) + 1]
     for start in range(0, len(stream) - 1, length):
         piece = stream[start : start + length + 1]
@@ -86,8 +86,8 @@ def score_text(
 
 
 def by_position(scores: Sequence[Score], length: int) -> list[dict[str, float | int | None]]:
-    """The mean loss in stretches of positions that end at powers of two and half-way between them."""
-    found = []
+    """Returns the mean loss in stretches of positions that end at powers of two and half-way between them."""
+    found: list[dict[str, float | int | None]] = []
     for before, last in pairwise([0, *_ends(length)]):
         parts = [-score.log_probs[before:last].astype(np.float64) for score in scores if len(score.log_probs) > before]
         if not parts:
@@ -106,7 +106,7 @@ def by_position(scores: Sequence[Score], length: int) -> list[dict[str, float | 
 
 
 def _ends(length: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, ... up to length."""
+    """Returns 1, 2, 3, 4, 6, 8, 12, ... up to length."""
     ends, power = [1], 2
     while power < length:
         ends += [power, power * 3 // 2]
@@ -115,11 +115,11 @@ def _ends(length: int) -> list[int]:
 
 
 def _documents(lm: EvaluatedLM, path: Path, column: str) -> Iterator[tuple[list[int], int]]:
-    """Token ids of every document, end-of-text included, and its size in bytes.
+    """Yields the token ids of every document, end-of-text included, and its size in bytes.
 
-    A file with an ending that says nothing is one text.
+    A file of no known format is one document.
     """
-    texts = read_texts(path, column) if file_format(path) else [read_text(path, "--text", _LARGEST)]
+    texts = read_texts(path, column) if file_format(path) else [read_text(path, "text", _LARGEST)]
     for text in texts:
         if text:
             yield [*lm.tok_encode(text, add_special_tokens=False), lm.eot_token_id], len(text.encode())

@@ -8,6 +8,7 @@ of the training model is touched. The copy takes as much memory as the exported 
 import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +23,7 @@ from flash_stu.devices import default_dtype
 from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.model.modeling import FlashSTUForCausalLM
+from flash_stu.progress import Progress
 from flash_stu.training.initialization import build_model
 from flash_stu.training.parallel import free_gathered
 from flash_stu.training.run_config import EvaluationConfig, RunConfig
@@ -105,8 +107,8 @@ class TaskEvaluation:
         self.tasks = []
         if config.tasks is None:
             return
-        from flash_stu.evaluation.harness import load_tasks  # takes seconds to import
-        from flash_stu.evaluation.suite import resolve_tasks
+        from flash_stu.evaluation.definitions import resolve_tasks  # takes seconds to import
+        from flash_stu.evaluation.harness import load_tasks
 
         folders = {key: getattr(config, key) and Path(getattr(config, key)) for key in ("data_dir", "include_path")}
         for key, folder in folders.items():
@@ -133,18 +135,17 @@ class TaskEvaluation:
         Returns:
             "evaluation/<task>/<metric>": value, the same on every process.
         """
-        from flash_stu.evaluation.definitions import quiet
         from flash_stu.evaluation.harness import run_task
         from flash_stu.evaluation.language_model import EvaluatedLM
-        from flash_stu.evaluation.progress import Progress
+        from flash_stu.evaluation.patches import quiet
 
         with quiet():
             copy = whole_copy(model, self.world.device, default_dtype(self.world.device))
             lm = EvaluatedLM(copy, self.tokenizer.to_transformers(), world=self.world)
         found = {}
         for task in self.tasks:
-            lm.progress = Progress(on_advance=lambda name=task.spec.name: mark(f"evaluating {name}"))
-            lm.progress.on_advance()
+            lm.progress = Progress(enabled=False, on_update=partial(mark, f"evaluating {task.spec.name}"))
+            lm.progress.on_update()
             result = run_task(lm, task, self.config.limit)
             found[f"evaluation/{task.spec.name}/{result['metric']}"] = result["value"]
         return found

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Literal
 
 import requests
 import torch
-from tqdm import tqdm
 
 from flash_stu import files
 from flash_stu.errors import UserError
 from flash_stu.network import is_reachable
+from flash_stu.progress import Progress
 from flash_stu.training.metrics_file import StepRecord, keep_lines_up_to, read_metrics
 from flash_stu.training.run_config import RunConfig
 
@@ -49,7 +49,7 @@ class Metrics:
         self.config, self.path = config, folder / "metrics.jsonl"
         self.steps, self.every, self.enabled = steps, config.train.log_every, enabled
         self.file: FileIO | None = None
-        self.bar: tqdm | None = None
+        self.progress = Progress("training", "step", unit_scale=False, enabled=enabled, line_every=math.inf)
         self.wandb: wandb.Run | None = None
         self.spikes = SpikeDetector()
         self.failure: OSError | None = None  # of the first line that could not be written; all later ones are dropped
@@ -69,10 +69,7 @@ class Metrics:
         with files.writing(self.path):
             self.file = self.path.open("ab", buffering=0)
         self.wandb = start_wandb(self.config, self.path.parent, run_id)
-        if sys.stderr.isatty():
-            self.bar = tqdm(
-                total=self.steps, initial=start, unit="step", desc="training", dynamic_ncols=True, smoothing=0.05
-            )
+        self.progress.start(self.steps, start)
 
     def __enter__(self) -> "Metrics":
         return self
@@ -80,8 +77,7 @@ class Metrics:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self.file is not None:
             self.file.close()
-        if self.bar is not None:
-            self.bar.close()
+        self.progress.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(kind is not None))
 
@@ -91,10 +87,8 @@ class Metrics:
             return
         self._write(**asdict(record))
         rate = f"{record.tokens_per_second:,.0f} tokens/s" + ("" if record.mfu is None else f", MFU {record.mfu:.1%}")
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {record.loss:.3f}, {rate}", refresh=False)
-            self.bar.update()
-        elif record.step % self.every == 0 or record.step in (1, self.steps):
+        self.progress.update(1, f"loss {record.loss:.3f}, {rate}")
+        if self.progress.bar is None and (record.step % self.every == 0 or record.step in (1, self.steps)):
             print(
                 f"step {record.step:>{len(str(self.steps))}}/{self.steps}  loss {record.loss:.4f}  "
                 f"learning rate {record.learning_rate:.2e}  gradient norm {record.grad_norm:.2f}  {rate}",
@@ -102,20 +96,21 @@ class Metrics:
             )
         if usual := self.spikes.check(record.loss):
             self._write(record.step, loss_spike=record.loss, usual_loss=usual)
-            self._print(f"step {record.step}: loss spike, {record.loss:.4f} where {usual:.4f} is usual")
+            self.progress.say(f"step {record.step}: loss spike, {record.loss:.4f} where {usual:.4f} is usual")
 
     def log_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """Log one validation."""
         if self.enabled:
             self._write(step, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
-            self._print(f"step {step}: validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte")
+            losses = f"{loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte"
+            self.progress.say(f"step {step}: validation loss {losses}")
 
     def log_tasks(self, step: int, scores: dict[str, float]) -> None:
         """Log the scores of tasks of the harness, {"evaluation/<task>/<metric>": value}."""
         if self.enabled:
             self._write(step, **scores)
             listed = ", ".join(f"{name.removeprefix('evaluation/')} {value:.4f}" for name, value in scores.items())
-            self._print(f"step {step}: {listed}")
+            self.progress.say(f"step {step}: {listed}")
 
     def sync(self) -> None:
         """Put all lines of the main process on disk: before a checkpoint, since a resumed run relies on them.
@@ -128,10 +123,6 @@ class Metrics:
                 raise self.failure
             if self.file is not None:
                 os.fsync(self.file.fileno())
-
-    def _print(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one."""
-        tqdm.write(text) if self.bar is not None else print(text, flush=True)
 
     def _write(self, step: int, **values: float | None) -> None:
         # JSON has no NaN

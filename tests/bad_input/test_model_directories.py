@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flash_stu import UserError
-from flash_stu.evaluation.model_directory import check_model_dir
+from flash_stu.evaluation.models import check_model_dir
 from flash_stu.model.loading import load_model
 
 JSON = {"list": b"[]", "number": b"7", "null": b"null", "text": b'"x"', "empty": b"", "cut": b'{"a": '}

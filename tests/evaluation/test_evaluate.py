@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 
 import datasets
 import lm_eval
@@ -12,11 +13,10 @@ from processes import run_processes
 from safetensors.torch import load_file, save_file
 
 import evaluate as door
-from flash_stu.errors import UserError, run_cli
+from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.evaluation import evaluate, harness, language_model
-from flash_stu.evaluation.definitions import official_index
+from flash_stu.evaluation.definitions import official_index, write_local_task
 from flash_stu.evaluation.harness import write_embedded_task
-from flash_stu.evaluation.local_data import write_local_task
 from flash_stu.evaluation.report import format_csv, format_report, format_table
 from flash_stu.model.loading import load_model
 
@@ -286,6 +286,49 @@ def test_bad_arguments_are_one_line_and_status_2(arguments, message, stu_dir, no
     assert sorted(path.name for path in stu_dir.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"limit": 0}, "limit is 0; it must be at least 1"),
+        ({"batch_size": -2}, "batch_size is -2; it must be at least 1"),
+        ({"texts": ["config.json"], "text_length": 0}, "text_length is 0; it must be at least 1"),
+        ({"data_dir": "nowhere"}, "data_dir nowhere is not a directory"),
+        ({"include_path": "config.json"}, "include_path config.json is not a directory"),
+        ({"texts": ["nowhere.txt"]}, "texts nowhere.txt: no such file"),
+        ({"texts": ["config.json", "./config.json"]}, "texts config.json: another file has the same name"),
+        ({"tasks": ","}, "tasks names no task"),
+        ({"device": "tpu"}, "device is 'tpu'; allowed here: cpu"),
+        ({"output": "."}, "output . exists and was not written by this program"),
+        ({"output": "config.json"}, "output config.json exists and is not a directory"),
+        ({"model_dirs": []}, "model_dirs is empty"),
+        ({"model_dirs": [".", "."]}, "model_dirs . is given twice"),
+    ],
+)
+def test_messages_of_the_function_name_its_arguments(arguments, message, stu_dir, no_model_is_loaded, monkeypatch):
+    monkeypatch.chdir(stu_dir)
+    with pytest.raises(UserError) as caught:
+        evaluate(**({"model_dirs": ["."]} | arguments))
+    assert str(caught.value).startswith(message)
+
+
+def test_options_are_named_for_arguments_at_the_beginning_of_a_message_only(capsys):
+    def main(message: str) -> None:
+        parser = ArgumentParser()
+        parser.add_argument("--batch-size")
+        parser.add_argument("--text", dest="texts")
+        parser.parse_args([])
+        raise UserError(message)
+
+    for message, expected in [
+        ("batch_size is 0", "--batch-size is 0"),
+        ("texts a.txt: no such file", "--text a.txt: no such file"),
+        ("no space left on device", "no space left on device"),
+        ("texts: task 'a' failed", "texts: task 'a' failed"),  # a model of that name
+    ]:
+        assert run_cli(partial(main, message)) == 2
+        assert capsys.readouterr().err == f"error: {expected}\n"
+
+
 def scored(metric, value, stderr=None, shots=0, truncated=0, beyond=0):
     return {
         "metric": metric,
@@ -319,11 +362,11 @@ def some_results():
 def test_table_shows_percent_errors_average_and_warnings(some_results):
     lines = format_table(some_results).splitlines()
     assert lines[:5] == [
-        "| model              | bits (bits_per_byte) |  mmlu 5-shot |  piqa | average acc |",
-        "| ------------------ | -------------------: | -----------: | ----: | ----------: |",
-        "| stu                |               1.2346 | 25.00 ± 1.00 | 75.00 |       50.00 |",
-        "| distilled          |               1.2346 | 30.00 ± 1.00 | 75.00 |       52.50 |",
-        "| Theirs (published) |                      |        26.50 | 65.34 |       45.92 |",
+        "| model              |   bits (bits_per_byte) |   mmlu 5-shot |   piqa |   average acc |",
+        "|:-------------------|-----------------------:|--------------:|-------:|--------------:|",
+        "| stu                |                 1.2346 |  25.00 ± 1.00 |  75.00 |         50.00 |",
+        "| distilled          |                 1.2346 |  30.00 ± 1.00 |  75.00 |         52.50 |",
+        "| Theirs (published) |                        |         26.50 |  65.34 |         45.92 |",
     ]
     assert "Only the first 9 items of each task were scored" in "\n".join(lines)
     assert "stu: 3 of 24 requests were longer than its 65 tokens and were cut from the left, by 15 tokens" in lines[-3]

@@ -4,8 +4,8 @@ import datasets
 import pytest
 
 from flash_stu.errors import UserError
+from flash_stu.evaluation.definitions import TaskSpec
 from flash_stu.evaluation.harness import load_tasks
-from flash_stu.evaluation.suite import TaskSpec
 from scripts.fetch_eval_data import fetch
 
 

@@ -7,9 +7,8 @@ import pytest
 from lm_eval.api.model import LM
 
 from flash_stu.errors import UserError
-from flash_stu.evaluation.definitions import Definitions
+from flash_stu.evaluation.definitions import Definitions, TaskSpec, resolve_tasks
 from flash_stu.evaluation.harness import load_tasks, run_task
-from flash_stu.evaluation.suite import TaskSpec, resolve_tasks
 
 
 class Chooser(LM):

@@ -10,11 +10,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.evaluation import scoring
-from flash_stu.evaluation.budget import Budget
-from flash_stu.evaluation.journal import Journal
-from flash_stu.evaluation.progress import Progress
-from flash_stu.evaluation.scoring import Counters, Window, score_windows, split_windows
+from flash_stu.evaluation.resume import Journal
+from flash_stu.evaluation.scoring import Budget, Counters, Window, score_windows, split_windows
 from flash_stu.model.loading import load_model
+from flash_stu.progress import Progress
 
 
 @pytest.mark.parametrize("length", [0, 1, 6, 7, 8, 13, 14, 15, 30])
@@ -185,13 +184,6 @@ def test_scores_that_a_journal_knows_are_not_run_again(stu_dir, tmp_path, monkey
 
 
 def test_progress_counts_every_token_once(stu_dir):
-    class Log(Progress):
-        def start(self, tokens):
-            self.total, self.done = tokens, 0
-
-        def advance(self, tokens):
-            self.done += tokens
-
-    progress, counters = Log(), Counters()
+    progress, counters = Progress(enabled=False), Counters()
     score_windows(load_model(stu_dir), random_windows(65), Budget(100), counters, progress)
     assert progress.done == progress.total == counters.forward_tokens

@@ -4,8 +4,7 @@ import pytest
 
 from flash_stu.distributed import World
 from flash_stu.errors import UserError
-from flash_stu.evaluation.journal import Journal
-from flash_stu.evaluation.store import Store
+from flash_stu.evaluation.resume import Journal, Store
 
 KEY = {"model": "a1", "task": {"name": "piqa", "shots": 0}, "limit": None}
 
@@ -31,7 +30,7 @@ def test_a_changed_item_file_is_refused_by_name_and_stays(content, tmp_path):
     path = tmp_path / "items/m/piqa.json"
     content = path.read_bytes().replace(b"0.5", b"0.6") if content is None else content  # an edited score
     path.write_bytes(content)
-    words = r"--output .* holds items/m/piqa.json, which this program did not write or somebody changed"
+    words = r"output .* holds items/m/piqa.json, which this program did not write or somebody changed"
     for refused in (lambda: store.read("m", "piqa", KEY), store.check, store.holding().__enter__):
         with pytest.raises(UserError, match=words):
             refused()

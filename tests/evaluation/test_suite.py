@@ -3,7 +3,7 @@
 import pytest
 
 from flash_stu.errors import UserError
-from flash_stu.evaluation.suite import TaskSpec, resolve_tasks
+from flash_stu.evaluation.definitions import TaskSpec, resolve_tasks
 
 PAPER = [
     *("mmlu", "hellaswag", "piqa", "boolq", "winogrande"),

@@ -12,9 +12,9 @@ from flash_stu.data import load_tokenizer
 from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.evaluation import evaluate
+from flash_stu.evaluation.definitions import TaskSpec
 from flash_stu.evaluation.harness import load_tasks, run_task
 from flash_stu.evaluation.language_model import EvaluatedLM
-from flash_stu.evaluation.suite import TaskSpec
 from flash_stu.training import Trainer, join_world
 from flash_stu.training.evaluation_hook import TaskEvaluation, whole_copy
 from flash_stu.training.run_config import EvaluationConfig, RunConfig

@@ -1,32 +1,49 @@
 """Two models on the same items: the difference, and whether it can be chance.
 
 Scores on the same items go up and down together, so their standard errors say little about the difference. McNemar's
-test looks only at the items that one model gets right and the other does not: if the models are equally good, each
-side of that count is a coin's.
+test looks only at the items that one model gets right and the other does not: if the models are equally good, each is
+as likely to be the one that is right.
 
 Source: McNemar 1947, Psychometrika 12, 153; the exact binomial form.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from scipy.stats import binomtest
 
 CLOSE = 1e-3  # nats, a log-likelihood
 
 
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided probability of a split at least this uneven, if both sides are equally likely.
+def compare_all(models: Mapping[str, dict], items: Mapping[str, dict[str, list]]) -> list[dict[str, Any]]:
+    """Compare the first model with every other on the tasks that both have.
 
     Args:
-        only_first: items only the first model gets right.
-        only_second: items only the second does.
+        models: by label, as results.json has them.
+        items: by label and task, what was answered.
+
+    Returns:
+        per pair {"first", "second", "tasks"}: the labels, and what `compare` returns by task; with several tasks of
+        accuracies also for "all items" of them.
     """
-    total, few = only_first + only_second, min(only_first, only_second)
-    term = ways = 1
-    for drawn in range(few):  # whole numbers: exact however many items there are
-        term = term * (total - drawn) // (drawn + 1)
-        ways += term
-    return min(1.0, 2 * ways / 2**total)
+    first, *others = items
+    pairs = []
+    for second in others:
+        tasks, pooled = {}, ([], [])
+        for name, own in items[second].items():
+            task = models[second]["tasks"].get(name)
+            if task is None or not own or not isinstance(own[0].get(task["metric"]), int | float):
+                continue
+            tasks[name] = compare(items[first][name], own, task["metric"])
+            if task["metric"] == "acc":
+                for pool, some in zip(pooled, (items[first][name], own), strict=True):
+                    pool += some
+        if sum("p_value" in task for task in tasks.values()) > 1:
+            tasks["all items"] = compare(*pooled, "acc")
+        if tasks:
+            pairs.append({"first": first, "second": second, "tasks": tasks})
+    return pairs
 
 
 def compare(first: Sequence[dict], second: Sequence[dict], metric: str) -> dict[str, Any]:
@@ -71,6 +88,17 @@ def compare(first: Sequence[dict], second: Sequence[dict], metric: str) -> dict[
     return found
 
 
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided probability of a split at least this uneven, if both sides are equally likely.
+
+    Args:
+        only_first: items only the first model gets right.
+        only_second: items only the second does.
+    """
+    total = only_first + only_second
+    return float(binomtest(only_first, total).pvalue) if total else 1.0
+
+
 def _pairs(first: Sequence[dict], second: Sequence[dict]) -> list[tuple[dict, dict]]:
     named = {(item["task"], item["doc"]): item for item in second}
     if len(named) != len(first) or any((item["task"], item["doc"]) not in named for item in first):
@@ -87,12 +115,12 @@ def _largest_gap(pair: tuple[dict, dict]) -> float | None:
 
 
 def _numbers(item: dict) -> list[float]:
-    """The log-likelihoods among a model's answers: of choices with whether they are greedy, or of whole texts."""
+    """Returns the log-likelihoods among the answers: of choices with whether they are greedy, or of whole texts."""
     firsts = [answer[0] if isinstance(answer, list | tuple) else answer for answer in item["answers"]]
     return [value for value in firsts if isinstance(value, float)]
 
 
 def _choice(item: dict, metric: str) -> object:
-    """The choice a model prefers, if it was offered several; else the item's value."""
+    """Returns the choice a model prefers, if it was offered several; else the item's value."""
     numbers = _numbers(item)
     return max(range(len(numbers)), key=numbers.__getitem__) if len(numbers) > 1 else item[metric]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from flash_stu.evaluation.comparison import compare, mcnemar
+from flash_stu.evaluation.compare import compare, mcnemar
 
 
 @pytest.mark.parametrize("first", [0, 1, 3, 8, 20])
