@@ -1,4 +1,4 @@
-"""What a run says about its data."""
+"""The data section of a run's config."""
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ class DataConfig(Section):
             file (the last three also compressed: .gz, .zst, .bz2), a directory or glob of such files, a directory of
             token shards made earlier, or the name of a dataset on the Hugging Face hub.
         subset: configuration of a hub dataset, such as "sample-10BT".
-        revision: commit or tag of a hub dataset; without one, whatever was current when it was tokenised.
+        revision: commit or tag of a hub dataset; without one, the one that was current when it was tokenized.
         text_column: column (parquet, hub) or key (jsonl) that holds the text.
         tokenizer: see `load_tokenizer`.
         cache_dir: where token shards are kept; the user's cache directory if None.

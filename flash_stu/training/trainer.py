@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 
-from flash_stu.data import BatchLoader, Prefetcher, TokenDataset, load_tokenizer, prepare
+from flash_stu.data import BatchLoader, TokenDataset, load_tokenizer, prepare
 from flash_stu.errors import UserError
 from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.modeling import FlashSTUForCausalLM
@@ -121,9 +121,6 @@ class Trainer:
             self.metrics = stack.enter_context(self._metrics())
             self.world.on_main(self.metrics.open)
             self.spikes = SpikeDetector(r["loss"] for r in read_metrics(self.directory.metrics_file) if "loss" in r)
-            self.batches = stack.enter_context(
-                Prefetcher(self.loader, self.step, self.steps - 1, pin_memory=self.world.device.type == "cuda")
-            )
             self._loop()
 
     def _loop(self) -> None:
@@ -168,7 +165,8 @@ class Trainer:
         """One optimizer step on the global batch of self.step; what metrics.jsonl says of it."""
         start = time.perf_counter()
         self.watchdog.mark(f"step {self.step}: reading its batch")
-        batch, waited = self.batches.get(self.step - 1)
+        batch = self.loader.batch(self.step - 1)
+        waited = time.perf_counter() - start
         torch.manual_seed(dropout_seed(self.config.seed, self.step, self.world.rank))
         rate = learning_rate(self.step, self.config.optimizer, self.steps)
         set_learning_rate(self.optimizers, rate)
