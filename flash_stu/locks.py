@@ -5,10 +5,15 @@ import fcntl
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal, overload
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # from file systems that have none
 
 
+@overload
+def lock(path: Path, wait: Literal[True]) -> int: ...
+@overload
+def lock(path: Path, wait: Literal[False] = False) -> int | None: ...
 def lock(path: Path, wait: bool = False) -> int | None:
     """Lock a file, which is made if needed; whoever holds the lock may delete it.
 

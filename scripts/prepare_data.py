@@ -1,9 +1,9 @@
-"""Tokenise the corpus of a run, so that training finds its tokens.
+"""Tokenize the dataset of a run, so that training finds its tokens.
 
     python scripts/prepare_data.py --config configs/flash_stu_340m.yaml [data.cache_dir=DIR ...] [--part i/N]
 
-Uses all cores. May be stopped or killed at any moment: the same command goes on from there. With --part, N machines
-that share data.cache_dir do one part each (i from 1 to N), in any order; the last one to finish puts them together.
+Uses all cores. May be stopped or killed at any moment: the same command resumes there. With --part, N machines that
+share data.cache_dir do one part each (i from 1 to N), in any order; the last one to finish joins them.
 """
 
 import re
@@ -16,8 +16,8 @@ from flash_stu.settings import shown
 
 
 def main() -> int:
-    """Parse the command line and tokenise; the exit status."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    """Parse the command line and tokenize; returns the exit status."""
+    parser = ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument(
         "--config", type=input_file, required=True, metavar="YAML", help="a run; only its data section is used"
     )
@@ -50,7 +50,11 @@ def main() -> int:
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """Read "i/N", i from 1 to N."""
+    """Returns i and N of "i/N".
+
+    Raises:
+        UserError: unless i is from 1 to N.
+    """
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     part, parts = map(int, match.groups()) if match else (0, 0)
     if not 1 <= part <= parts:

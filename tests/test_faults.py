@@ -460,15 +460,15 @@ def test_what_is_left_of_a_deleted_split_is_refused_and_stays(tokens, command, t
         path.unlink()
     (tokens.parent / "notes.txt").write_text("mine")
     assert command("prepare", tmp_path / "tokens")[0] == 0
-    TokenDataset(tokens).verify()
+    TokenDataset(tokens)
     assert (tokens.parent / "notes.txt").read_text() == "mine"
 
 
 def test_an_altered_state_of_an_unfinished_preparation_is_refused(inputs, command, tmp_path, monkeypatch):
-    monkeypatch.setattr("flash_stu.data.tokenise._CHUNK", 500)
-    monkeypatch.setattr("flash_stu.data.tokenise._COMMIT_EVERY", 0)
+    monkeypatch.setattr("flash_stu.data.tokenize._BATCH", 500)
+    monkeypatch.setattr("flash_stu.data.tokenize._COMMIT_EVERY", 0)
     with monkeypatch.context() as patch:
-        patch.setattr("flash_stu.data.staging.Staging._finish", lambda *_: 1 / 0)
+        patch.setattr("flash_stu.data.preparation.Preparation._finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             command("prepare")
     for name in ("part-0000.json", "job.json"):

@@ -1,13 +1,12 @@
-"""Documents in one file: what formats there are, and reading text out of them."""
+"""The formats of data files, and the documents in a file."""
 
 import codecs
 import io
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,26 +28,17 @@ def file_ending(path: str | Path) -> tuple[str, str]:
 
 
 def file_format(path: str | Path) -> str | None:
-    """Returns the format that a file's ending stands for: "parquet", "jsonl" or "txt"; None if it is none of ours."""
+    """Returns the format that a file's ending stands for: "parquet", "jsonl" or "txt"; None for an unknown ending."""
     ending, compression = file_ending(path)
     return None if compression and ending == ".parquet" else _KINDS.get(ending)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of a file that can be read without the rest of it.
+def list_row_groups(path: Path, column: str) -> list[tuple[int | None, int | None]]:
+    """List what can be read of a file without the rest of it, in order, without reading text.
 
-    Attributes:
-        row_group: of a parquet file; None: the whole of a file of another format.
-        num_bytes: estimated bytes of text; None where there is no telling.
-    """
-
-    row_group: int | None
-    num_bytes: int | None
-
-
-def list_pieces(path: Path, column: str) -> list[Piece]:
-    """List the pieces of a file in order, without reading their text.
+    Returns:
+        (row group, estimated bytes of text) pairs. A file without row groups is one pair, whose row group is None; the
+        size is None where it cannot be estimated.
 
     Raises:
         UserError: naming the file, if it is damaged.
@@ -57,16 +47,16 @@ def list_pieces(path: Path, column: str) -> list[Piece]:
         if file_format(path) == "parquet":
             metadata = pq.read_metadata(path)
             groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-            return [Piece(index, _column_bytes(group, column)) for index, group in enumerate(groups)]
-        return [Piece(None, None if file_ending(path)[1] else path.stat().st_size)]
+            return [(index, _column_bytes(group, column)) for index, group in enumerate(groups)]
+        return [(None, None if file_ending(path)[1] else path.stat().st_size)]
 
 
 def read_texts(path: Path, column: str, row_group: int | None = None) -> Iterator[str]:
-    """Read the documents of one file, or of one piece of it.
+    """Read the documents of one file, or of one row group of it.
 
     A parquet row, a line of a .jsonl or .json file, or an entry of the array in a .json file is a document; null ones
     are left out. A .txt file is one document, or several with a line <|endoftext|> between them. A byte order mark is
-    no text, and lone surrogates, which JSON can carry and UTF-8 cannot, are replaced by U+FFFD.
+    removed, and lone surrogates, which JSON can carry and UTF-8 cannot, are replaced by U+FFFD.
 
     Args:
         path: the file.
@@ -136,11 +126,11 @@ def _read_parquet(path: Path, column: str, row_group: int | None) -> Iterator[st
 
 
 def _column_bytes(group: pq.RowGroupMetaData, column: str) -> int:
-    chunks = (group.column(index) for index in range(group.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+    columns = (group.column(index) for index in range(group.num_columns))
+    return sum(each.total_uncompressed_size for each in columns if each.path_in_schema == column)
 
 
-def _read_json(stream: BinaryIO, column: str, path: Path) -> Iterator[str]:
+def _read_json(stream: io.BufferedReader, column: str, path: Path) -> Iterator[str]:
     beginning = stream.peek(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     if file_ending(path)[0] == ".json" and beginning.startswith(b"["):
         rows = _parse(stream.read(), f"data file {path}")
@@ -160,7 +150,7 @@ def _read_json(stream: BinaryIO, column: str, path: Path) -> Iterator[str]:
             yield text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _parse(data: bytes, where: str) -> object:
+def _parse(data: bytes, where: str) -> Any:
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -171,7 +161,7 @@ def _parse(data: bytes, where: str) -> object:
         raise UserError(f"{where}: not JSON that can be read ({error})") from error
 
 
-def _read_txt(stream: BinaryIO) -> Iterator[str]:
+def _read_txt(stream: io.BufferedReader) -> Iterator[str]:
     lines: list[str] = []
     for line in io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""):
         if line.strip() == END_OF_TEXT:

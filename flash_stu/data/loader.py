@@ -10,13 +10,16 @@ from flash_stu.errors import UserError
 
 
 class BatchLoader:
-    """Cuts a dataset into windows and says, from a step's number alone, which of them are in its batch.
+    """Cuts a dataset into windows and determines from a step's number alone which of them are in its batch.
 
     Window w covers tokens w * sequence_length up to and including (w + 1) * sequence_length: neighbours share
     one token, so every token but the first and an incomplete last window is predicted once. An epoch visits
     every window once, in a permutation of its own; epochs follow each other without a break, inside a batch
     where need be. The batch of a step is the same for every number of ranks: rank r has its r-th part. So a
-    run can stop anywhere and go on with another world size.
+    run can stop anywhere and resume with another world size.
+
+    A batch is read from memory-mapped files by the caller. The operating system is asked for the next step's windows
+    meanwhile, so that a step does not wait for a disk or a network file system.
 
     Args:
         dataset: the tokens.
@@ -25,7 +28,6 @@ class BatchLoader:
         seed: chooses the permutations; not negative.
         rank: index of this process.
         world_size: number of processes.
-        shuffle: keep the windows in the order of the corpus if False.
 
     Raises:
         UserError: if the batch cannot be divided among the ranks or the dataset is shorter than one window.
@@ -39,8 +41,7 @@ class BatchLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        shuffle: bool = True,
-    ):
+    ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise UserError(f"batch_size is {batch_size}; it must be a multiple of the {world_size} processes")
         self.num_windows = (len(dataset) - 1) // sequence_length
@@ -53,7 +54,6 @@ class BatchLoader:
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.seed = seed
-        self.shuffle = shuffle
         self._local_size = batch_size // world_size
         self._local_start = rank * self._local_size
         self._permutation = functools.lru_cache(maxsize=2)(self._new_permutation)
@@ -61,15 +61,21 @@ class BatchLoader:
     def batch(self, step: int) -> torch.Tensor:
         """Read this rank's part of a step's batch, (batch_size / world_size, sequence_length + 1), int64."""
         batch = torch.empty(self._local_size, self.sequence_length + 1, dtype=torch.int64)
-        first = step * self.batch_size + self._local_start
-        for number, row in enumerate(batch.numpy(), start=first):
-            self.dataset.read(self._window(number) * self.sequence_length, row)
+        for start, row in zip(self._starts(step), batch.numpy(), strict=True):
+            self.dataset.read(start, row)
+        for start in self._starts(step + 1):
+            self.dataset.read_ahead(start, self.sequence_length + 1)
         return batch
 
+    def _starts(self, step: int) -> list[int]:
+        """Returns where this rank's windows of a step begin in the dataset."""
+        first = step * self.batch_size + self._local_start
+        return [self._window(number) * self.sequence_length for number in range(first, first + self._local_size)]
+
     def _window(self, number: int) -> int:
-        """Say which window has this number in the endless sequence of epochs."""
-        epoch, position = divmod(number, self.num_windows)
-        return int(self._permutation(epoch)[position]) if self.shuffle else position
+        """Returns the window at an index of the endless sequence of epochs."""
+        epoch, index = divmod(number, self.num_windows)
+        return int(self._permutation(epoch)[index])
 
     def _new_permutation(self, epoch: int) -> np.ndarray:
         # sorting the raw bits: numpy promises that they never change, but not that its permutations do not

@@ -14,11 +14,13 @@ prefixes; whoever knows all their shards writes the manifest.
 
 import hashlib
 import json
+import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from io import BufferedRandom
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,8 +38,8 @@ FORMAT = 1
 SHARD_TOKENS = 2**27  # 512 MiB of uint32
 _BLOCK = 2**20  # bytes read at a time
 
-
 Count = Annotated[int, Field(ge=0)]
+TokenType = Literal["uint16", "uint32"]
 
 
 class Shard(BaseModel):
@@ -56,12 +58,12 @@ class Shard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What is in a directory of shards."""
+    """The content of a directory of shards."""
 
     model_config = ConfigDict(strict=True)
 
     format: int
-    dtype: Literal["uint16", "uint32"]
+    dtype: TokenType
     tokenizer: str
     tokenizer_fingerprint: str
     vocab_size: Count
@@ -81,23 +83,27 @@ class Manifest(BaseModel):
         return self
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Choose the smallest little-endian type that holds every id of a vocabulary."""
-    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+def token_type(vocab_size: int) -> TokenType:
+    """Returns the smallest type that holds every id of a vocabulary."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def _stored(name: TokenType) -> np.dtype:
+    return np.dtype(name).newbyteorder("<")
 
 
 class ShardWriter:
     """Writes documents into shards PREFIX-00000.bin, PREFIX-00001.bin ... of a directory.
 
-    What a writer has written is safe after `commit`; a later writer can go on from there, whatever happened
-    in between, and gives the same files as one that was never interrupted.
+    Tokens are safe on disk after `commit`; a later writer can resume there, whatever happened in between, and writes
+    the same files as one that was never interrupted.
 
     Args:
         directory: an existing directory.
         tokenizer: whose ids are written.
         prefix: start of the file names; one per writer where several share the directory.
         shard_tokens: a shard is closed once it holds this many tokens.
-        committed: what an earlier writer's last `commit` returned; go on after that.
+        committed: result of an earlier writer's last `commit`, to resume after it.
 
     Raises:
         UserError: if a file has lost what was committed.
@@ -110,16 +116,17 @@ class ShardWriter:
         prefix: str = "shard",
         shard_tokens: int = SHARD_TOKENS,
         committed: Iterable[Shard] = (),
-    ):
+    ) -> None:
         self._shards = [shard.model_copy() for shard in committed]
         self._directory = directory
         self._prefix = prefix
         self._shard_tokens = shard_tokens
         self._vocab_size = tokenizer.vocab_size
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._file = None
+        self._dtype = _stored(token_type(tokenizer.vocab_size))
+        self._digest = hashlib.sha256()
+        self._file: BufferedRandom | None = None
         if self._shards and not self._shards[-1].sha256:
-            self._open_shard()
+            self._file = self._open_last()
 
     def add(self, ids: np.ndarray, num_documents: int, num_bytes: int) -> None:
         """Append whole documents.
@@ -139,7 +146,7 @@ class ShardWriter:
         if self._file is None:
             name = f"{self._prefix}-{len(self._shards):05d}.bin"
             self._shards.append(Shard(name=name, num_tokens=0, num_documents=0, num_bytes=0, sha256=""))
-            self._open_shard()
+            self._file = self._open_last()
         data = np.ascontiguousarray(ids, dtype=self._dtype).data
         self._file.write(data)
         self._digest.update(data)
@@ -148,56 +155,51 @@ class ShardWriter:
         shard.num_documents += num_documents
         shard.num_bytes += num_bytes
         if shard.num_tokens >= self._shard_tokens:
-            self._close_shard()
+            self.finish()
 
     def commit(self) -> list[Shard]:
-        """Bring everything added to the disk, and list all shards written; the last may be open."""
+        """Flush everything added to disk; returns all shards written, of which the last may be open."""
         if self._file is not None:
-            self._sync()
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return [shard.model_copy() for shard in self._shards]
 
     def finish(self) -> list[Shard]:
-        """Close the last shard and list all shards written."""
+        """Close the last shard; returns all shards written."""
         if self._file is not None:
-            self._close_shard()
+            self._file.truncate()
+            self.commit()
+            self._file.close()
+            self._file = None
+            self._shards[-1].sha256 = self._digest.hexdigest()
         return self.commit()
 
-    def _open_shard(self) -> None:
-        """Open the last shard's file after the tokens it is known to hold, of which there are none in a new one.
+    def _open_last(self) -> BufferedRandom:
+        """Open the last shard's file after the tokens it is known to hold, of which a new one has none.
 
-        What an interrupted writer left beyond them is written over, and not cut off before the shard is closed:
-        should that writer live on, where locks do not reach, both write the same bytes to the same places.
+        Tokens of an interrupted writer beyond them are overwritten, and not truncated before the shard is closed:
+        if that writer is still alive, where locks do not reach, both write the same bytes to the same places.
         """
         shard = self._shards[-1]
         path = self._directory / shard.name
-        self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 - open across calls
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 - open across calls
         self._digest = hashlib.sha256()
         missing = shard.num_tokens * self._dtype.itemsize
-        while missing and (block := self._file.read(min(missing, _BLOCK))):
+        while missing and (block := file.read(min(missing, _BLOCK))):
             self._digest.update(block)
             missing -= len(block)
         if missing:
             raise UserError(f"unfinished token shard {path} has lost its last {missing} bytes")
-        self._file.seek(shard.num_tokens * self._dtype.itemsize)
-
-    def _close_shard(self) -> None:
-        self._file.truncate()
-        self._sync()
-        self._file.close()
-        self._file = None
-        self._shards[-1].sha256 = self._digest.hexdigest()
-
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        file.seek(shard.num_tokens * self._dtype.itemsize)
+        return file
 
 
 def write_manifest(directory: Path, tokenizer: Tokenizer, shards: Iterable[Shard]) -> Manifest:
-    """Declare a directory of shards complete, with the shards in this order."""
+    """Write the manifest of a complete directory of shards, in this order."""
     shards = list(shards)
     manifest = Manifest(
         format=FORMAT,
-        dtype=token_dtype(tokenizer.vocab_size).name,
+        dtype=token_type(tokenizer.vocab_size),
         tokenizer=tokenizer.spec,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
@@ -217,8 +219,7 @@ class TokenDataset:
     Opening checks that every shard is there with the size it should have. Its checksum is computed the first
     time a file is opened and again whenever its size, modification time or inode change time differ from what
     they were at its last check (verified.json; a directory that cannot be written to is checked at every
-    opening). `verify` checks everything again: only that finds a disk that changes bytes without anyone
-    writing them.
+    opening).
 
     Args:
         directory: with manifest.json.
@@ -229,14 +230,14 @@ class TokenDataset:
             or the shards were made by another tokenizer.
     """
 
-    def __init__(self, directory: str | Path, tokenizer: Tokenizer | None = None):
+    def __init__(self, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
         self.directory = Path(directory)
         self.manifest = _read_manifest(self.directory)
         if tokenizer is not None:
             self._check_tokenizer(tokenizer)
-        self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        self._dtype = _stored(self.manifest.dtype)
         self._ends = list(accumulate((shard.num_tokens for shard in self.manifest.shards), initial=0))
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: dict[int, mmap.mmap] = {}
         for shard in self.manifest.shards:
             self._check_size(shard)
         self._verify_changed()
@@ -266,26 +267,33 @@ class TokenDataset:
         Raises:
             IndexError: if they are not inside the dataset.
         """
-        length = len(tokens)
-        if start < 0 or start + length > len(self):
-            raise IndexError(f"tokens {start} to {start + length} of a dataset of {len(self)}")
+        if start < 0 or start + len(tokens) > len(self):
+            raise IndexError(f"tokens {start} to {start + len(tokens)} of a dataset of {len(self)}")
         filled = 0
+        for shard, offset, count in self._ranges(start, len(tokens)):
+            stored = np.frombuffer(self._map(shard), self._dtype, count, offset * self._dtype.itemsize)
+            tokens[filled : filled + count] = stored
+            filled += count
+
+    def read_ahead(self, start: int, length: int) -> None:
+        """Ask the operating system to load tokens from disk that will be read soon; does not wait for them."""
+        for shard, offset, count in self._ranges(start, length):
+            first = offset * self._dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+            last = (offset + count) * self._dtype.itemsize
+            self._map(shard).madvise(mmap.MADV_WILLNEED, first, last - first)
+
+    def _ranges(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Returns the (shard, first token in it, number of tokens) of consecutive tokens."""
         index = bisect_right(self._ends, start) - 1
-        while filled < length:
-            offset = start + filled - self._ends[index]
-            piece = self._shard(index)[offset : offset + length - filled]
-            tokens[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            index += 1
+        while length > 0:
+            count = min(length, self._ends[index + 1] - start)
+            yield index, start - self._ends[index], count
+            start, length, index = start + count, length - count, index + 1
 
-    def verify(self) -> None:
-        """Compare the checksum of every shard; raises UserError naming the first one that differs."""
-        self._verify(self.manifest.shards)
-
-    def _shard(self, index: int) -> np.ndarray:
+    def _map(self, index: int) -> mmap.mmap:
         if index not in self._maps:
-            path = self.directory / self.manifest.shards[index].name
-            self._maps[index] = np.asarray(np.memmap(path, dtype=self._dtype, mode="r"))  # slices faster
+            with open(self.directory / self.manifest.shards[index].name, "rb") as file:
+                self._maps[index] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[index]
 
     def _check_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -310,7 +318,7 @@ class TokenDataset:
             raise UserError(f"token shard {path} has {path.stat().st_size} bytes instead of {expected}; {self._remedy}")
 
     def _verify_changed(self) -> None:
-        """Check the shards that have changed since their last check."""
+        """Check the checksums of the shards that have changed since their last check."""
         record = self.directory / _VERIFIED
         verified = None
         with suppress(OSError, ValueError, RecursionError):
@@ -320,17 +328,14 @@ class TokenDataset:
         stamps = {shard.name: self._stamp(shard) for shard in self.manifest.shards}
         changed = [shard for shard in self.manifest.shards if verified.get(shard.name) != stamps[shard.name]]
         if changed:
-            self._verify(changed)
+            with ThreadPoolExecutor() as pool:
+                digests = pool.map(lambda shard: _sha256(self.directory / shard.name), changed)
+                for shard, digest in zip(changed, digests, strict=True):
+                    if digest != shard.sha256:
+                        path = self.directory / shard.name
+                        raise UserError(f"token shard {path} is damaged (its checksum differs); {self._remedy}")
             with suppress(WriteError):  # a read-only directory: the next process checks again
                 write_text(record, json.dumps(stamps, indent=1))
-
-    def _verify(self, shards: list[Shard]) -> None:
-        with ThreadPoolExecutor() as pool:
-            digests = pool.map(lambda shard: _sha256(self.directory / shard.name), shards)
-            for shard, digest in zip(shards, digests, strict=True):
-                path = self.directory / shard.name
-                if digest != shard.sha256:
-                    raise UserError(f"token shard {path} is damaged (its checksum differs); {self._remedy}")
 
     def _stamp(self, shard: Shard) -> list[str | int]:
         status = (self.directory / shard.name).stat()

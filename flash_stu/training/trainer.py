@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from flash_stu.data import BatchLoader, Prefetcher, TokenDataset, load_tokenizer, prepare
+from flash_stu.data import BatchLoader, TokenDataset, load_tokenizer, prepare
 from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.training.checkpoint import Checkpointer
@@ -109,13 +109,12 @@ class Trainer:
             with self._stop_on_signal(), self.watchdog, self.checkpoints, self.metrics:
                 self._resume()
                 self.world.on_main(lambda: self.metrics.open(self.step, self.run_id))
-                with self._prefetcher() as batches:
-                    if self.step == 0:
-                        self._validate()
-                    while self.step < self.steps and not self.stopping:
-                        self.step += 1
-                        self._train_step(batches)
-                        self._after_step()
+                if self.step == 0:
+                    self._validate()
+                while self.step < self.steps and not self.stopping:
+                    self.step += 1
+                    self._train_step()
+                    self._after_step()
                 self.watchdog.mark("writing the last checkpoint")
                 self.checkpoints.wait()
             if self.step < self.steps:
@@ -124,11 +123,12 @@ class Trainer:
             self.world.on_main(self._export)
         return True
 
-    def _train_step(self, batches: Prefetcher) -> None:
+    def _train_step(self) -> None:
         """Take the optimizer step self.step on its global batch, and log it."""
         start = time.perf_counter()
         self._mark("reading its batch")
-        batch, waited = batches.get(self.step - 1)
+        batch = self.loader.batch(self.step - 1)
+        waited = time.perf_counter() - start
         torch.manual_seed(dropout_seed(self.config.seed, self.step, self.world.rank))
         rate = learning_rate(self.step, self.config.optimizer, self.steps)
         set_learning_rate(self.optimizers, rate)
@@ -218,9 +218,6 @@ class Trainer:
     def _export(self) -> None:
         self.directory.export(find_checkpoint(self.directory.path, self.steps))
         self._say(f"model written to {self.directory.final}")
-
-    def _prefetcher(self) -> Prefetcher:
-        return Prefetcher(self.loader, self.step, self.steps - 1, pin_memory=self.world.device.type == "cuda")
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:

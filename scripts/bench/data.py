@@ -23,7 +23,7 @@ from measuring import environment, finish, page, seconds, spread, table, take_tu
 from plots import bars
 
 from flash_stu.arguments import any_path, integer, number, output_directory
-from flash_stu.data import BatchLoader, DataConfig, Prefetcher, TokenDataset, iter_documents, load_tokenizer, prepare
+from flash_stu.data import BatchLoader, DataConfig, TokenDataset, iter_documents, load_tokenizer, prepare
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def measure(documents: list[str], args: Namespace) -> dict:
-    """Seconds of the bare tokenizer, the preparation and the loaders, and how many tokens were prepared and read."""
+    """Seconds of the bare tokenizer, the preparation and the loader, and how many tokens were prepared and read."""
     encoding = tiktoken.get_encoding(args.tokenizer.removeprefix("tiktoken:"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with tempfile.TemporaryDirectory() as folder:
@@ -74,9 +74,7 @@ def measure(documents: list[str], args: Namespace) -> dict:
         bare = {"bare": lambda: seconds(lambda: encoding.encode_ordinary_batch(documents, num_threads=cores or 1), CPU)}
         prepared = take_turns(bare | {"whole": whole}, args.repeats, LIMIT)
         data = prepare(config, progress=False)
-        readers = {"read by the caller": read_directly, "read ahead by a thread": read_ahead}
-        calls = {name: lambda read=read: seconds(lambda: read(data.train), CPU) for name, read in readers.items()}
-        read = take_turns(calls, args.repeats, LIMIT)
+        read = take_turns({"read by the caller": lambda: seconds(lambda: load(data.train), CPU)}, args.repeats, LIMIT)
         tokens = len(data.train) + len(data.validation) - len(documents)  # without the ends of text
     return {
         "cores": cores,
@@ -88,7 +86,7 @@ def measure(documents: list[str], args: Namespace) -> dict:
 
 
 def render(results: dict) -> str:
-    """A table of the preparation and one of the loaders."""
+    """A table of the preparation and one of the loader."""
     what = (
         f"tiktoken {results['tiktoken']}, {results['cores']} cores, {results['tokenizer']}; {results['documents']:,} "
         f"documents of `{results['text']}`, {results['megabytes']:.0f} MB."
@@ -132,16 +130,10 @@ def gather(dataset: str, num_bytes: float) -> list[str]:
     return texts
 
 
-def read_directly(dataset: TokenDataset) -> None:
+def load(dataset: TokenDataset) -> None:
     loader = BatchLoader(dataset, _LENGTH, _BATCH, seed=0)
     for step in range(_STEPS):
         loader.batch(step)
-
-
-def read_ahead(dataset: TokenDataset) -> None:
-    with Prefetcher(BatchLoader(dataset, _LENGTH, _BATCH, seed=0), 0, _STEPS - 1) as batches:
-        for step in range(_STEPS):
-            batches.get(step)
 
 
 if __name__ == "__main__":

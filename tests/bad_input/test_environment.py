@@ -10,7 +10,7 @@ from processes import Child
 
 from flash_stu import UserError, distributed, network
 from flash_stu.data import DataConfig
-from flash_stu.data.hub import hub_commit
+from flash_stu.data.sources import HubSource
 from flash_stu.distributed import read_launch
 from flash_stu.training import metrics
 from flash_stu.training.metrics import check_wandb
@@ -94,7 +94,7 @@ def no_network(monkeypatch):
 def test_the_hub_is_asked_once(no_network, refuses, config_file):
     refuses("train.py", ["--config", config_file, "data.tokenizer=nobody/nothing"], "nobody/nothing", "cannot be asked")
     with pytest.raises(UserError, match="nobody/other.*cannot be asked"):
-        hub_commit(DataConfig(dataset="nobody/other"))
+        _ = HubSource(DataConfig(dataset="nobody/other")).commit
     assert no_network == [huggingface_hub.constants.ENDPOINT]
     assert huggingface_hub.constants.HF_HUB_OFFLINE
 

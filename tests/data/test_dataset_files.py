@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from flash_stu.data import DataConfig, iter_documents, prepare
-from flash_stu.data.files import find_files
+from flash_stu.data import DataConfig, iter_documents, load_tokenizer, prepare
+from flash_stu.data.local import find_files
 from flash_stu.errors import UserError
 
 
@@ -230,7 +230,7 @@ def test_a_single_document_is_cut_for_validation(tmp_path, name):
     assert documents["train"].endswith("\n") and 0.04 < len(documents["validation"]) / len(text) < 0.06
     config = DataConfig(dataset=str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
     data = prepare(config, progress=False)
-    assert data.tokenizer.decode(data.validation.window(0, 20)).startswith("line ")
+    assert load_tokenizer("bytes").decode(data.validation.window(0, 20)).startswith("line ")
     assert data.train.num_bytes + data.validation.num_bytes == len(text)
 
 

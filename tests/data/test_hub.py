@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flash_stu.data import DataConfig, hub, iter_documents, prepare, prepare_part, tokenise
+from flash_stu.data import DataConfig, iter_documents, prepare, prepare_part, sources, tokenize
 from flash_stu.errors import UserError
 
 FILES = {"a": ["first", "second", None], "b": ["third"], "c": ["", "fourth", "fifth"], "v": ["held out"]}
@@ -27,7 +27,7 @@ def fake_hub(monkeypatch, tmp_path):
         files = {split: [str(fake.path(file)) for file in files] for split, files in fake.splits.items()}
         return original("parquet", data_files=files, streaming=streaming)
 
-    monkeypatch.setattr(hub.HfApi, "dataset_info", lambda *args, **kwargs: SimpleNamespace(sha=fake.commit))
+    monkeypatch.setattr(sources.HfApi, "dataset_info", lambda *args, **kwargs: SimpleNamespace(sha=fake.commit))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return fake
 
@@ -78,7 +78,7 @@ def test_hub_out_of_reach(monkeypatch):
     def refuse(*args, **kwargs):
         raise ConnectionError("no network here")
 
-    monkeypatch.setattr(hub.HfApi, "dataset_info", refuse)
+    monkeypatch.setattr(sources.HfApi, "dataset_info", refuse)
     assert "no such file or directory" in refusal() and "(ConnectionError)" in refusal()
 
 
@@ -104,15 +104,15 @@ def test_a_part_opens_only_its_files(fake_hub, break_file, tmp_path):
 def test_a_prepared_dataset_needs_no_hub(fake_hub, tmp_path, monkeypatch):
     first = prepare(config(tmp_path), progress=False)
     monkeypatch.setattr(datasets, "load_dataset", None)
-    monkeypatch.setattr(hub.HfApi, "dataset_info", None)
+    monkeypatch.setattr(sources.HfApi, "dataset_info", None)
     assert prepare(config(tmp_path), progress=False).directory == first.directory
 
 
 def test_goes_on_after_a_failure_at_the_same_commit(fake_hub, break_file, tmp_path, monkeypatch):
     """What was read before is not read again, and nobody's push in between mixes two versions."""
-    monkeypatch.setattr(tokenise, "_COMMIT_EVERY", 0)
-    monkeypatch.setattr(tokenise, "_AHEAD", 1)
-    monkeypatch.setattr(tokenise, "_num_threads", lambda: 1)
+    monkeypatch.setattr(tokenize, "_COMMIT_EVERY", 0)
+    monkeypatch.setattr(tokenize, "_AHEAD", 1)
+    monkeypatch.setattr(tokenize, "_num_threads", lambda: 1)
     whole = prepare(config(tmp_path, "whole"), progress=False)
     repair = break_file("c")
     with pytest.raises(UserError, match="'someone/corpus' cannot be read on: ArrowInvalid"):

@@ -60,10 +60,16 @@ def test_ranks_share_the_same_batch(dataset, world_size):
         assert torch.equal(torch.cat([loader.batch(step) for loader in ranks]), whole.batch(step))
 
 
-def test_without_shuffling(dataset):
-    loader = BatchLoader(dataset, LENGTH, BATCH, seed=0, shuffle=False)
-    order = [number for step in range(4) for number in window_numbers(dataset, loader.batch(step))]
-    assert order == [*range(20), *range(4)]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_next_batch_is_read_ahead(dataset, monkeypatch, rank):
+    ahead = []
+    monkeypatch.setattr(type(dataset), "read_ahead", lambda _, start, length: ahead.append((start, length)))
+    loader = BatchLoader(dataset, LENGTH, BATCH, 0, rank, 2)
+    for step in range(8):
+        expected = [dataset.window(*window).tolist() for window in ahead]
+        ahead.clear()
+        batch = loader.batch(step)
+        assert step == 0 or batch.tolist() == expected
 
 
 def test_batch_larger_than_the_dataset(dataset):

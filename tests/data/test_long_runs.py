@@ -9,8 +9,8 @@ import tiktoken
 
 from flash_stu.data import DataConfig, prepare
 from flash_stu.data import tokenizer as tokenizer_module
-from flash_stu.data.tokenise import Chunk, Position, encode_chunk
-from flash_stu.data.tokenizer import TiktokenTokenizer, encode_long_runs, load_tokenizer
+from flash_stu.data.tokenize import TextBatch, encode_batch
+from flash_stu.data.tokenizer import TiktokenTokenizer, encode_long_runs, load_tokenizer, whole_text_encoding
 from flash_stu.errors import UserError
 
 # the patterns of tiktoken's encodings: gpt2 and p50k_base have r50k_base's
@@ -52,6 +52,7 @@ def encodings() -> dict[str, tiktoken.Encoding]:
 @pytest.mark.parametrize("name", PATTERNS)
 def test_tokens_do_not_depend_on_where_runs_are_cut(encodings, name):
     encoding, generator = encodings[name], random.Random(0)
+    merges = whole_text_encoding(encoding)
     sides = ["", "a", "A", "aA's", "1", "!", "!/", "e\u0301", "中", "🙂", "\x1c", "\u200b", "a!", "'", "."]
     runs = ["", "\n", " ", "\r\n", "\t", "x"]
     runs += [blank * length for blank in " \n\t\xa0\u3000" for length in (4, 5, 6, 7, 11, 64)]
@@ -60,7 +61,7 @@ def test_tokens_do_not_depend_on_where_runs_are_cut(encodings, name):
         text = "".join(generator.choice(runs if place % 2 else sides) for place in range(generator.randrange(1, 8)))
         expected = encoding.encode_ordinary(text)
         for longest in (2, 5, 6):
-            assert encode_long_runs(encoding, text, longest).tolist() == expected, repr(text)
+            assert encode_long_runs(encoding, merges, text, longest).tolist() == expected, repr(text)
 
 
 @pytest.fixture
@@ -118,9 +119,9 @@ def test_failures_name_file_and_document(tmp_path, monkeypatch, failure):
     with pytest.raises(UserError, match="a.jsonl, document 4: tokenizer 'bytes' cannot encode it: ") as caught:
         prepare(config, progress=False)
     assert "\n" not in str(caught.value)
-    chunk = Chunk("a file", 7, None, ["good", "bad"], Position(0, 9))
+    batch = TextBatch("a file", 7, None, ["good", "bad"], 0, 9)
     with pytest.raises(UserError, match="a file, document 8"):
-        encode_chunk(chunk, tokenizer, 0.1)
+        encode_batch(batch, tokenizer, 0.1)
 
 
 def test_only_runs_of_blanks_are_cut(encodings, monkeypatch, tokenizer):
@@ -132,7 +133,8 @@ def test_only_runs_of_blanks_are_cut(encodings, monkeypatch, tokenizer):
 def test_o200k(extra_data, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(extra_data / "tiktoken"))
     encoding = tiktoken.get_encoding("o200k_base")
+    merges = whole_text_encoding(encoding)
     for blank in " \t\n\xa0\u3000":
         for length in (1000, 4095, 4096, 4097, 20_000):
             for text in (f"a{blank * length}b", f"!{blank * length}!", blank * length, f"\n{blank * length}\nb"):
-                assert encode_long_runs(encoding, text, 4096).tolist() == encoding.encode_ordinary(text)
+                assert encode_long_runs(encoding, merges, text, 4096).tolist() == encoding.encode_ordinary(text)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_stu.data import DataConfig, prepare, tokenise
+from flash_stu.data import DataConfig, prepare, tokenize
 from flash_stu.errors import run_cli
 
 CONFIG = """
@@ -64,7 +64,7 @@ def refusal(run, *arguments) -> str:
 def test_training_finds_what_it_wrote(run, config, monkeypatch):
     status, output, errors = run()
     assert status == 0 and "MB/s" in errors[1] and "tokens/s" in errors[1]
-    monkeypatch.setattr(tokenise.Part, "tokenise", None)
+    monkeypatch.setattr(tokenize.Part, "tokenize", None)
     data = prepare(config, progress=False)
     assert output[0].startswith(f"train: {len(data.train):,} tokens, {data.train.num_documents} documents, ")
     assert output[2] == str(data.directory)
@@ -106,15 +106,15 @@ def test_impossible_parts(run, config):
 
 def test_one_process_has_the_whole_in_work(run, config, fork, monkeypatch):
     """Several parts of what one process has begun are refused too."""
-    monkeypatch.setattr(tokenise, "_COMMIT_EVERY", 0)
-    monkeypatch.setattr(tokenise, "_CHUNK", 100)
-    original = tokenise.Part._commit
+    monkeypatch.setattr(tokenize, "_COMMIT_EVERY", 0)
+    monkeypatch.setattr(tokenize, "_BATCH", 100)
+    original = tokenize.Part._commit
 
     def commit_and_die(*args, **kwargs):
         original(*args, **kwargs)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(tokenise.Part, "_commit", commit_and_die)
+    monkeypatch.setattr(tokenize.Part, "_commit", commit_and_die)
     process = fork.Process(target=prepare, args=(config, False))
     process.start()
     process.join(60)
@@ -124,10 +124,10 @@ def test_one_process_has_the_whole_in_work(run, config, fork, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_by_a_signal(run, config, fork, monkeypatch, number):
-    monkeypatch.setattr(tokenise, "_COMMIT_EVERY", 0)
-    monkeypatch.setattr(tokenise, "_CHUNK", 100)
+    monkeypatch.setattr(tokenize, "_COMMIT_EVERY", 0)
+    monkeypatch.setattr(tokenize, "_BATCH", 100)
     committed = fork.Event()
-    original = tokenise.Part._commit
+    original = tokenize.Part._commit
 
     def commit_and_wait(*args, **kwargs):
         original(*args, **kwargs)
@@ -136,9 +136,9 @@ def test_stopped_by_a_signal(run, config, fork, monkeypatch, number):
 
     def command():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        monkeypatch.setattr(tokenise.Part, "_commit", commit_and_wait)
+        monkeypatch.setattr(tokenize.Part, "_commit", commit_and_wait)
         status, _, errors = run()
-        assert errors[-1] == "stopped; the same command goes on from here"
+        assert errors[-1] == "stopped; the same command resumes here"
         os._exit(status)
 
     process = fork.Process(target=command)

@@ -1,13 +1,14 @@
 """Token shards: what is written is what is read, and nothing damaged is read."""
 
 import json
+import mmap
 import os
 
 import numpy as np
 import pytest
 
 from flash_stu.data import ShardWriter, TokenDataset, load_tokenizer, write_manifest
-from flash_stu.data.shards import token_dtype
+from flash_stu.data.shards import token_type
 from flash_stu.errors import UserError
 
 
@@ -47,9 +48,34 @@ def test_windows_equal_slices_of_what_was_written(tmp_path, tokenizer, shard_tok
     assert shard_sizes == {1: lengths, 11: [19, 40, 1], 1000: [60]}[shard_tokens]
 
 
+def test_reading_ahead_asks_for_the_bytes_of_the_tokens(make_dataset, monkeypatch):
+    """Whole pages, from the first token's to the last token's, of every shard; the tokens stay what they are."""
+    asked = []
+
+    class Map(mmap.mmap):
+        def madvise(self, option, start, length):
+            super().madvise(option, start, length)
+            asked.append((option, start, length))
+
+    monkeypatch.setattr(mmap, "mmap", Map)
+    page = mmap.PAGESIZE
+    dataset = make_dataset(3 * page, shard_tokens=page)  # two bytes a token, so two pages a shard
+    first, second = (shard.num_tokens for shard in dataset.manifest.shards[:2])
+    dataset.read_ahead(first - 3, second + 5)
+    start = 2 * (first - 3) // page * page
+    assert asked == [
+        (mmap.MADV_WILLNEED, start, 2 * first - start),
+        (mmap.MADV_WILLNEED, 0, 2 * second),
+        (mmap.MADV_WILLNEED, 0, 4),
+    ]
+    asked.clear()
+    dataset.read_ahead(len(dataset), 0)
+    assert asked == []
+
+
 def test_dtype_at_the_border():
-    assert token_dtype(2**16).itemsize == 2
-    assert token_dtype(2**16 + 1).itemsize == 4
+    assert token_type(2**16) == "uint16"
+    assert token_type(2**16 + 1) == "uint32"
 
 
 def test_several_writers_share_a_directory(tmp_path):
@@ -152,14 +178,6 @@ def test_altered_before_the_first_opening(make_dataset):
     flip(dataset.directory / "shard-00000.bin")
     with pytest.raises(UserError, match="shard-00000.bin is damaged"):
         TokenDataset(dataset.directory)
-
-
-def test_verify_reads_everything_again(make_dataset):
-    dataset = make_dataset(100, shard_tokens=30)
-    dataset.verify()
-    flip(dataset.directory / "shard-00002.bin")
-    with pytest.raises(UserError, match="shard-00002.bin is damaged"):
-        dataset.verify()
 
 
 def test_checksums_are_not_computed_twice(make_dataset, monkeypatch):

@@ -8,10 +8,11 @@ import tiktoken
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from flash_stu.data import byte_level, load_tokenizer
+from flash_stu.data import load_tokenizer
 from flash_stu.data import tokenizer as tokenizer_module
-from flash_stu.data.byte_level import byte_level_tokenizer
+from flash_stu.data.tokenizer import byte_level_tokenizer
 from flash_stu.errors import UserError
 
 TEXTS = [
@@ -94,7 +95,7 @@ def test_bytes_in_transformers(tmp_path):
 def test_exported_ids_equal_tiktoken_with_gaps(tmp_path):
     """A small encoding of our own, so that no download is needed; special tokens lie beyond gaps."""
     vocabulary = sorted(train_bpe([]).get_vocab().items(), key=lambda item: item[1])
-    to_byte = {character: byte for byte, character in enumerate(byte_level.byte_alphabet())}
+    to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
     merged = [bytes(to_byte[character] for character in token) for token, _ in vocabulary if len(token) > 1]
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {token: 256 + index for index, token in enumerate(merged)}
@@ -107,6 +108,20 @@ def test_exported_ids_equal_tiktoken_with_gaps(tmp_path):
     assert exported.eos_token_id == specials["<|endoftext|>"]
     assert len(exported) == encoding.n_vocab
     assert len({exported.convert_ids_to_tokens(i) for i in range(encoding.n_vocab)}) == encoding.n_vocab
+
+
+def test_private_attributes_of_tiktoken(monkeypatch):
+    """tiktoken has no public way to an encoding's pattern: if this fails, `_pattern` in the tokenizer needs another."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256}
+    specials = {"<|endoftext|>": 300}
+    encoding = tiktoken.Encoding("small", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: encoding)
+    first = load_tokenizer("tiktoken:o200k_base")
+    assert tokenizer_module._pattern(encoding) == PATTERN
+    assert tokenizer_module._ranks(encoding) == ranks
+    assert first.decode([256, 299, 300]) == "ab<|endoftext|>"
+    encoding = tiktoken.Encoding("small", pat_str="a|b", mergeable_ranks=ranks, special_tokens=specials)
+    assert load_tokenizer("tiktoken:o200k_base").fingerprint != first.fingerprint
 
 
 def test_o200k(extra_data, monkeypatch, tmp_path):

@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flash_stu.data import DataConfig, embedded_corpus, iter_documents
-from flash_stu.data.embedded import _docstrings, _documents
-from flash_stu.data.split import in_validation
+from flash_stu.data.sources import _docstrings, _embedded_documents, in_validation
 from flash_stu.errors import UserError
 
 NAMES = ["data.parquet", "data.jsonl", "data.jsonl.gz", "data.txt"]
@@ -47,7 +46,7 @@ def test_embedded_corpus():
     assert any("assert_stmt" in text for text in documents)  # the language reference
     assert everything("embedded") == documents
 
-    again = [text for text in islice(_documents(), 200) if not in_validation(text, 0.05)]
+    again = [text for text in islice(_embedded_documents(), 200) if not in_validation(text, 0.05)]
     assert again == splits["train"][: len(again)]
 
 

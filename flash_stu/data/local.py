@@ -1,4 +1,4 @@
-"""The files of a local dataset: which there are, which split each belongs to, and which are left out."""
+"""The files of a local dataset: which exist, which split each belongs to, and which are left out."""
 
 import errno
 import fnmatch
@@ -31,7 +31,7 @@ class DataFiles:
     left_out: dict[str, list[str]]
 
     def summary(self) -> str:
-        """One line: how many files are read, how many are left out and why, with the first name of each kind."""
+        """Returns one line: the number of files read, and of those left out for each reason, with the first name."""
         read = len(self.train) + len(self.validation)
         line = f"{read:,} file{'s' * (read != 1)} read"
         reasons = sorted(self.left_out.items(), key=lambda reason: (-len(reason[1]), reason[0]))
@@ -42,7 +42,7 @@ class DataFiles:
 
 
 def looks_local(dataset: str) -> bool:
-    """Returns whether a dataset name can only mean a path: it exists, is a glob, or is written like one."""
+    """Returns whether a dataset name can only be a path: it exists, is a glob, or is written like one."""
     written_like_path = dataset.startswith(("/", "./", "../", "~")) or file_format(dataset) is not None
     return written_like_path or glob.has_magic(dataset) or os.path.lexists(dataset)
 
@@ -51,7 +51,7 @@ def find_files(dataset: str) -> DataFiles:
     """Find the files of a local dataset and the split of each.
 
     A directory is searched through, and so is one that a glob matches. Symbolic links are followed; a file that is
-    reached more than once is read once, under the name that needs no link if there is one. Left out are hidden files
+    reached more than once is read once, under a name without links if it has one. Left out are hidden files
     and folders, files of unknown ending, empty files and links to nothing.
 
     A file belongs to a split when its name, or the name of a directory inside the dataset that holds it,
@@ -71,7 +71,7 @@ def find_files(dataset: str) -> DataFiles:
         files = _readable(found, left_out)
     except OSError as error:
         raise UserError(f"data.dataset {dataset!r} cannot be read: {error.filename}: {error.strerror}") from error
-    kinds = sorted({file_format(path) for _, path in files})
+    kinds = sorted({str(file_format(path)) for _, path in files})
     if not files:
         exists = any(left_out.values()) or Path(dataset).is_dir()
         nothing = "no file in a known format" if exists else "no such file or directory"
@@ -95,7 +95,7 @@ def find_files(dataset: str) -> DataFiles:
 
 
 def _candidates(dataset: str, left_out: dict[str, list[str]]) -> tuple[Path, list[tuple[str, Path]]]:
-    """List the (name, path) of what a dataset stands for, and the directory that the names are relative to."""
+    """Returns the (name, path) of the files a dataset names, and the directory that the names are relative to."""
     path = Path(dataset)
     if path.is_dir():
         files, hidden = _walk(path)
@@ -156,7 +156,7 @@ def _walk(root: Path) -> tuple[list[tuple[str, Path]], list[str]]:
 
 
 def _readable(found: list[tuple[str, Path]], left_out: dict[str, list[str]]) -> list[tuple[str, Path]]:
-    """Those of the files that hold documents, each once."""
+    """Returns those of the files that hold documents, each once."""
     kept, seen = [], set()
     for name, path in sorted(found, key=lambda file: file[1].is_symlink()):
         try:
