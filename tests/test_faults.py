@@ -14,17 +14,18 @@ import datasets
 import pytest
 import torch
 import yaml
+from published_weights import published_weights
 from safetensors.torch import load_file, save_file
-from test_published import published_weights
 
 import distill as distill_py
 import evaluate as evaluate_py
-from flash_stu import FlashSTUConfig, FlashSTUForCausalLM, filters
+from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
 from flash_stu.data import DataConfig, TokenDataset, load_tokenizer, prepare
 from flash_stu.errors import UserError, run_cli
 from flash_stu.evaluation import embedded
 from flash_stu.evaluation.embedded import write_embedded_data
 from flash_stu.files import MANIFEST, holding
+from flash_stu.filters import spectral as filters
 from flash_stu.filters.spectral import spectral_filters
 from scripts import convert_checkpoint, fetch_eval_data, plot_run, prepare_data
 

@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from published_weights import published_weights
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -42,31 +43,6 @@ OLDER = {k: v for k, v in NEWER.items() if k not in ("dim", "num_heads", "num_la
     "n_layers": 4,
     "softcap": 2.0,
 }
-
-
-def published_weights(layers=4, size=32, vocab=53, filters=8, full=False):
-    torch.manual_seed(0)
-
-    def draw(*shape, scale=0.3):
-        return torch.randn(*shape) * scale
-
-    weights = {"tok_emb.weight": draw(vocab, size, scale=1.0), "norm.weight": 1 + draw(size)}
-    weights["lm_head.weight"] = weights["tok_emb.weight"].clone()
-    for i in range(layers):
-        kind = "stu" if i % 2 == 0 else "attn"
-        weights |= {f"layers.{i}.{kind}_norm.weight": 1 + draw(size), f"layers.{i}.mlp_norm.weight": 1 + draw(size)}
-        for name, shape in (("gate", (2 * size, size)), ("up", (2 * size, size)), ("down", (size, 2 * size))):
-            weights[f"layers.{i}.mlp.{name}_proj.weight"] = draw(*shape)
-        if kind == "attn":
-            weights[f"layers.{i}.attn.c_attn.weight"] = draw(3 * size, size)
-            weights[f"layers.{i}.attn.c_proj.weight"] = draw(size, size)
-        elif full:
-            weights[f"layers.{i}.stu.M_phi_plus"] = draw(filters, size, size)
-            weights[f"layers.{i}.stu.M_phi_minus"] = draw(filters, size, size)
-        else:
-            weights[f"layers.{i}.stu.M_inputs"] = draw(size, size)
-            weights[f"layers.{i}.stu.M_filters"] = draw(filters, size)
-    return weights
 
 
 def reference_logits(weights, ids, phi, window, softcap=None, alibi=False, heads=4, layers=4, both=True):

@@ -39,7 +39,7 @@ def test_what_is_kept_is_not_computed_again(load, convolution, attention):
 
 def test_every_operator_of_a_layer_with_a_backward_pass_is_kept():
     pytest.importorskip("triton")
-    from flash_stu.ops.conv import causal, chunked, triton  # noqa: F401 (they register)
+    from flash_stu.ops.conv import chunked, fft, tail, triton  # noqa: F401 (they register)
 
     ours = {name for name in dir(torch.ops.flash_stu) if f"{name}_backward" in dir(torch.ops.flash_stu)}
     assert {f"flash_stu::{name}" for name in ours} <= KEPT and len(ours) == 4

@@ -7,7 +7,8 @@ from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.linear import DepthScaledLinear
 from flash_stu.model.layers.state import WindowState
-from flash_stu.ops.attention import attend_to_window, sliding_window_attention
+from flash_stu.ops.attention.choice import sliding_window_attention
+from flash_stu.ops.attention.dense import attend_to_window
 from flash_stu.ops.positions import alibi_slopes, rotate
 
 

@@ -9,11 +9,11 @@ import torch
 
 from flash_stu.errors import UserError
 from flash_stu.ops import backends
+from flash_stu.ops.attention import BACKENDS
 from flash_stu.ops.attention.banded import banded_attention
 from flash_stu.ops.attention.dense import sdpa_attention
 from flash_stu.ops.attention.flash import flash_attention
 
-BACKENDS = ("auto", "banded", "sdpa", "flex_attention", "flash_attn")
 _WORTH_COMPILING = 512  # queries; flex_attention is compiled anew for every length, and prompts come in all lengths
 
 

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from flash_stu.errors import UserError
 from flash_stu.ops import backends
+from flash_stu.ops.conv import ANY_FILTER_BACKENDS, BACKENDS
 from flash_stu.ops.conv.chunked import chunked_conv
 from flash_stu.ops.conv.direct import direct_conv
 from flash_stu.ops.conv.fft import fft_conv
@@ -24,8 +25,6 @@ from flash_stu.ops.conv.flashfft import flash_fft_conv
 from flash_stu.ops.conv.tail import exponential_tail
 
 _ANY_FILTER = {"direct": direct_conv, "fft": fft_conv, "flashfftconv": flash_fft_conv}
-ANY_FILTER_BACKENDS = ("auto", *_ANY_FILTER)
-BACKENDS = (*ANY_FILTER_BACKENDS, "chunked", "triton")
 CHUNK = {"chunked": 32, "triton": 16}  # tokens of one phase; twice as many lags are near
 
 # The fastest back end from so many tokens on, forward and backward, as scripts/bench/conv.py found it: torch 2.13 on
