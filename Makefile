@@ -1,5 +1,6 @@
 # make quickstart   train, distill, evaluate and generate on the embedded corpus
 # make test         the whole test suite
+# make lint         style, and the types of everything but the tests
 # make bench-cpu    measures the tables of docs/results.md on the CPU into results/cpu, 45 minutes on two cores; trainings
 #                   that are finished in runs/ are taken as they are. BENCH_TEXT=DIR prepares another text
 # make bench-gpu    those of a GPU, into results/gpu
@@ -28,6 +29,8 @@ test: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
 bench-cpu: export CUDA_VISIBLE_DEVICES :=
 bench-cpu: $(INSTALLED)

@@ -116,7 +116,7 @@ class EvaluatedLM(_HFLM):
         counters = self.counters
         counters.requests += len(requests)
         for request in requests:
-            prompt, options = tuple(request.args)
+            prompt, options = request.args  # pyright: ignore[reportAssignmentType]  (typed as (), set to two)
             self._count_length(len(self._prompt(prompt)) + self._new_tokens(options))
         mine = requests[self.world.rank :: self.world.size]
         self._generated = 0

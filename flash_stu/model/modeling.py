@@ -180,7 +180,7 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         if alignment is not None:
             x = alignment.align(x)
             position_ids = None if position_ids is None else alignment.align(position_ids)
-        context = self._context(x, past, None if alignment is None else alignment.mask, position_ids)
+        context = self.context(x, past, None if alignment is None else alignment.mask, position_ids)
 
         x = self.dropout(x)
         for index, block in enumerate(self.layers):
@@ -197,9 +197,17 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
                 f"(max_position_embeddings); distill the model to go further"
             )
 
-    def _context(
+    def context(
         self, x: torch.Tensor, past: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None
     ) -> SequenceContext:
+        """Returns what all layers share in one call: filters, rotary angles and mask.
+
+        Args:
+            x: embeddings, (batch, length, hidden_size).
+            past: tokens before them.
+            mask: (batch, length), False at padding; None if there is none.
+            position_ids: (batch or 1, length); None for the tokens after `past`.
+        """
         config, rotary = self.config, None
         if config.position_embedding == "rope" and "sliding_attention" in config.block_types:
             if position_ids is None:

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flash_stu import files
 from flash_stu.distributed import World
-from flash_stu.errors import UserError
+from flash_stu.errors import UserError, reason
 from flash_stu.files import DamagedError
 from flash_stu.training import checkpoint_folder
 from flash_stu.training.checkpoint_folder import RunState
@@ -299,4 +299,4 @@ def _room(entry: TensorStorageMetadata, parameter: nn.Parameter) -> torch.Tensor
 
 def _reason(error: BaseException) -> str:
     """Returns the cause of an error in one line; of a failed checkpoint, that of its first process."""
-    return files.reason(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)
+    return reason(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flash_stu import files
-from flash_stu.errors import UserError
+from flash_stu.errors import UserError, writing
 from flash_stu.files import DamagedError
 
 KIND = "checkpoint"
@@ -137,7 +137,7 @@ def begin(folder: Path, step: int, stack: ExitStack, report: Callable[[str], Non
     try:
         files.check_output(path, KIND, "checkpoint")
     except UserError:
-        with files.writing(path):
+        with writing(path):
             report(f"{path} is no intact checkpoint and in the way of one; renamed to {files.set_aside(path).name}")
     return stack.enter_context(files.replacing_directory(path, KIND, "checkpoint"))
 

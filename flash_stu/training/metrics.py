@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import requests
 import torch
 
-from flash_stu import files
-from flash_stu.errors import UserError
+from flash_stu.errors import UserError, writing
 from flash_stu.network import is_reachable
 from flash_stu.progress import Progress
 from flash_stu.training.metrics_file import StepRecord, keep_lines_up_to, read_metrics
@@ -66,7 +65,7 @@ class Metrics:
         """
         keep_lines_up_to(self.path, start)
         self.spikes = SpikeDetector(record["loss"] for record in read_metrics(self.path) if "loss" in record)
-        with files.writing(self.path):
+        with writing(self.path):
             self.file = self.path.open("ab", buffering=0)
         self.wandb = start_wandb(self.config, self.path.parent, run_id)
         self.progress.start(self.steps, start)
@@ -118,7 +117,7 @@ class Metrics:
         Raises:
             UserError: if one could not be written.
         """
-        with files.writing(self.path):
+        with writing(self.path):
             if self.failure:
                 raise self.failure
             if self.file is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flash_stu import files
+from flash_stu.errors import writing
 
 # Differ between two equal runs; all else is the same to the last bit on a CPU.
 MEASURED = ("tokens_per_second", "mfu", "memory_gib", "data_wait", "time")
@@ -64,7 +65,7 @@ def keep_lines_up_to(path: Path, step: int) -> None:
     Raises:
         UserError: if that is not possible.
     """
-    with files.writing(path):
+    with writing(path):
         records, unreadable = files.read_records(path, _is_record)
         if unreadable:
             lines = path.read_bytes().split(b"\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flash_stu import files
 from flash_stu.arguments import why_not_writable
-from flash_stu.errors import UserError
+from flash_stu.errors import UserError, reason
 from flash_stu.training.checkpoint_export import export_checkpoint
 from flash_stu.training.metrics_file import read_metrics
 from flash_stu.training.run_config import RunConfig, changed_keys, load_config
@@ -76,7 +76,7 @@ class RunDirectory:
         except ValueError as error:
             raise UserError(
                 f"output_dir {self.path} holds a run whose config.yaml is damaged or of another version: "
-                f"{files.reason(error)}"
+                f"{reason(error)}"
             ) from None
         free = _FREE | ({"train.steps", "train.epochs"} if self.config.optimizer.schedule == "constant" else set())
         changed = [

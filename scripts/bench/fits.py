@@ -22,7 +22,8 @@ from flash_stu.ops.conv.choice import causal_conv
 from spectralds import fit_lds
 from spectralds.bank import FilterBank
 from spectralds.curve import error_curve
-from spectralds.fit import METHODS, LDSFit, rounding_floor
+from spectralds.fit import LDSFit, rounding_floor
+from spectralds.options import METHODS
 from spectralds.plots import plot_fit
 
 CPU = torch.device("cpu")

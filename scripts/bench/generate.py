@@ -44,7 +44,7 @@ from flash_stu.model.loading import load_model
 from flash_stu.ops.positions import rotary_angles
 from flash_stu.settings import read_yaml
 from spectralds import distill
-from spectralds.fit import MAX_STATE_DIM
+from spectralds.options import MAX_STATE_DIM
 
 EXACT = {"naive": "naive", "epoched FutureFill": "futurefill_epoched", "FutureFill": "futurefill"}
 PANELS = {"layer": "one layer", "stu": "STU layers only", "hybrid": "hybrid"}

@@ -40,10 +40,14 @@ def build(
         "max_position_embeddings": max(args.lengths),
     }
     kinds = ["linear_attention", "sliding_attention"]
-    stu = FlashSTUModel(FlashSTUConfig(num_hidden_layers=2, layer_types=kinds, **shape)).to(device)
+    stu = FlashSTUModel(FlashSTUConfig(num_hidden_layers=2, layer_types=kinds, **shape))
     lds = FlashSTUModel(FlashSTUConfig(num_hidden_layers=1, lds_state_dim=160, layer_types=kinds[:1], **shape))
-    layers = (stu.layers[0].mixer, lds.to(device).layers[0].mixer, stu.layers[1].mixer, stu.layers[0].mlp)
-    return dict(zip(LAYERS, layers, strict=True)), lambda x: stu._context(x, 0, None, None)
+    for model in (stu, lds):
+        torch.nn.Module.to(model, device)
+    names = ("layers.0.mixer", "layers.1.mixer", "layers.0.mlp")
+    mixer, attention, mlp = (stu.get_submodule(name) for name in names)
+    layers = (mixer, lds.get_submodule("layers.0.mixer"), attention, mlp)
+    return dict(zip(LAYERS, layers, strict=True)), lambda x: stu.context(x, 0, None, None)
 
 
 def compare(

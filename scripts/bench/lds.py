@@ -24,7 +24,8 @@ from flash_stu.model.layers import LDS, STU
 from flash_stu.model.layers.context import SequenceContext
 from spectralds.bank import FilterBank
 from spectralds.distillation import fold
-from spectralds.fit import MAX_STATE_DIM, LDSFit, fit_lds
+from spectralds.fit import LDSFit, fit_lds
+from spectralds.options import MAX_STATE_DIM
 
 
 def make_layer(config: FlashSTUConfig, states: int, device: torch.device) -> tuple[LDS, STU, LDSFit]:

@@ -24,6 +24,7 @@ from plots import bars
 
 from flash_stu.arguments import input_file, integer, output_directory
 from flash_stu.devices import default_device
+from flash_stu.distributed import World
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.model.layers import STU, SlidingWindowAttention
 from flash_stu.model.layers.context import SequenceContext
@@ -37,7 +38,7 @@ from flash_stu.training.flops import forward_flops, peak_flops, train_flops
 from flash_stu.training.initialization import build_model
 from flash_stu.training.metrics import peak_memory
 from flash_stu.training.optimizer import build_optimizers
-from flash_stu.training.parallel import World, clip_gradients, parallelize
+from flash_stu.training.parallel import clip_gradients, parallelize
 from flash_stu.training.step import train_step
 
 TWO_BRANCH = "two-branch FFT (published)"
