@@ -62,7 +62,7 @@ def as_text() -> str:
 def as_markdown() -> str:
     """Returns docs/config.md."""
     blocks = [
-        "# Settings\n\nGenerated from the code by `scripts/docs.py config`; `python train.py --list-settings` prints "
+        "# Settings\n\nWritten by `python scripts/docs.py` from the code; `python train.py --list-settings` prints "
         "the same. A run config is a YAML file with these sections, see configs/; `section.key=value` on the command "
         "line overrides it. A setting without a default must be given."
     ]
