@@ -1,7 +1,7 @@
 """Model directories on disk: load one, or say in a line why not."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from flash_stu.config import check_bounds
 from flash_stu.errors import UserError
-from flash_stu.files import read_json, reason
+from flash_stu.files import MANIFEST, DamagedError, read_json, read_manifest, reason, verify
 from flash_stu.model import FlashSTUForCausalLM
 from flash_stu.settings import shown
 
@@ -81,9 +81,10 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a model directory by name, read from the headers of its safetensors files.
 
     Raises:
-        UserError: if a file is missing or damaged.
+        UserError: if a file is missing, damaged, or not as this program wrote it.
     """
     tensors = {}
+    check_written(directory, [path.name for path in weight_files(directory)])
     for path in weight_files(directory):
         try:
             with safe_open(path, framework="pt") as file:
@@ -93,6 +94,21 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged or truncated: {reason(error)}") from None
     return tensors
+
+
+def check_written(directory: Path, names: Iterable[str]) -> None:
+    """Compare files with the manifest of a directory that this program wrote; of another there is nothing to compare.
+
+    Raises:
+        UserError: if one differs, or the manifest is damaged.
+    """
+    try:
+        known = read_manifest(directory)["files"]
+        verify(directory, [name for name in names if name in known])
+    except FileNotFoundError:
+        pass
+    except (OSError, DamagedError) as error:
+        raise UserError(f"{directory}: {reason(error)}; if it is meant to be so, delete {MANIFEST} there") from None
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -229,6 +245,7 @@ def load_model_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     for file in (directory / "tokenizer_config.json", directory / "tokenizer.json"):
         if file.exists():
             read_json(file, largest=_LARGEST_TOKENIZER)
+    check_written(directory, ["tokenizer.json"])
     vocab_size = read_model_config(directory).get_text_config().vocab_size
     with _quiet():
         try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flash_stu.data import Tokenizer, load_tokenizer
-from flash_stu.loading import load_model
+from flash_stu.loading import load_model, load_model_tokenizer
 from flash_stu.model import FlashSTUForCausalLM
 from flash_stu.source import is_checkpoint
 from flash_stu.training.export import load_checkpoint
@@ -41,7 +41,7 @@ def open_source(directory: Path) -> Source:
     """Load what `flash_stu.source.find_source` found.
 
     Raises:
-        UserError: for weights that cannot be loaded.
+        UserError: for weights or a tokenizer that cannot be loaded.
     """
     if is_checkpoint(directory):
         model, tokenizer = load_checkpoint(directory)
@@ -50,12 +50,15 @@ def open_source(directory: Path) -> Source:
         return Source(directory, run, model, True, lambda: tokenizer, lambda folder: copy().save_pretrained(folder))
 
     files = sorted({path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern)})
+    has_tokenizer = any(path.name.startswith("tokenizer") for path in files)
+    if has_tokenizer:
+        load_model_tokenizer(directory)  # a damaged one is not passed on
     run = directory.resolve().parent
     return Source(
         directory,
         run if directory.resolve().name == "final" and (run / "config.yaml").is_file() else None,
         load_model(directory, dtype="auto"),
-        any(path.name.startswith("tokenizer") for path in files),
+        has_tokenizer,
         lambda: load_tokenizer(str(directory)),
-        lambda folder: [shutil.copy2(path, folder) for path in files],
+        lambda folder: [shutil.copy2(path, folder) for path in files if path.is_file()],
     )
