@@ -7,7 +7,6 @@ import pytest
 from flash_stu import files
 from flash_stu.errors import UserError
 
-
 KIND = "model"
 
 

@@ -21,7 +21,7 @@ from flash_stu.files import read_text
 @contextlib.contextmanager
 def quiet(level: int = logging.WARNING):
     """Keep the harness's prints, log lines below a level, and progress bars but ours off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
     levels = [logger.level for logger in loggers]
     bars = lm_eval.api.task.tqdm, datasets.are_progress_bars_disabled()
     for logger in loggers:
@@ -75,7 +75,7 @@ class Definitions:
         if name in TASK_NAMES or name in self.own or name in official_index():
             return
         known = [*TASK_NAMES, *suite_names(), *self.own, *official_index()]
-        close = difflib.get_close_matches(name, known, n=5, cutoff=0.6) or [*suite_names(), *TASK_NAMES]
+        close = difflib.get_close_matches(name, map(str, known), n=5, cutoff=0.6) or [*suite_names(), *TASK_NAMES]
         raise UserError(f"unknown task {name!r}; close matches: {', '.join(close)}")
 
     def leaves(self, name: str) -> set[str]:

@@ -38,11 +38,13 @@ def write_local_task(
     for split in needed:
         if not files[split].is_file():
             raise UserError(f"task {name!r} needs {files[split]}, which does not exist")
+        if not files[split].stat().st_size:
+            raise UserError(f"task {name!r} needs {files[split]}, which is empty")
     present = {split: str(path.resolve()) for split, path in files.items() if path.is_file()}
     absent = {key: None for key, split in splits.items() if split is not None and split not in present}
 
     override = {
-        "include": str(definition_path),
+        "include": str(definition_path.resolve()),  # a relative one would be looked for beside this file
         "task": name,
         "dataset_path": "json",
         "dataset_name": None,
