@@ -98,6 +98,8 @@ def output_file(value: str) -> str:
 def why_not_writable(path: str | Path) -> str | None:
     """Returns why nothing can be written at a path or below it, or None if that seems possible; nothing is made."""
     place = Path(path).absolute()
+    if place.is_symlink() and not place.exists():
+        return "it is a symbolic link to nothing"
     for parent in (place, *place.parents):
         if os.path.lexists(parent) and (parent != place or parent.is_dir()):
             if not parent.is_dir():

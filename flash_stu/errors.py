@@ -85,6 +85,7 @@ def run_cli(main: Callable[[], int | None]) -> int:
         when interrupted from the keyboard; 141 when whoever read the output has gone.
     """
     _options.clear()
+    _replace_closed_streams()
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -100,6 +101,17 @@ def run_cli(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _replace_closed_streams() -> None:
+    """Give standard streams that were closed at the start a place; else the next file opened would get their number."""
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
 
 
 def reason(error: BaseException) -> str:

@@ -35,6 +35,7 @@ _READ_BYTES = 1 << 24
 LARGEST_TEXT = 1 << 24  # bytes of a file of settings
 _NAME_BYTES = 200  # of the readable part of a temporary name; file systems refuse names of more than 255
 _HIDDEN = re.compile(r"\.(.*)\.flash_stu-[0-9a-f]{8}\.(tmp|old|deleted)", re.DOTALL)
+_LOCK_TEXT = re.compile(rb"process \d+ on host .*\n|\0*", re.DOTALL)  # empty or zeros: after a kill or power failure
 _NO_FLUSH = {errno.EINVAL, errno.ENOTSUP}  # from file systems that cannot flush a directory
 
 
@@ -130,9 +131,9 @@ def read_object(path: Path) -> dict[str, Any]:
         OSError: if there is none.
         DamagedError: if it is not what was written.
     """
-    _require_regular(path)
+    text = read_regular(path)
     try:
-        content = without_checksum(json.loads(path.read_bytes()))
+        content = without_checksum(json.loads(text))
     except (ValueError, RecursionError):
         content = None
     if content is None:
@@ -217,18 +218,19 @@ def check_output(path: str | Path, kind: str, label: str = "output") -> None:
         raise UserError(_changed(label, path, foreign[0]))
 
 
-def delete_directory(path: Path, contents: bool = True) -> bool:
+def delete_directory(path: Path, kind: str, contents: bool = True) -> bool:
     """Delete a directory that this program wrote, with everything in it; one with other files in it stays.
 
     Args:
         path: the directory.
+        kind: what its manifest must call it.
         contents: compare checksums, not only sizes: they may be of many gigabytes.
 
     Returns:
         whether it was deleted.
     """
     try:
-        if path.is_symlink() or foreign_files(path, contents):
+        if path.is_symlink() or read_manifest(path)["kind"] != kind or foreign_files(path, contents):
             return False
     except (OSError, DamagedError):
         return False
@@ -344,6 +346,17 @@ def verify(directory: Path, names: Iterable[str] | None = None) -> None:
             raise DamagedError(f"{name} has {found['bytes']} bytes instead of {files[name]['bytes']}")
         if found != files[name]:
             raise DamagedError(f"{name} was altered: its checksum differs")
+
+
+def read_regular(path: Path) -> bytes:
+    """Read a file that must be a regular one: reading a pipe or device could have no end.
+
+    Raises:
+        OSError: if it cannot be read.
+        DamagedError: if it is something else.
+    """
+    _require_regular(path)
+    return path.read_bytes()
 
 
 def describe(path: Path) -> dict[str, int]:
@@ -487,6 +500,10 @@ def holding(directory: Path, label: str) -> Iterator[None]:
             descriptor = lock(path)
             if descriptor is None:
                 raise UserError(f"{label} {directory} is in use by {_holder(path)}")
+            if not _LOCK_TEXT.fullmatch(os.pread(descriptor, _NAME_BYTES * 2, 0)):
+                unlock(descriptor)
+                descriptor = None
+                raise UserError(f"{label} {directory} holds {LOCK}, which this program did not write; move it away")
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
         yield

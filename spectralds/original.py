@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from flash_stu.data import Tokenizer, load_tokenizer
-from flash_stu.model.loading import load_model
+from flash_stu.model.loading import load_model, load_model_tokenizer
 from flash_stu.model.source import is_checkpoint
 from flash_stu.training.checkpoint_export import load_checkpoint
 
@@ -42,14 +42,17 @@ class Original:
         """Load from a directory that `flash_stu.model.source.find_source` returned.
 
         Raises:
-            UserError: for weights that cannot be loaded.
+            UserError: for weights or a tokenizer that cannot be loaded.
         """
         place = directory.resolve()
         if is_checkpoint(directory):
             model, tokenizer = load_checkpoint(directory)
             return cls(directory, model, place.parent.parent, tokenizer)
         run = place.parent if place.name == "final" and (place.parent / "config.yaml").is_file() else None
-        return cls(directory, load_model(directory, dtype="auto"), run, None)
+        original = cls(directory, load_model(directory, dtype="auto"), run, None)
+        if original.has_tokenizer:
+            load_model_tokenizer(directory)  # a damaged one is not passed on
+        return original
 
     @property
     def has_tokenizer(self) -> bool:
@@ -66,4 +69,5 @@ class Original:
             self.run_tokenizer.to_transformers().save_pretrained(directory)
             return
         for path in {path for pattern in _TOKENIZER_FILES for path in self.directory.glob(pattern)}:
-            shutil.copy2(path, directory)
+            if path.is_file():
+                shutil.copy2(path, directory)

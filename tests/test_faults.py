@@ -14,6 +14,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from processes import Child
 from published_weights import published_weights
 from safetensors.torch import load_file, save_file
 
@@ -173,9 +174,7 @@ def test_what_cannot_be_written_is_one_line_and_loses_nothing(name, fault, comma
             if calls == "limit":
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert refused(result, output, "cannot be written", words)
-    assert files_of(tmp_path) == {}
-    if name != "prepare":  # whose cache directory stays
-        assert not output.parent.exists()
+    assert files_of(tmp_path) == {} and not output.parent.exists()
 
 
 @pytest.mark.parametrize("fault", ["disk full", "broken disk"])
@@ -337,6 +336,29 @@ def test_a_damaged_entry_of_the_filter_cache_is_written_anew(damage, tmp_path):
     assert path.read_bytes() == whole and list(path.parent.iterdir()) == [path]
 
 
+def endless(path):
+    os.mkfifo(path)
+
+
+def device(path):
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("replace", [endless, device])
+def test_pipes_and_devices_in_place_of_cached_files_are_not_read(replace, tokens, inputs, tmp_path):
+    expected = spectral_filters(33, 4)
+    (path,) = (tmp_path / "cache").rglob("*.safetensors")
+    for place in (path, tokens / "verified.json"):
+        place.unlink()
+        replace(place)
+    assert all(map(torch.equal, spectral_filters(33, 4), expected))
+    TokenDataset(tokens).verify()
+    (tokens / "manifest.json").unlink()
+    replace(tokens / "manifest.json")
+    with pytest.raises(UserError, match="manifest.json cannot be read: manifest.json is not a regular file"):
+        TokenDataset(tokens)
+
+
 def test_no_bit_of_the_filter_cache_can_change_unnoticed(tmp_path, monkeypatch):
     expected = spectral_filters(9, 2)
     (path,) = (tmp_path / "cache").rglob("*.safetensors")
@@ -488,3 +510,26 @@ def test_an_altered_state_of_an_unfinished_preparation_is_refused(inputs, comman
     assert command("prepare")[0] == 0
     (entry,) = (tmp_path / "output").iterdir()  # of the unfinished one only a file of the user's is left
     assert sorted(other.name for other in entry.iterdir()) == ["notes.txt", "train", "validation"]
+
+
+# Standard streams
+
+
+def with_closed_streams(path: str) -> tuple[int, bytes]:
+    """Run an entry point as a shell does after `>&- 2>&-`."""
+    for descriptor in (0, 1, 2):
+        os.close(descriptor)
+    sys.stdin = sys.stdout = sys.stderr = None
+
+    def main():
+        print("said to nobody")
+        with open(path, "w") as file:
+            file.write("kept")
+            print("said to nobody", flush=True)
+        raise UserError("wrong")
+
+    return run_cli(main), open(path, "rb").read()
+
+
+def test_closed_streams_take_nothing_down_and_write_into_no_file(tmp_path):
+    assert Child(with_closed_streams, str(tmp_path / "file")).result() == (2, b"kept")

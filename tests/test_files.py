@@ -175,7 +175,7 @@ def test_a_directory_that_holds_anything_else_is_never_replaced_or_deleted(chang
     before = names(tmp_path)
     with pytest.raises(UserError, match=r"output .*thing holds (notes|sub/\w+), which this program did not write"):
         write_thing(path)
-    assert not delete_directory(path)
+    assert not delete_directory(path, KIND)
     assert names(tmp_path) == before
     with pytest.raises(UserError):  # also if it is changed while the new one is being written
         write_while(tmp_path / "other", change)
@@ -192,7 +192,7 @@ def test_a_directory_that_only_looks_like_ours_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="exists and was not written by this program; choose another"):
         write_thing(tmp_path)
-    assert not delete_directory(tmp_path) and names(tmp_path) == ["config.json"]
+    assert not delete_directory(tmp_path, KIND) and names(tmp_path) == ["config.json"]
 
 
 def damages():
@@ -220,7 +220,7 @@ def test_a_damaged_manifest(damage, tmp_path):
         check_output(path, KIND)
     with pytest.raises(UserError, match="exists and was not written by this program"):
         check_growing(path, KIND)
-    assert not delete_directory(path) and (path / "sub/file").exists()
+    assert not delete_directory(path, KIND) and (path / "sub/file").exists()
 
 
 def test_a_manifest_with_a_checksum_but_without_its_entries_is_damaged(tmp_path):
@@ -465,7 +465,7 @@ def test_a_lock_is_not_kept_by_processes_that_were_forked(tmp_path):
 
 
 def test_damaged_and_unwritable_locks(tmp_path, monkeypatch):
-    (tmp_path / LOCK).write_bytes(b"\xff\n" * 3)
+    (tmp_path / LOCK).write_bytes(b"\0" * 40)
     with holding(tmp_path, "run"):
         (tmp_path / LOCK).write_bytes(b"\xff\n\0")
         with pytest.raises(UserError, match="is in use by .") as caught, holding(tmp_path, "run"):
@@ -480,6 +480,22 @@ def test_damaged_and_unwritable_locks(tmp_path, monkeypatch):
         with pytest.raises(WriteError, match="No space left"), holding(tmp_path / "new/run", "run"):
             pass
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("content", [b"mine", b"process 7", b"\xff\n", b"process 7 on host a\nmine"])
+def test_a_lock_file_of_the_users_stays(content, tmp_path):
+    (tmp_path / LOCK).write_bytes(content)
+    with pytest.raises(UserError, match="holds .lock, which this program did not write"), holding(tmp_path, "run"):
+        pass
+    assert (tmp_path / LOCK).read_bytes() == content
+
+
+def test_a_lock_file_that_leads_elsewhere_is_not_followed(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / LOCK).symlink_to("thesis.tex")
+    with pytest.raises(WriteError, match="cannot be written"), holding(tmp_path, "run"):
+        pass
+    assert (tmp_path / "thesis.tex").read_text() == "mine" and (tmp_path / LOCK).is_symlink()
 
 
 def test_a_file_system_without_locks_holds_nobody_off(tmp_path, monkeypatch):

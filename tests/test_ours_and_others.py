@@ -7,6 +7,8 @@ import pytest
 from flash_stu import files
 from flash_stu.errors import UserError
 
+KIND = "model"
+
 
 @pytest.fixture
 def ours(tmp_path):
@@ -20,7 +22,7 @@ def ours(tmp_path):
 
 def test_what_nobody_changed_is_deleted(ours, tmp_path):
     assert files.foreign_files(ours) == []
-    assert files.delete_directory(ours)
+    assert files.delete_directory(ours, KIND)
     assert os.listdir(tmp_path) == []
 
 
@@ -38,7 +40,7 @@ def test_what_nobody_changed_is_deleted(ours, tmp_path):
 def test_a_directory_with_anything_else_in_it_stays(ours, change, name):
     change(ours)
     assert files.foreign_files(ours) == [name]
-    assert not files.delete_directory(ours)
+    assert not files.delete_directory(ours, KIND)
     with pytest.raises(UserError, match=f"holds {name}, which"), files.replacing_directory(ours, "model"):
         pass
     assert os.path.lexists(ours / name)
@@ -46,9 +48,9 @@ def test_a_directory_with_anything_else_in_it_stays(ours, change, name):
 
 def test_a_directory_without_a_manifest_or_behind_a_link_stays(ours, tmp_path):
     (tmp_path / "link").symlink_to(ours)
-    assert not files.delete_directory(tmp_path / "link")
+    assert not files.delete_directory(tmp_path / "link", KIND)
     (ours / files.MANIFEST).unlink()
-    assert not files.delete_directory(ours)
+    assert not files.delete_directory(ours, KIND)
     assert sorted(os.listdir(ours)) == ["a", "sub"]
 
 

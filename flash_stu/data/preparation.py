@@ -177,12 +177,16 @@ class Preparation:
             UserError: if another number of parts has been begun, the dataset cannot be read or divided into so
                 many, a split comes out empty, or tokens cannot be written.
         """
+        missing = [parent for parent in self._directory.parents if not parent.exists()]
         try:
             with writing(f"token shards in {self._directory}"), self._lock(f"part-{index:04d}"):
                 self._refuse_remains()
                 remaining = [] if _is_complete(self._directory) else self._tokenize(index, parts)
         except UserError:
             if not _is_complete(self._directory):  # as a process that our lock does not reach may have made it
+                with suppress(OSError):  # the first that is not empty ends it
+                    for parent in missing:
+                        parent.rmdir()
                 raise
             remaining = []
         if not remaining:

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from flash_stu.data.tokenizer import Tokenizer
 from flash_stu.errors import UserError, WriteError, reason
-from flash_stu.files import write_text
+from flash_stu.files import DamagedError, read_regular, write_text
 
 MANIFEST = "manifest.json"
 _VERIFIED = "verified.json"
@@ -322,7 +322,7 @@ class TokenDataset:
         record = self.directory / _VERIFIED
         verified = None
         with suppress(OSError, ValueError, RecursionError):
-            verified = json.loads(record.read_bytes())
+            verified = json.loads(read_regular(record))
         if not isinstance(verified, dict):
             verified = {}
         stamps = {shard.name: self._stamp(shard) for shard in self.manifest.shards}
@@ -349,10 +349,10 @@ class TokenDataset:
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(read_regular(path))
     except FileNotFoundError as error:
         raise UserError(f"no token shards in {directory}: it has no complete {MANIFEST}") from error
-    except OSError as error:
+    except (OSError, DamagedError) as error:
         raise UserError(f"token shard manifest {path} cannot be read: {reason(error)}") from error
     except ValidationError as error:
         first = error.errors()[0]

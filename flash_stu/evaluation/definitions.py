@@ -135,7 +135,7 @@ class Definitions:
         if name in TASK_NAMES or name in self.own or name in official_index():
             return
         known = [*TASK_NAMES, *suite_names(), *self.own, *official_index()]
-        close = difflib.get_close_matches(name, known, n=5, cutoff=0.6) or [*suite_names(), *TASK_NAMES]
+        close = difflib.get_close_matches(name, map(str, known), n=5, cutoff=0.6) or [*suite_names(), *TASK_NAMES]
         raise UserError(f"unknown task {name!r}; close matches: {', '.join(close)}")
 
     def leaves(self, name: str) -> dict[str, tuple[dict[str, Any], Path]]:
@@ -196,11 +196,13 @@ def write_local_task(
     for split in needed:
         if not files[split].is_file():
             raise UserError(f"task {name!r} needs {files[split]}, which does not exist")
+        if not files[split].stat().st_size:
+            raise UserError(f"task {name!r} needs {files[split]}, which is empty")
     present = {split: str(path.resolve()) for split, path in files.items() if path.is_file()}
     absent = {key: None for key, split in splits.items() if split is not None and split not in present}
 
     override = {
-        "include": str(definition_path),
+        "include": str(definition_path.resolve()),  # a relative one would be looked for beside this file
         "task": name,
         "dataset_path": "json",
         "dataset_name": None,

@@ -18,7 +18,7 @@ from pathlib import Path
 import platformdirs
 
 from flash_stu.errors import WriteError
-from flash_stu.files import write_text
+from flash_stu.files import DamagedError, read_regular, write_text
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 TASK_NAMES = tuple(sorted(path.stem for path in TASK_FOLDER.glob("*.yaml")))
@@ -131,8 +131,8 @@ def write_embedded_data(documents: Sequence[str], cache_dir: Path | None = None)
 def _complete(folder: Path, files: dict[str, str]) -> None:
     """Write those of the files that are not there as they should be."""
     for name, text in files.items():
-        with suppress(OSError):
-            if (folder / name).read_bytes() == text.encode():
+        with suppress(OSError, DamagedError):
+            if read_regular(folder / name) == text.encode():
                 continue
         write_text(folder / name, text)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 @contextmanager
 def quiet(level: int = logging.WARNING) -> Iterator[None]:
     """Keep the harness's prints, log lines below a level, and progress bars but ours off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
     levels = [logger.level for logger in loggers]
     hidden = datasets.are_progress_bars_disabled()
     for logger in loggers:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from flash_stu.errors import UserError, WriteError
-from flash_stu.files import replacing_file
+from flash_stu.files import read_regular, replacing_file
 from flash_stu.filters.lags import CompressedLags
 
 BASES = ("hankel", "hankel_l")
@@ -122,7 +122,7 @@ def _cache_path(seq_len: int, num_filters: int, basis: str) -> Path:
 def _read_cache(path: Path, seq_len: int, num_filters: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Returns an entry, or None if there is none or it is not, bit for bit, as it was written."""
     try:
-        tensors = load(path.read_bytes())
+        tensors = load(read_regular(path))
         sigma, phi, checksum = tensors["sigma"], tensors["phi"], int(tensors["checksum"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
         return None

@@ -23,7 +23,7 @@ from flash_stu.errors import UserError
 from flash_stu.files import read_json
 from flash_stu.model.config import check_bounds
 from flash_stu.model.modeling import OPTIONAL_TENSORS, FlashSTUForCausalLM
-from flash_stu.model.weights import StoredTensor, check_finite, find_tensors
+from flash_stu.model.weights import StoredTensor, check_finite, check_written, find_tensors
 from flash_stu.settings import shown
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
@@ -166,6 +166,7 @@ def load_model_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     for file in (directory / "tokenizer_config.json", directory / "tokenizer.json"):
         if file.exists():
             read_json(file, largest=_LARGEST_TOKENIZER)
+    check_written(directory, ["tokenizer.json"])
     vocab_size = read_model_config(directory).get_text_config().vocab_size
     with _quiet():
         try:

@@ -7,6 +7,7 @@ parallelism, training or distillation; those act on it from outside.
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import initialization as hf_init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from flash_stu.errors import UserError
+from flash_stu.files import MANIFEST
 from flash_stu.filters.spectral import spectral_filters
 from flash_stu.model.cache import FlashSTUCache
 from flash_stu.model.config import FlashSTUConfig
@@ -120,6 +122,7 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the directory also loads where nothing of ours is imported (trust_remote_code=True)."""
+        Path(save_directory, MANIFEST).unlink(missing_ok=True)  # of what this program had written there before
         super().save_pretrained(save_directory, *args, **kwargs)
         add_remote_code(save_directory)
 

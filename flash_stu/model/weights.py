@@ -1,6 +1,6 @@
 """The tensors of a model directory: where its files hold them, and whether they are finite."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flash_stu.errors import UserError, reason
-from flash_stu.files import read_json
+from flash_stu.files import MANIFEST, DamagedError, read_json, read_manifest, verify
 from flash_stu.settings import shown
 
 
@@ -25,9 +25,10 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a model directory by name, read from the headers of its safetensors files.
 
     Raises:
-        UserError: if a file is missing or damaged.
+        UserError: if a file is missing, damaged, or not as this program wrote it.
     """
     tensors = {}
+    check_written(directory, [path.name for path in weight_files(directory)])
     for path in weight_files(directory):
         try:
             with safe_open(path, framework="pt") as file:
@@ -37,6 +38,21 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged or truncated: {reason(error)}") from None
     return tensors
+
+
+def check_written(directory: Path, names: Iterable[str]) -> None:
+    """Compare files with the manifest of a directory that this program wrote; of another there is nothing to compare.
+
+    Raises:
+        UserError: if one differs, or the manifest is damaged.
+    """
+    try:
+        known = read_manifest(directory)["files"]
+        verify(directory, [name for name in names if name in known])
+    except FileNotFoundError:
+        pass
+    except (OSError, DamagedError) as error:
+        raise UserError(f"{directory}: {reason(error)}; if it is meant to be so, delete {MANIFEST} there") from None
 
 
 def weight_files(directory: Path) -> list[Path]:

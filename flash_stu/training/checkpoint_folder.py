@@ -159,7 +159,7 @@ def complete(path: Path, state: RunState, written: dict[str, dict[str, int]]) ->
 
 
 def prune(folder: Path, keep: int, keep_every: int | None) -> None:
-    """Delete old checkpoints, except those with a file in them that this program did not write.
+    """Delete old checkpoints, except those with a file in them that this program did not write there.
 
     Args:
         folder: where they are.
@@ -168,7 +168,7 @@ def prune(folder: Path, keep: int, keep_every: int | None) -> None:
     """
     for step in list_steps(folder)[:-keep]:
         if keep_every is None or step % keep_every:
-            files.delete_directory(folder / f"step-{step}", contents=False)
+            files.delete_directory(folder / f"step-{step}", KIND, contents=False)
 
 
 def _manifest(path: Path) -> dict[str, dict[str, int]]:

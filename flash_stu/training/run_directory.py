@@ -89,15 +89,15 @@ class RunDirectory:
             )
 
     def is_finished(self, steps: int) -> bool:
-        """Returns whether the run's last step was trained and the model exported."""
+        """Returns whether the run's last step was trained, and the model exported and intact."""
+        records = read_metrics(self.metrics_file)
+        if not records or records[-1]["step"] < steps:
+            return False
         try:
-            exported = files.read_manifest(self.final)["files"]
+            files.verify(self.final)
         except (OSError, files.DamagedError):
             return False
-        records = read_metrics(self.metrics_file)
-        return (
-            all((self.final / name).is_file() for name in exported) and bool(records) and records[-1]["step"] >= steps
-        )
+        return True
 
     @contextmanager
     def holding(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Model directories with one thing wrong: every entry point that loads one names it in one line."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flash_stu import UserError
 from flash_stu.evaluation.models import check_model_dir
+from flash_stu.files import MANIFEST, seal
 from flash_stu.model.loading import load_model
 
 JSON = {"list": b"[]", "number": b"7", "null": b"null", "text": b'"x"', "empty": b"", "cut": b'{"a": '}
@@ -128,8 +130,37 @@ def test_one_thing_is_wrong(refuses, model_dir, name):
     refuses("scripts/generate.py", ["--model", "model", "--prompt", "a", "--device", "cpu"], words)
     if not name.startswith("generation_config"):
         refuses("evaluate.py", ["--model", "model", "--output", "out", "--device", "cpu"], words)
-    if not name.startswith(("tokenizer", "a token")):
-        refuses("distill.py", ["--checkpoint", "model", "--output", "out", "--state-dim", 8], words)
+    refuses("distill.py", ["--checkpoint", "model", "--output", "out", "--state-dim", 8], words)
+
+
+def flip(folder: Path, name: str) -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[content.find(b"endoftext") if name == "tokenizer.json" else -9] ^= 4  # the JSON stays valid
+    (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", MANIFEST])
+def test_one_bit_of_a_directory_that_this_program_wrote(refuses, config_file, model_dir, name):
+    seal(model_dir, "model")
+    flip(model_dir, name)
+    words = (name, "delete .flash_stu.json")
+    refuses("scripts/generate.py", ["--model", "model", "--prompt", "a", "--device", "cpu"], *words)
+    refuses("evaluate.py", ["--model", "model", "--output", "out", "--device", "cpu"], *words)
+    refuses("distill.py", ["--checkpoint", "model", "--output", "out", "--state-dim", 8], *words)
+    if name != "tokenizer.json":
+        refuses("train.py", ["--config", config_file, "train.initial_weights=model"], *words)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_what_could_be_read_without_end(refuses, model_dir, name):
+    (model_dir / name).unlink()
+    (model_dir / name).symlink_to("/dev/zero")
+    refuses("scripts/generate.py", ["--model", "model", "--prompt", "a", "--device", "cpu"], name)
+    refuses("distill.py", ["--checkpoint", "model", "--output", "out", "--state-dim", 8], name)
+    (model_dir / name).unlink()
+    os.mkfifo(model_dir / name)
+    refuses("scripts/generate.py", ["--model", "model", "--prompt", "a", "--device", "cpu"], name)
+    refuses("distill.py", ["--checkpoint", "model", "--output", "out", "--state-dim", 8], name)
 
 
 @pytest.mark.parametrize("name", LATER)
@@ -203,3 +234,14 @@ def test_initial_weights(refuses, config_file, model_dir, tmp_path):
     shutil.copytree(model_dir, tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"{}")
     refuses("train.py", ["--config", config_file, "train.initial_weights=damaged"], "train.initial_weights", "damaged")
+
+
+def test_a_model_saved_over_an_export_is_a_users_and_loads(tmp_path, tiny_model):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    seal(tmp_path, "model")
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / MANIFEST).exists()
+    assert torch.equal(load_model(tmp_path).lm_head.weight, model.lm_head.weight)

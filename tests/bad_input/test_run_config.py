@@ -156,8 +156,10 @@ def test_models_that_cannot_be_built(refuses, config_file):
 
 def test_places_that_cannot_be_written(refuses, config_file, tmp_path):
     (tmp_path / "taken").write_text("")
-    for place in ("taken", "taken/run"):
-        refuses("train.py", ["--config", config_file, f"output_dir={place}"], "output_dir", "taken")
+    (tmp_path / "nowhere").symlink_to("absent/place")
+    (tmp_path / "loop").symlink_to("loop")
+    for place in ("taken", "taken/run", "nowhere", "loop"):
+        refuses("train.py", ["--config", config_file, f"output_dir={place}"], "output_dir", place.partition("/")[0])
     refuses("train.py", ["--config", config_file, "train.initial_weights=absent"], "train.initial_weights", "absent")
 
 

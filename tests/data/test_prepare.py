@@ -145,7 +145,7 @@ def test_a_failure_leaves_nothing(config, tmp_path):
         file.write("not json\n")
     with pytest.raises(UserError, match="line 301: not JSON"):
         prepare(config, progress=False)
-    assert entries(config) == []
+    assert not os.path.exists(config.cache_dir)
 
 
 def test_damaged_cache_is_refused_by_name(config):
@@ -191,7 +191,7 @@ def test_empty_corpus(tmp_path, config):
     (tmp_path / "one.txt").write_text("a single document")
     with pytest.raises(UserError, match="1 document\\(s\\) leave the validation split empty"):
         prepare(config.model_copy(update={"dataset": str(tmp_path / "one.txt")}), progress=False)
-    assert entries(config) == []
+    assert not os.path.exists(config.cache_dir)
 
 
 def test_cache_that_cannot_be_written(tmp_path, config):

@@ -1,9 +1,12 @@
 """The harness's own tasks on local data, scored by language models whose results are known beforehand."""
 
 import json
+import shutil
+from pathlib import Path
 from types import FunctionType
 
 import pytest
+import yaml
 from lm_eval.api.model import LM
 
 from flash_stu.errors import UserError
@@ -140,6 +143,33 @@ def test_a_damaged_file_of_the_mirror_is_one_line(mirror):
     with pytest.raises(UserError, match="'mmlu_anatomy' cannot be loaded") as caught:
         load_tasks([TaskSpec(name="mmlu_anatomy", shots=0)], mirror)
     assert "\n" not in str(caught.value)
+
+
+def test_definitions_in_a_relative_folder_read_the_mirror(own_tasks, tmp_path, monkeypatch):
+    definition = yaml.safe_load((own_tasks / "colours.yaml").read_text())
+    (tmp_path / "tasks").mkdir()
+    path = tmp_path / "tasks/colours.yaml"
+    path.write_text(yaml.safe_dump(definition | {"dataset_path": "someone/colours", "dataset_kwargs": None}))
+    data = tmp_path / "mirror/someone/colours/default/validation.jsonl"
+    data.parent.mkdir(parents=True)
+    shutil.copy(own_tasks / "colours.jsonl", data)
+    monkeypatch.chdir(tmp_path)
+    (task,) = load_tasks([TaskSpec(name="colours")], Path("mirror"), Path("tasks"))
+    assert run_task(oracle(task), task)["items"] == 9
+
+
+@pytest.mark.parametrize("content", ["", "\n", "x\n", "7\n", "[]\n", '{"text": "cut o'])
+def test_damaged_data_of_a_mirror_are_one_line(content, mirror, capfd):
+    (mirror / "cais/mmlu/anatomy/test.jsonl").write_text(content)
+    with pytest.raises(UserError, match="mmlu_anatomy") as caught:
+        load_tasks([TaskSpec(name="mmlu_anatomy", shots=0)], mirror)
+    assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
+
+
+def test_a_definition_whose_name_is_a_number(tmp_path):
+    (tmp_path / "x.yaml").write_text("task: 7\ndataset_path: 7\n")
+    with pytest.raises(UserError, match="unknown task 'mine'"):
+        load_tasks([TaskSpec(name="mine")], include_path=tmp_path)
 
 
 def test_mmlu_is_57_subjects():

@@ -541,6 +541,19 @@ def test_export_to_a_full_disk_keeps_the_export_before(export, tmp_path, failing
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_finished_run_whose_model_was_damaged_is_not_called_finished(name, start, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "final" / name).write_bytes(b"")
+    before = content(run)
+    one_error(start(), str(run / "final"), f"holds {name}, which this program did not write or somebody changed")
+    assert content(run) == before
+    (run / "final" / name).unlink()
+    assert start()[0] == 0
+    assert_same(run, whole)
+
+
 # Processes -------------------------------------------------------------------------------------------------------
 
 
