@@ -5,8 +5,7 @@ directory written here holds a manifest, .flash_stu.json: what kind of directory
 each of its files. The manifest decides two things: whether the directory is intact, and whether it holds anything that
 this program did not write, in which case it is never replaced or deleted.
 
-A directory is written at once (`replacing_directory`) or grows by files (`growing_directory`, `adding_files`). In one
-that grows other files may lie beside ours; of ours, one that somebody changed is never replaced.
+A directory is written at once (`replacing_directory`); flash_stu.growing has those that grow by files.
 """
 
 import errno
@@ -17,30 +16,23 @@ import re
 import secrets
 import shutil
 import socket
-import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from flash_stu.errors import UserError, reason, writing
 from flash_stu.locks import lock, unlock
-from flash_stu.utf8 import decode
+from flash_stu.reading import DamagedError, describe, read_object, with_checksum
 
 MANIFEST = ".flash_stu.json"
 LOCK = ".lock"
-_FORMAT = 1
-_READ_BYTES = 1 << 24
-LARGEST_TEXT = 1 << 24  # bytes of a file of settings
+FORMAT = 1
 _NAME_BYTES = 200  # of the readable part of a temporary name; file systems refuse names of more than 255
 _HIDDEN = re.compile(r"\.(.*)\.flash_stu-[0-9a-f]{8}\.(tmp|old|deleted)", re.DOTALL)
 _LOCK_TEXT = re.compile(rb"process \d+ on host .*\n|\0*", re.DOTALL)  # empty or zeros: after a kill or power failure
 _NO_FLUSH = {errno.EINVAL, errno.ENOTSUP}  # from file systems that cannot flush a directory
-
-
-class DamagedError(ValueError):
-    """Something on disk is not what was written there; the message is one line that names the file."""
 
 
 @contextmanager
@@ -61,56 +53,12 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
         place = _place(path)  # a symbolic link stays one
         if place.exists() and not place.is_file():  # renaming would replace a device
             raise OSError(errno.EINVAL, "it exists and is not a regular file")
-        with _temporary(place) as directory:
+        with temporary_beside(place) as directory:
             temporary = directory / place.name
             yield temporary
             flush(temporary)
             os.replace(temporary, place)
             flush(place.parent)
-
-
-def read_text(path: str | Path, label: str = "", largest: int = LARGEST_TEXT) -> str:
-    """Read a text file in UTF-8, with or without a byte order mark.
-
-    Args:
-        path: a regular file: a pipe or device could be endless.
-        label: what a message calls it; the path follows.
-        largest: bytes it may have.
-
-    Raises:
-        UserError: if there is no such file, or it cannot be read, is too large or is not UTF-8.
-    """
-    named = f"{label} {path}".strip()
-    try:
-        if not os.path.exists(path):
-            raise UserError(f"{named}: no such file")
-        if not os.path.isfile(path):
-            raise UserError(f"{named}: not a regular file")
-        if os.path.getsize(path) > largest:
-            raise UserError(f"{named}: larger than {largest:,} bytes")
-        return decode(Path(path).read_bytes(), named)
-    except OSError as error:
-        raise UserError(f"{named}: {reason(error)}") from None
-
-
-def read_json(path: str | Path, label: str = "", largest: int = LARGEST_TEXT) -> dict[str, Any]:
-    """Read a file with one JSON object; see `read_text`.
-
-    Raises:
-        UserError: as `read_text`, or if it holds anything else.
-    """
-    named = f"{label} {path}".strip()
-    try:
-        content = json.loads(read_text(path, label, largest))
-    except UserError:
-        raise
-    except RecursionError:
-        raise UserError(f"{named}: not valid JSON: nested too deep") from None
-    except ValueError as error:
-        raise UserError(f"{named}: not valid JSON: {reason(error).partition(';')[0]}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{named}: not a JSON object but {type(content).__name__}")
-    return content
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -122,39 +70,6 @@ def write_text(path: str | Path, text: str) -> None:
 def write_object(path: str | Path, content: dict[str, Any]) -> None:
     """Write a JSON object with its checksum; see `read_object`."""
     write_text(path, json.dumps(with_checksum(content), indent=1) + "\n")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read what `write_object` wrote.
-
-    Raises:
-        OSError: if there is none.
-        DamagedError: if it is not what was written.
-    """
-    text = read_regular(path)
-    try:
-        content = without_checksum(json.loads(text))
-    except (ValueError, RecursionError):
-        content = None
-    if content is None:
-        raise DamagedError(f"{path} is damaged")
-    return content
-
-
-def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns an object of JSON values with its checksum as entry "crc32"."""
-    return {**content, "crc32": _digest(content)}
-
-
-def without_checksum(record: Any) -> dict[str, Any] | None:
-    """Returns the content of an object that `with_checksum` made; None if this is not what it made."""
-    if not isinstance(record, dict):
-        return None
-    content = {key: value for key, value in record.items() if key != "crc32"}
-    try:
-        return content if record.get("crc32") == _digest(content) else None
-    except RecursionError:
-        return None
 
 
 @contextmanager
@@ -178,7 +93,7 @@ def replacing_directory(path: str | Path, kind: str, label: str = "output") -> I
     check_output(path, kind, label)
     with writing(f"{label} {path}"):
         place = _place(path)
-        with _temporary(place) as temporary:
+        with temporary_beside(place) as temporary:
             yield temporary
             if not (temporary / MANIFEST).exists():
                 seal(temporary, kind)
@@ -214,8 +129,8 @@ def check_output(path: str | Path, kind: str, label: str = "output") -> None:
         UserError: naming the path and what stands in the way.
     """
     path = Path(path)
-    if _manifest_of_output(path, kind, label) and (foreign := foreign_files(path)):
-        raise UserError(_changed(label, path, foreign[0]))
+    if manifest_of_output(path, kind, label) and (foreign := foreign_files(path)):
+        raise UserError(changed_message(label, path, foreign[0]))
 
 
 def delete_directory(path: Path, kind: str, contents: bool = True) -> bool:
@@ -259,7 +174,7 @@ def foreign_files(directory: Path, contents: bool = True) -> list[str]:
         links = [name for name in directories if os.path.islink(os.path.join(folder, name))]
         for path in (Path(folder, name) for name in names + links):
             name = path.relative_to(directory).as_posix()
-            if name != MANIFEST and not _is_ours(directory, name, manifest, contents):
+            if name != MANIFEST and not is_ours(directory, name, manifest, contents):
                 foreign.append(name)
     return sorted(foreign)
 
@@ -302,11 +217,11 @@ def seal(directory: Path, kind: str, files: dict[str, dict[str, int]] | None = N
         OSError: if that is not possible, or a file named is not there as it was written.
     """
     if files is None:
-        files = _flushed(directory)
+        files = flush_all(directory)
     for name, entry in files.items():
         if (directory / name).stat().st_size != entry["bytes"]:
             raise OSError(errno.EIO, f"{name} is not as it was written")
-    content = {"format": _FORMAT, "kind": kind, "files": files}
+    content = {"format": FORMAT, "kind": kind, "files": files}
     (directory / MANIFEST).write_text(json.dumps(with_checksum(content), indent=1) + "\n")
     flush(directory / MANIFEST)
     flush(directory)
@@ -320,7 +235,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         DamagedError: if the manifest is not what was written.
     """
     content = read_object(directory / MANIFEST)
-    if content.get("format") != _FORMAT or not isinstance(content.get("files"), dict) or "kind" not in content:
+    if content.get("format") != FORMAT or not isinstance(content.get("files"), dict) or "kind" not in content:
         raise DamagedError(f"{directory / MANIFEST} is damaged")
     return content
 
@@ -346,136 +261,6 @@ def verify(directory: Path, names: Iterable[str] | None = None) -> None:
             raise DamagedError(f"{name} has {found['bytes']} bytes instead of {files[name]['bytes']}")
         if found != files[name]:
             raise DamagedError(f"{name} was altered: its checksum differs")
-
-
-def read_regular(path: Path) -> bytes:
-    """Read a file that must be a regular one: reading a pipe or device could have no end.
-
-    Raises:
-        OSError: if it cannot be read.
-        DamagedError: if it is something else.
-    """
-    _require_regular(path)
-    return path.read_bytes()
-
-
-def describe(path: Path) -> dict[str, int]:
-    """Returns a file's size and checksum, {"bytes", "crc32"}."""
-    _require_regular(path)
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            value = zlib.crc32(block, value)
-        return {"bytes": file.tell(), "crc32": value}
-
-
-def check_growing(path: str | Path, kind: str, label: str = "output", names: Iterable[str] = ()) -> None:
-    """Refuse a directory to which files cannot be added.
-
-    Args:
-        path: the directory; it may be missing or empty.
-        kind: what its manifest must call it.
-        label: what a message calls the path.
-        names: files that will be added.
-
-    Raises:
-        UserError: naming the path and what stands in the way: it is something else, or one of the files to be added
-            or added before is not as this program wrote it.
-    """
-    path = Path(path)
-    manifest = _manifest_of_output(path, kind, label)
-    if manifest is not None:
-        check_files(path, {*names, *manifest["files"]}, label)
-
-
-def check_files(directory: Path, names: Iterable[str], label: str = "output") -> None:
-    """Refuse files of a directory with a manifest that are there and not as this program wrote them.
-
-    Raises:
-        UserError: naming the directory and the first such file.
-        OSError, DamagedError: if it has no intact manifest.
-    """
-    manifest = read_manifest(directory)
-    for name in sorted(names):
-        if os.path.lexists(directory / name) and not _is_ours(directory, name, manifest):
-            raise UserError(_changed(label, directory, name))
-
-
-@contextmanager
-def growing_directory(path: str | Path, kind: str, label: str = "output", names: Iterable[str] = ()) -> Iterator[None]:
-    """Hold a directory to which `adding_files` adds, against other processes; see `check_growing` and `holding`.
-
-    One that was made for nothing is removed again.
-    """
-    directory, names = Path(path), list(names)
-    check_growing(directory, kind, label, names)
-    with holding(directory, label):
-        check_growing(directory, kind, label, names)
-        if not (directory / MANIFEST).exists():
-            write_object(directory / MANIFEST, {"format": _FORMAT, "kind": kind, "files": {}})
-        try:
-            yield
-        finally:
-            with suppress(OSError, DamagedError):
-                if not read_manifest(directory)["files"] and {*os.listdir(directory)} <= {MANIFEST, LOCK}:
-                    (directory / MANIFEST).unlink()
-
-
-@contextmanager
-def adding_files(path: str | Path, label: str = "output") -> Iterator[Path]:
-    """Add files to a directory that is being held, or replace files added before, each whole or not at all.
-
-    Args:
-        path: see `growing_directory`.
-        label: what a message calls the path.
-
-    Yields:
-        an empty temporary directory, to be filled in the block with files as they will be called.
-
-    Raises:
-        UserError: if they cannot be written, or one would replace what somebody else wrote or changed.
-    """
-    directory = Path(path)
-    with writing(f"{label} {directory}"), _temporary(directory / MANIFEST) as temporary:
-        yield temporary
-        added = _flushed(temporary)
-        manifest = read_manifest(directory)
-        check_files(directory, added, label)
-        # Until all are renamed both the old and the new content is ours.
-        before = {name: describe(directory / name) for name in added if (directory / name).exists()}
-        write_object(directory / MANIFEST, {**manifest, "files": manifest["files"] | added, "replaced": before})
-        for name in added:
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary / name, directory / name)
-            flush((directory / name).parent)
-
-
-def read_records(
-    path: Path, is_valid: Callable[[dict[str, Any]], bool] = lambda _: True
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """Read a file with one JSON object per line, whatever has happened to it.
-
-    Args:
-        path: the file.
-        is_valid: whether an object is one that the file can hold.
-
-    Returns:
-        the valid objects, and the numbers (from 1 on) of the lines that are none; both empty if there is no file.
-    """
-    records, unreadable = [], []
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict) and is_valid(record):
-            records.append(record)
-        else:
-            unreadable.append(number)
-    return records, unreadable
 
 
 @contextmanager
@@ -562,7 +347,7 @@ def _sweep(hidden: Path, path: Path) -> None:
 
 
 @contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def temporary_beside(path: Path) -> Iterator[Path]:
     """A hidden directory beside a path, locked while it is in use, removed at the end."""
     made = _make_directories(path)
     try:
@@ -628,7 +413,7 @@ def _check_path(path: Path) -> None:
         raise OSError(errno.EINVAL, "a path holds no NUL characters")
 
 
-def _manifest_of_output(path: Path, kind: str, label: str) -> dict[str, Any] | None:
+def manifest_of_output(path: Path, kind: str, label: str) -> dict[str, Any] | None:
     """The manifest of a directory that is to be written to; None if nothing is there yet."""
     with writing(f"{label} {path}"):
         place = _place(path)
@@ -657,12 +442,12 @@ def _is_of_writers(name: str) -> bool:
     return name == LOCK or name.startswith(_hidden_prefix(Path(MANIFEST)))
 
 
-def _changed(label: str, directory: Path, name: str) -> str:
+def changed_message(label: str, directory: Path, name: str) -> str:
     what = "which this program did not write or somebody changed; move it away, or choose another"
     return f"{label} {directory} holds {name}, {what}"
 
 
-def _is_ours(directory: Path, name: str, manifest: dict[str, Any], contents: bool = True) -> bool:
+def is_ours(directory: Path, name: str, manifest: dict[str, Any], contents: bool = True) -> bool:
     """Whether a file is what a manifest says of it, byte for byte or in size."""
     path = directory / name
     known = [manifest[key][name] for key in ("files", "replaced") if name in manifest.get(key, {})]
@@ -671,13 +456,7 @@ def _is_ours(directory: Path, name: str, manifest: dict[str, Any], contents: boo
     return describe(path) in known if contents else path.stat().st_size in [entry["bytes"] for entry in known]
 
 
-def _require_regular(path: Path) -> None:
-    """Refuse what would not be read to an end, such as a named pipe."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise DamagedError(f"{path.name} is not a regular file")
-
-
-def _flushed(directory: Path) -> dict[str, dict[str, int]]:
+def flush_all(directory: Path) -> dict[str, dict[str, int]]:
     """Flush all files of a directory; returns `describe` of each by its name."""
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
     for path in paths:
@@ -709,8 +488,3 @@ def _hidden_prefix(path: Path) -> str:
     if len(name) > _NAME_BYTES:
         name = name[:_NAME_BYTES] + f"-{zlib.crc32(name):08x}".encode()
     return f".{os.fsdecode(name)}.flash_stu-"
-
-
-def _digest(content: dict[str, Any]) -> int:
-    """The checksum of JSON values as they will be read: with strings as keys."""
-    return zlib.crc32(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode())

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from flash_stu.errors import UserError, why_not_text
-from flash_stu.files import read_text
+from flash_stu.reading import read_text
 
 LARGEST_COUNT = 10**9  # of steps, documents, items: more than anybody can wait for
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]

@@ -9,7 +9,8 @@ from importlib import import_module
 from pathlib import Path
 
 from flash_stu.errors import ArgumentParser, UserError, run_cli
-from flash_stu.files import read_text, write_text
+from flash_stu.files import write_text
+from flash_stu.reading import read_text
 
 DOCS = Path(__file__).parents[1] / "docs"
 PACKAGES = (

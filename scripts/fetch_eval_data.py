@@ -15,7 +15,7 @@ from flash_stu.arguments import input_directory, output_directory
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.evaluation.definitions import Dataset, Definitions, data_of, file_of, resolve_tasks
 from flash_stu.evaluation.patches import quiet
-from flash_stu.files import adding_files, growing_directory
+from flash_stu.growing import adding_files, growing_directory
 from flash_stu.network import spare_the_hub
 
 _KIND, _LABEL = "mirror of evaluation data", "output"

@@ -10,7 +10,7 @@ import torch
 from flash_stu.data import Tokenizer, embedded_corpus, prepare
 from flash_stu.data.tokenizer import naming_documents
 from flash_stu.errors import UserError
-from flash_stu.files import read_text
+from flash_stu.reading import read_text
 from flash_stu.training.run_config import load_config
 
 TOKENS = 8192

@@ -15,18 +15,11 @@ from flash_stu.errors import UserError, WriteError, writing
 from flash_stu.files import (
     LOCK,
     MANIFEST,
-    DamagedError,
-    adding_files,
-    check_growing,
     check_output,
     delete_directory,
-    describe,
     foreign_files,
-    growing_directory,
     holding,
     read_manifest,
-    read_object,
-    read_records,
     replacing_directory,
     replacing_file,
     seal,
@@ -34,6 +27,8 @@ from flash_stu.files import (
     write_object,
     write_text,
 )
+from flash_stu.growing import adding_files, check_growing, growing_directory
+from flash_stu.reading import DamagedError, describe, read_object, read_records
 
 KIND = "thing"
 

@@ -31,8 +31,9 @@ from flash_stu.data.sources import SPLITS, DataSource, Fragment, open_source
 from flash_stu.data.tokenize import Part, PartCheckpoint, TokenizeProgress
 from flash_stu.data.tokenizer import Tokenizer, load_tokenizer
 from flash_stu.errors import UserError, writing
-from flash_stu.files import DamagedError, read_object, sweep, write_object
+from flash_stu.files import sweep, write_object
 from flash_stu.locks import lock, unlock
+from flash_stu.reading import DamagedError, read_object
 
 _REVISION = 1  # part of the cache key: raise it when the same config and text give other tokens
 

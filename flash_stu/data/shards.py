@@ -30,7 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from flash_stu.data.tokenizer import Tokenizer
 from flash_stu.errors import UserError, WriteError, reason
-from flash_stu.files import DamagedError, read_regular, write_text
+from flash_stu.files import write_text
+from flash_stu.reading import DamagedError, read_regular
 
 MANIFEST = "manifest.json"
 _VERIFIED = "verified.json"

@@ -25,8 +25,9 @@ from flash_stu.data.shards import SHARD_TOKENS, Shard, ShardWriter
 from flash_stu.data.sources import SPLITS, Fragment, assign_splits
 from flash_stu.data.tokenizer import Tokenizer, naming_documents
 from flash_stu.errors import UserError
-from flash_stu.files import DamagedError, read_object, write_object
+from flash_stu.files import write_object
 from flash_stu.progress import Progress
+from flash_stu.reading import DamagedError, read_object
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from flash_stu.errors import UserError
 from flash_stu.evaluation.embedded import TASK_NAMES
 from flash_stu.evaluation.patches import quiet
-from flash_stu.files import read_text, write_text
+from flash_stu.files import write_text
 from flash_stu.paths import expand
+from flash_stu.reading import read_text
 
 SUITE_FOLDER = Path(__file__).parent / "suites"
 DEFAULT_TASKS = ("embedded_bpb", "embedded_cloze")  # need no download

@@ -18,7 +18,8 @@ from pathlib import Path
 import platformdirs
 
 from flash_stu.errors import WriteError
-from flash_stu.files import DamagedError, read_regular, write_text
+from flash_stu.files import write_text
+from flash_stu.reading import DamagedError, read_regular
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 TASK_NAMES = tuple(sorted(path.stem for path in TASK_FOLDER.glob("*.yaml")))

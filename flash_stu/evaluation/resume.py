@@ -23,16 +23,9 @@ from typing import Any, TextIO
 
 from flash_stu.distributed import World
 from flash_stu.errors import UserError, writing
-from flash_stu.files import (
-    adding_files,
-    check_files,
-    check_growing,
-    growing_directory,
-    read_records,
-    with_checksum,
-    without_checksum,
-    write_text,
-)
+from flash_stu.files import write_text
+from flash_stu.growing import adding_files, check_files, check_growing, growing_directory
+from flash_stu.reading import read_records, with_checksum, without_checksum
 
 _KIND, _LABEL = "evaluation", "output"
 

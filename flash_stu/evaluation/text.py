@@ -18,7 +18,7 @@ from flash_stu.data.formats import file_format, read_texts
 from flash_stu.errors import UserError
 from flash_stu.evaluation.language_model import EvaluatedLM
 from flash_stu.evaluation.scoring import Score, Window
-from flash_stu.files import read_text
+from flash_stu.reading import read_text
 
 _LARGEST = 1 << 40  # bytes; all of a text is in memory
 

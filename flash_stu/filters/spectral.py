@@ -27,8 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from flash_stu.errors import UserError, WriteError
-from flash_stu.files import read_regular, replacing_file
+from flash_stu.files import replacing_file
 from flash_stu.filters.lags import CompressedLags
+from flash_stu.reading import read_regular
 
 BASES = ("hankel", "hankel_l")
 _QUADRATURE_STEP = 0.12  # in s; halving it changes no eigenvalue above 1e-13 of the first by more than 1e-11 of itself

@@ -20,10 +20,10 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from flash_stu.errors import UserError
-from flash_stu.files import read_json
 from flash_stu.model.config import check_bounds
 from flash_stu.model.modeling import OPTIONAL_TENSORS, FlashSTUForCausalLM
 from flash_stu.model.weights import StoredTensor, check_finite, check_written, find_tensors
+from flash_stu.reading import read_json
 from flash_stu.settings import shown
 
 _FLOATING = ("F64", "F32", "F16", "BF16")

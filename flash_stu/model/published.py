@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flash_stu.errors import UserError, reason
-from flash_stu.files import read_json
 from flash_stu.model.config import BOUNDS, FlashSTUConfig
 from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.model.weights import check_finite
+from flash_stu.reading import read_json
 from flash_stu.settings import LARGEST_COUNT, shown
 
 POSITIONS = ("published", "rope")

@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flash_stu.errors import UserError, reason
-from flash_stu.files import MANIFEST, DamagedError, read_json, read_manifest, verify
+from flash_stu.files import MANIFEST, read_manifest, verify
+from flash_stu.reading import DamagedError, read_json
 from flash_stu.settings import shown
 
 

@@ -32,10 +32,10 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future as TorchFuture
 from torch.nn.parallel import DistributedDataParallel
 
-from flash_stu import files
+from flash_stu import files, reading
 from flash_stu.distributed import World
 from flash_stu.errors import UserError, reason
-from flash_stu.files import DamagedError
+from flash_stu.reading import DamagedError
 from flash_stu.training import checkpoint_folder
 from flash_stu.training.checkpoint_folder import RunState
 
@@ -174,7 +174,7 @@ class Checkpointer:
                 path = self._on_main(lambda: begin(self.folder, state.step, stack, self._report))
                 writer = _Writer(str(path), layout, save_distributed=True)
                 save(copies, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-                parts = self._everywhere(lambda: {name: files.describe(path / name) for name in writer.written})
+                parts = self._everywhere(lambda: {name: reading.describe(path / name) for name in writer.written})
                 written = {name: entry for part in parts for name, entry in part.items()}
                 self._on_main(lambda: self._complete(stack, path, state, written))
         except UserError:

@@ -10,8 +10,8 @@ from transformers.utils import logging
 from flash_stu import files
 from flash_stu.data import Tokenizer, load_tokenizer
 from flash_stu.errors import UserError
-from flash_stu.files import DamagedError
 from flash_stu.model.modeling import FlashSTUForCausalLM
+from flash_stu.reading import DamagedError
 from flash_stu.training import checkpoint_folder
 from flash_stu.training.initialization import build_model
 from flash_stu.training.run_config import load_config

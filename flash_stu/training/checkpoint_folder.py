@@ -17,9 +17,9 @@ from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from flash_stu import files
+from flash_stu import files, reading
 from flash_stu.errors import UserError, writing
-from flash_stu.files import DamagedError
+from flash_stu.reading import DamagedError
 
 KIND = "checkpoint"
 STATE = "state.json"
@@ -148,14 +148,14 @@ def complete(path: Path, state: RunState, written: dict[str, dict[str, int]]) ->
     Args:
         path: what `begin` returned.
         state: the run's.
-        written: `files.describe` of each file of tensors by its name; they are on disk already.
+        written: `reading.describe` of each file of tensors by its name; they are on disk already.
 
     Raises:
         OSError: if that is not possible, or a file that another process wrote is not here.
     """
     (path / STATE).write_text(state.model_dump_json(indent=1) + "\n", encoding="utf-8")
     files.flush(path / STATE)
-    files.seal(path, KIND, {**written, STATE: files.describe(path / STATE)})
+    files.seal(path, KIND, {**written, STATE: reading.describe(path / STATE)})
 
 
 def prune(folder: Path, keep: int, keep_every: int | None) -> None:

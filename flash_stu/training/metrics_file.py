@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flash_stu import files
+from flash_stu import files, reading
 from flash_stu.errors import writing
 
 # Differ between two equal runs; all else is the same to the last bit on a CPU.
@@ -53,7 +53,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     There are none if there is no file.
     """
-    return files.read_records(path, _is_record)[0]
+    return reading.read_records(path, _is_record)[0]
 
 
 def keep_lines_up_to(path: Path, step: int) -> None:
@@ -66,7 +66,7 @@ def keep_lines_up_to(path: Path, step: int) -> None:
         UserError: if that is not possible.
     """
     with writing(path):
-        records, unreadable = files.read_records(path, _is_record)
+        records, unreadable = reading.read_records(path, _is_record)
         if unreadable:
             lines = path.read_bytes().split(b"\n")
             if unreadable != [len(lines)]:

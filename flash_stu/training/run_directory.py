@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from flash_stu import files
+from flash_stu import files, reading
 from flash_stu.arguments import why_not_writable
 from flash_stu.errors import UserError, reason
 from flash_stu.training.checkpoint_export import export_checkpoint
@@ -95,7 +95,7 @@ class RunDirectory:
             return False
         try:
             files.verify(self.final)
-        except (OSError, files.DamagedError):
+        except (OSError, reading.DamagedError):
             return False
         return True
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from processes import run_processes
 from toy_checkpoints import alter, assert_equal, build, checkpointer, state, train, trained, whole
 
-from flash_stu import UserError, files
+from flash_stu import UserError, reading
 from flash_stu.distributed import World
 from flash_stu.training import checkpoint
 from flash_stu.training.checkpoint_export import load_weights
@@ -69,7 +69,7 @@ def fail_on_one(folder: Path):
     with checkpointer(folder, model, optimizers, world=world, report=heard.append) as saver:
         saver.save(state(1))
         saver.wait()
-        for step, place in [(2, (checkpoint._Writer, "write_data")), (3, (files, "describe"))]:
+        for step, place in [(2, (checkpoint._Writer, "write_data")), (3, (reading, "describe"))]:
             original = getattr(*place)
             if world.rank == 1:
                 setattr(*place, unwritable)

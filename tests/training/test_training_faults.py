@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiny_run import training_settings
 from toy_checkpoints import alter, truncate
 
-from flash_stu import files, orphans
+from flash_stu import files, orphans, reading
 from flash_stu.errors import UserError
 from flash_stu.training import Trainer, join_world, load_config, metrics
 from flash_stu.training.checkpoint_folder import list_steps
@@ -125,7 +125,7 @@ def resealed(kind: str = "checkpoint", leave_out: str = "", **changes):
         state = json.loads((step / "state.json").read_text())
         (step / "state.json").write_text(json.dumps(state | changes))
         (step / files.MANIFEST).unlink()
-        entries = {path.name: files.describe(path) for path in step.iterdir() if path.name != leave_out}
+        entries = {path.name: reading.describe(path) for path in step.iterdir() if path.name != leave_out}
         files.seal(step, kind, entries)
 
     return damage
