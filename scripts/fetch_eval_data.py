@@ -61,9 +61,9 @@ def fetch(tasks: str, output: Path, include_path: Path | None = None) -> list[Pa
 def _download(dataset: Dataset, split: str, options: dict[str, Any]) -> datasets.Dataset:
     """Returns the rows of one split of a hub data set."""
     name, configuration = dataset
+    options = {key: value for key, value in options.items() if key != "trust_remote_code"}
     try:
-        options = options | {"trust_remote_code": False}
-        return datasets.load_dataset(name, configuration, split=split, **options)
+        return datasets.load_dataset(name, configuration, split=split, trust_remote_code=False, **options)
     except Exception as error:  # the hub, its cache and the files fail in as many ways
         reason = " ".join(str(error).split())
         what = name if configuration is None else f"{name} ({configuration})"

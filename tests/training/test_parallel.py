@@ -130,10 +130,10 @@ def train_with_accident(config_file: str, accident: Callable, *overrides: str) -
     """Train in this process; something happens to the second of two at step 3."""
     train_step = Trainer._train_step
 
-    def step(self, batches):
+    def step(self):
         if self.step == 3 and self.world.rank == 1:
             accident()
-        train_step(self, batches)
+        train_step(self)
 
     Trainer._train_step = step
     with open(f"{config_file}.stderr", "a") as sys.stderr:

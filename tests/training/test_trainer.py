@@ -72,10 +72,10 @@ def test_a_signal_and_restart_give_the_same_run_bit_for_bit(finished, load, fit,
     config = load("model.dropout=0.1")
     train_step = Trainer._train_step
 
-    def interrupted(self, batches):
+    def interrupted(self):
         if self.step == stop_at:
             os.kill(os.getpid(), number)
-        train_step(self, batches)
+        train_step(self)
 
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
     assert not fit(config)
@@ -252,9 +252,9 @@ def not_finite_at(monkeypatch):
     def spoil(*steps):
         train_step, token_loss, current = Trainer._train_step, step.token_loss, []
 
-        def noting(self, batches):
+        def noting(self):
             current.append(self.step)
-            train_step(self, batches)
+            train_step(self)
 
         def spoiled(*arguments):
             return token_loss(*arguments) * (math.nan if current[-1] in steps else 1)
