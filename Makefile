@@ -44,6 +44,7 @@ bench-cpu: $(INSTALLED)
 	$(BENCH)/lds.py --output results/cpu
 	$(BENCH)/loss.py --output results/cpu
 	$(BENCH)/data.py --text $(BENCH_TEXT) --output results/cpu
+	$(BENCH)/imports.py --output results/cpu
 	$(BENCH)/branches.py --output results/cpu
 	$(BENCH)/optimizers.py --output results/cpu
 	$(BENCH)/tables.py

@@ -96,6 +96,7 @@ def results(scripts):
             "rows": [{"optimizer": name, "sweep": [[1e-3, 3.0], [1e-2, 2.9]], "best": 1e-2, **training}
                      for name in ("adamw", "muon")],
         },
+        "imports": {"rows": [{"what": "import a", "seconds": [[0.2, 0.1], [0.3, 0.1]]}]},
         "data": {
             "tiktoken": "0", "tokenizer": "tiktoken:a", "cores": 2, "text": "embedded", "documents": 3,
             "megabytes": 1.0, "tokens": 1000, "bare": [0.1, 0.2], "whole": [0.2, 0.3], "tokens_read": 500,

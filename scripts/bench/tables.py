@@ -25,6 +25,7 @@ BENCHMARKS = (
     "fits",
     "generate",
     "hotspots",
+    "imports",
     "layers",
     "lds",
     "loss",

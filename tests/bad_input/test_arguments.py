@@ -84,6 +84,7 @@ BENCHMARKS = {
         "--tokenizer": ["", "bytes"],
         "--output": PLACES,
     },
+    "imports": {"--repeats": [*NUMBERS, "0"], "--output": PLACES},
     "fits": {
         "--length": [*NUMBERS, "0"],
         "--filters": [*NUMBERS, "0"],
