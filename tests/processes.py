@@ -39,7 +39,7 @@ class Child:
         self.process.join()
 
     def result(self, timeout: float = 300.0):
-        """What the function returned.
+        """Returns the function's result.
 
         Raises:
             ProcessError: if it raised, or the process died.

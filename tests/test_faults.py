@@ -55,7 +55,7 @@ TASK = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """What the commands read."""
+    """The inputs of the commands."""
     folder = tmp_path_factory.mktemp("inputs")
     torch.manual_seed(0)
     FlashSTUForCausalLM(FlashSTUConfig(**SIZES)).save_pretrained(folder / "model")

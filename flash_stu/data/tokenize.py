@@ -67,7 +67,7 @@ class TokenBatch(NamedTuple):
 
 
 class PartCheckpoint(BaseModel):
-    """What is safely on disk of a part: all documents before the next one, in the shards of each split."""
+    """The state of a part on disk: all documents before the next one, in the shards of each split."""
 
     model_config = ConfigDict(strict=True, populate_by_name=True)
 

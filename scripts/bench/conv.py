@@ -64,7 +64,7 @@ def _signs(x: torch.Tensor) -> torch.Tensor:
 
 
 def variants(phi: torch.Tensor, device: torch.device, dtype: torch.dtype, direct: bool) -> dict[str, Callable]:
-    """What is compared: functions of x (batch, length, channels) and weights (filters, channels)."""
+    """Returns the variants to compare: functions of x (batch, length, channels) and weights (filters, channels)."""
     both = phi + phi * (-1.0) ** torch.arange(len(phi), device=device)[:, None]
     even = 2 * phi[::2].contiguous()
     result = {
@@ -140,8 +140,16 @@ def render(results: dict) -> str:
         taken = statistics.median(row["total"])
         share, over = row["flops"] / taken / rates["flops"], taken / (row["bytes"] / rates["bytes"])
         label = f"{row['length']:,}: {row['variant']}"
-        rows.append([label, spread(row["forward"]), spread(row["total"]), f"{reference / taken:.1f}x", f"{share:.0%}",
-                     f"{over:,.1f}x"])  # fmt: skip
+        rows.append(
+            [
+                label,
+                spread(row["forward"]),
+                spread(row["total"]),
+                f"{reference / taken:.1f}x",
+                f"{share:.0%}",
+                f"{over:,.1f}x",
+            ]
+        )
     header = [
         "length: variant",
         "forward, ms",

@@ -83,12 +83,27 @@ def main() -> int:
 def parse() -> Namespace:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--config", type=any_path, default="configs/quickstart.yaml",
-        help="run config whose model section gives the shape")  # fmt: skip
-    add("--model", type=any_path, action="append", metavar="DIR",
-        help="time this model directory instead; may be repeated")  # fmt: skip
-    add("--lengths", type=integer(2, LARGEST_LENGTH - 1), nargs="+", default=[512, 1024, 2048, 4096], metavar="N",
-        help="tokens to generate")  # fmt: skip
+    add(
+        "--config",
+        type=any_path,
+        default="configs/quickstart.yaml",
+        help="run config whose model section gives the shape",
+    )
+    add(
+        "--model",
+        type=any_path,
+        action="append",
+        metavar="DIR",
+        help="time this model directory instead; may be repeated",
+    )
+    add(
+        "--lengths",
+        type=integer(2, LARGEST_LENGTH - 1),
+        nargs="+",
+        default=[512, 1024, 2048, 4096],
+        metavar="N",
+        help="tokens to generate",
+    )
     add("--state-dims", type=integer(2, MAX_STATE_DIM), nargs="+", default=[40, 80, 160], metavar="H")
     add("--panels", nargs="+", choices=PANELS, default=list(PANELS))
     add("--batch", type=integer(1, 2**16), default=1)
@@ -104,7 +119,7 @@ def parse() -> Namespace:
 
 
 def panel(name: str, args: Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], nn.Module]]:
-    """What is compared in one panel: per label, a function that builds the layer or model."""
+    """Returns the subjects of one panel: per label, a function that builds the layer or model."""
     settings = read_yaml(args.config, "--config")
     section = settings.get("model") if isinstance(settings, dict) else None
     if not isinstance(section, dict):

@@ -56,8 +56,10 @@ def profiled(function: Callable[[], None], times: int, device: torch.device) -> 
 def render(results: dict) -> str:
     """A table of the operations that take longest."""
     whole = results["milliseconds"]
-    rows = [[f"`{row['operation']}`", f"{row['calls']:,.0f}", f"{row['ms']:,.1f}", f"{row['ms'] / whole:.1%}"]
-            for row in results["rows"]]  # fmt: skip
+    rows = [
+        [f"`{row['operation']}`", f"{row['calls']:,.0f}", f"{row['ms']:,.1f}", f"{row['ms'] / whole:.1%}"]
+        for row in results["rows"]
+    ]
     step = (
         f"A step of {results['config']}, {results['dtype']}, is {results['tokens']:,} tokens; it took {whole:,.0f} ms."
     )

@@ -1,4 +1,4 @@
-"""What a user waits for before anything runs: imports and --help, beside the libraries that they need.
+"""Start-up times: imports and --help, beside the libraries that they need.
 
     python scripts/bench/imports.py [--repeats 5] [--output results/cpu]
 

@@ -97,8 +97,12 @@ def main() -> None:
     device = default_device()
     cuda = device.type == "cuda"
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--lengths", type=integer(1, LARGEST_LENGTH), nargs="+",
-                        default=[1024, 8192, 32768] if cuda else [1024, 4096, 16384])  # fmt: skip
+    parser.add_argument(
+        "--lengths",
+        type=integer(1, LARGEST_LENGTH),
+        nargs="+",
+        default=[1024, 8192, 32768] if cuda else [1024, 4096, 16384],
+    )
     parser.add_argument("--width", type=integer(16, 2**17), default=1024 if cuda else 256, help="divisible by 16")
     parser.add_argument("--batch", type=integer(1, 2**16), default=8 if cuda else 1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")

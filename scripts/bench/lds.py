@@ -63,9 +63,11 @@ def definition_step(x: torch.Tensor, past: torch.Tensor, stu: STU, features: tor
 def measure(args: Namespace, device: torch.device) -> dict:
     """Seconds of everything: of the whole sequence by its rows, of one token by its rows."""
     config = FlashSTUConfig(
-        hidden_size=args.hidden_size, num_attention_heads=1, max_position_embeddings=args.length,
+        hidden_size=args.hidden_size,
+        num_attention_heads=1,
+        max_position_embeddings=args.length,
         lds_state_dim=args.state_dim,
-    )  # fmt: skip
+    )
     layer, stu, fit = make_layer(config, args.state_dim, device)
     context = SequenceContext()
     x = torch.randn(1, args.length, args.hidden_size, device=device)

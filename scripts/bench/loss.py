@@ -157,8 +157,13 @@ def plot(results: dict, path: Path) -> None:
 def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--tokens", type=integer(1, LARGEST_LENGTH), default=2048, help="where all are compared")
-    parser.add_argument("--chunked-tokens", type=integer(1, LARGEST_LENGTH), nargs="*", default=[512, 8192],
-                        help="without the plain loss")  # fmt: skip
+    parser.add_argument(
+        "--chunked-tokens",
+        type=integer(1, LARGEST_LENGTH),
+        nargs="*",
+        default=[512, 8192],
+        help="without the plain loss",
+    )
     parser.add_argument("--hidden", type=integer(1, 2**17), default=1024)
     parser.add_argument("--vocabulary", type=integer(2, 2**24), default=200064)
     parser.add_argument("--repeats", type=integer(1, 10000), default=3)

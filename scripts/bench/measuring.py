@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns on a clock, the device's rates, tables, and results as JSON.
+"""Functions that the benchmarks share: taking turns on a clock, the device's rates, tables, and results as JSON.
 
 A benchmark is a script with three things: `main` measures and has an option --output DIR, `render` makes Markdown of
 the results, `plot` a picture. Results are a dictionary with an "environment" and whatever else JSON keeps as it is, so
@@ -109,14 +109,20 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
     header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in
-             enumerate(zip(row, widths, strict=True))) + " |" for row in [header, *rows]]  # fmt: skip
+    lines = [
+        "| "
+        + " | ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in [header, *rows]
+    ]
     rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def page(results: dict, *parts: str) -> str:
-    """What every `render` returns: where the figures come from, then its parts."""
+    """Returns a page as every `render` does: where the figures come from, then its parts."""
     return "\n\n".join([describe(results["environment"]), *filter(None, parts)])
 
 

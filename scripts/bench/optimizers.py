@@ -67,8 +67,13 @@ def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--steps", type=integer(), default=400)
     parser.add_argument("--sweep-steps", type=integer(), default=150)
-    parser.add_argument("--rates", type=number(0, 1e3, above=True), nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2],
-                        help="peak learning rates")  # fmt: skip
+    parser.add_argument(
+        "--rates",
+        type=number(0, 1e3, above=True),
+        nargs="+",
+        default=[1e-3, 3e-3, 1e-2, 3e-2],
+        help="peak learning rates",
+    )
     parser.add_argument(
         "--runs", type=output_directory, default="runs/optimizers", metavar="DIR", help="where the run directories are"
     )

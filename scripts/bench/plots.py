@@ -1,4 +1,4 @@
-"""What the benchmarks' pictures share."""
+"""Drawing functions that the benchmarks share."""
 
 import statistics
 from pathlib import Path

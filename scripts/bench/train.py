@@ -257,14 +257,16 @@ def _tables(row: dict) -> list[str]:
         speeds = [row["tokens"] / taken for taken in variant["seconds"]]
         achieved = statistics.median(speeds) * row["train_flops"]
         memory, peak = variant["peak_memory_gib"], row["peak_flops"]
-        steps.append([
-            variant["variant"],
-            spread(speeds, 1),
-            "" if memory is None else f"{memory:.1f} GiB",
-            "" if peak is None else f"{achieved / peak:.1%}",
-            f"{achieved / statistics.median(variant['product_rates']):.1%}",
-            f"{reference / statistics.median(variant['seconds']):.2f}x",
-        ])  # fmt: skip
+        steps.append(
+            [
+                variant["variant"],
+                spread(speeds, 1),
+                "" if memory is None else f"{memory:.1f} GiB",
+                "" if peak is None else f"{achieved / peak:.1%}",
+                f"{achieved / statistics.median(variant['product_rates']):.1%}",
+                f"{reference / statistics.median(variant['seconds']):.2f}x",
+            ]
+        )
     header = ["step", "tokens/s", "peak memory", "MFU", "of product rate", "speed-up"]
     step = statistics.median(row["variants"][-1]["seconds"])
     shares = [

@@ -1,4 +1,4 @@
-"""What a launcher, a missing network and wandb can get wrong."""
+"""Faults of a launcher, of the network and of wandb."""
 
 import socket
 import sys

@@ -109,7 +109,7 @@ def test_a_prepared_dataset_needs_no_hub(fake_hub, tmp_path, monkeypatch):
 
 
 def test_goes_on_after_a_failure_at_the_same_commit(fake_hub, break_file, tmp_path, monkeypatch):
-    """What was read before is not read again, and nobody's push in between mixes two versions."""
+    """Listings read before are not read again, and nobody's push in between mixes two versions."""
     monkeypatch.setattr(tokenize, "_COMMIT_EVERY", 0)
     monkeypatch.setattr(tokenize, "_AHEAD", 1)
     monkeypatch.setattr(tokenize, "_num_threads", lambda: 1)

@@ -131,7 +131,7 @@ def test_only_the_rest_is_done_again(config, fork, monkeypatch):
 
 @pytest.fixture
 def unfinished(config, fork) -> Path:
-    """What is left of a killed preparation."""
+    """Files left by a killed preparation."""
     assert finish(start(fork, prepare_until_killed, config("killed"), 150)) == -signal.SIGKILL
     return next(Path(config("killed").cache_dir).glob(".*.unfinished"))
 

@@ -166,7 +166,7 @@ def test_an_evaluation_that_was_stopped_goes_on(stu_dir, lds_dir, embedded_data,
 
 
 def in_processes(cache, directories, own_tasks, text, output):
-    """What each of several processes returns."""
+    """Evaluate in one of several processes."""
     datasets.config.HF_DATASETS_CACHE = cache
     return evaluate(
         directories,

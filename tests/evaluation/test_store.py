@@ -1,4 +1,4 @@
-"""What is kept between two starts of an evaluation."""
+"""Results that are kept between two starts of an evaluation."""
 
 import pytest
 

@@ -35,7 +35,7 @@ def test_projection_keeps_inner_products_with_data(count):
 
 
 def test_points_between_lags_may_be_weighted():
-    """What the bounds do: a smooth weight on every row."""
+    """As the bounds do: a smooth weight on every row."""
     lags = CompressedLags(3001)
     weighted = lags.compress(
         powers(torch.tensor([0.999], dtype=torch.float64), lags.points) / (lags.points + 1)[:, None]

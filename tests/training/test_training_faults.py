@@ -83,7 +83,7 @@ def assert_same(run: Path, whole: Path) -> None:
 
 
 def hidden(folder: Path) -> list[str]:
-    """What writers have left."""
+    """Temporary files that writers have left."""
     return [path.name for path in folder.rglob(".*") if path.name not in (files.MANIFEST, ".lock")]
 
 
