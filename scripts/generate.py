@@ -22,7 +22,7 @@ def main() -> None:
 
     from flash_stu.devices import choose_device, default_dtype
     from flash_stu.generation import Sampling, generate_text
-    from flash_stu.model.source import load_source
+    from flash_stu.training.model_source import load_source
 
     sampling = Sampling(
         temperature=args.temperature,

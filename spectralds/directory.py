@@ -12,7 +12,7 @@ from flash_stu.devices import default_device
 from flash_stu.errors import UserError
 from flash_stu.files import check_output, replacing_directory
 from flash_stu.model.modeling import FlashSTUForCausalLM
-from flash_stu.model.source import find_source
+from flash_stu.training.model_source import find_source
 from spectralds.comparison import compare_generation, compare_layers, compare_models
 from spectralds.comparison_text import ComparisonText, comparison_text
 from spectralds.curve import error_curve

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from flash_stu.data import Tokenizer, load_tokenizer
 from flash_stu.model.loading import load_model, load_model_tokenizer
-from flash_stu.model.source import is_checkpoint
 from flash_stu.training.checkpoint_export import load_checkpoint
+from flash_stu.training.model_source import is_checkpoint
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -39,7 +39,7 @@ class Original:
 
     @classmethod
     def load(cls, directory: Path) -> "Original":
-        """Load from a directory that `flash_stu.model.source.find_source` returned.
+        """Load from a directory that `flash_stu.training.model_source.find_source` returned.
 
         Raises:
             UserError: for weights or a tokenizer that cannot be loaded.

@@ -18,9 +18,9 @@ from flash_stu.evaluation.scoring import Budget, Counters, Score, Window, score_
 from flash_stu.generation.loop import pad_left
 from flash_stu.model.layers import SlidingWindowAttention
 from flash_stu.model.modeling import FlashSTUForCausalLM
-from flash_stu.model.source import load_source
 from flash_stu.ops import backends
 from flash_stu.progress import Progress
+from flash_stu.training.model_source import load_source
 
 _HFLM: Any = huggingface.HFLM  # its registration hides its type from type checkers
 _UNLIMITED = 2**31  # what the harness is told where there is no longest input

@@ -16,17 +16,17 @@ from flash_stu.evaluation.patches import quiet
 from flash_stu.evaluation.report import summary, warning
 from flash_stu.evaluation.resume import Store
 from flash_stu.model.loading import check_tensors, load_model, load_model_tokenizer, read_model_config
-from flash_stu.model.source import find_source, is_checkpoint
 from flash_stu.model.weights import weight_files
 from flash_stu.progress import Progress
 from flash_stu.training.checkpoint_export import load_checkpoint
+from flash_stu.training.model_source import find_source, is_checkpoint
 
 
 def check_model_dir(path: str | Path) -> Path:
     """Find the directory of weights that a path means, and check that its parts are there, whole and fit each other.
 
     Args:
-        path: see `flash_stu.model.source.find_source`.
+        path: see `flash_stu.training.model_source.find_source`.
 
     Raises:
         UserError: if it is missing, not a model, without tokenizer, or its weights are missing, truncated or others

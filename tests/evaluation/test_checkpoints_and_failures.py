@@ -13,8 +13,8 @@ from tiny_run import run_settings
 import evaluate as door
 from flash_stu.errors import UserError, run_cli
 from flash_stu.evaluation import evaluate, harness, language_model
-from flash_stu.model.source import find_source, load_source
 from flash_stu.training import RunConfig, Trainer, join_world
+from flash_stu.training.model_source import find_source, load_source
 
 ROOT = Path(__file__).parents[2]
 
