@@ -27,7 +27,7 @@ from flash_stu.files import write_text
 from flash_stu.growing import adding_files, check_files, check_growing, growing_directory
 from flash_stu.reading import read_records, with_checksum, without_checksum
 
-_KIND, _LABEL = "evaluation", "output"
+_KIND, _LABEL = "directory of evaluation results", "output"
 
 
 class Store:
