@@ -38,8 +38,8 @@ bench-cpu: $(INSTALLED)
 	$(BENCH)/conv.py --dtype bfloat16 --output results/cpu
 	$(BENCH)/layers.py --output results/cpu
 	$(BENCH)/hotspots.py --config configs/quickstart.yaml --output results/cpu
-	$(BENCH)/train.py --config configs/quickstart.yaml --output results/cpu
-	OMP_NUM_THREADS=1 $(BENCH)/generate.py --output results/cpu  # a token is too little work for more threads
+	$(BENCH)/training.py --config configs/quickstart.yaml --output results/cpu
+	OMP_NUM_THREADS=1 $(BENCH)/generation.py --output results/cpu  # a token is too little work for more threads
 	$(BENCH)/fits.py --output results/cpu
 	$(BENCH)/lds.py --output results/cpu
 	$(BENCH)/loss.py --output results/cpu
@@ -54,10 +54,10 @@ bench-gpu: $(INSTALLED)
 	$(BENCH)/conv.py --dtype bfloat16 --output results/gpu
 	$(BENCH)/layers.py --dtype bfloat16 --output results/gpu
 	$(BENCH)/hotspots.py --config configs/flash_stu_340m.yaml --output results/gpu
-	$(BENCH)/train.py --config configs/flash_stu_340m.yaml --config configs/flash_stu_550m.yaml --output results/gpu
+	$(BENCH)/training.py --config configs/flash_stu_340m.yaml --config configs/flash_stu_550m.yaml --output results/gpu
 	$(BENCH)/loss.py --output results/gpu
 	$(BENCH)/lds.py --output results/gpu
-	$(BENCH)/generate.py --config configs/flash_stu_340m.yaml --compile --lengths 4096 16384 131072 --repeats 1 \
+	$(BENCH)/generation.py --config configs/flash_stu_340m.yaml --compile --lengths 4096 16384 131072 --repeats 1 \
 		--output results/gpu
 	$(BENCH)/tables.py
 

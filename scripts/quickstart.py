@@ -41,7 +41,7 @@ def main() -> None:
     stage("3/4 evaluate", "evaluate.py", "--model", run, "--model", lds, "--output", results)
     stage(
         "4/4 generate",
-        *("scripts/bench/generate.py", "--model", run, "--model", lds, "--lengths", *lengths, "--repeats", 1),
+        *("scripts/bench/generation.py", "--model", run, "--model", lds, "--lengths", *lengths, "--repeats", 1),
         *("--output", bench),
     )
     call("scripts/generate.py", "--model", lds, "--prompt", PROMPT, "--max-new-tokens", 300)
@@ -50,7 +50,7 @@ def main() -> None:
     print(f"\nmodel              {run / 'final'}")
     print(f"distilled model    {lds}")
     print(f"scores             {results / 'table.md'}")
-    print(f"plots              {run / 'loss.png'}, {lds / 'distillation.png'}, {bench / 'generate.png'}")
+    print(f"plots              {run / 'loss.png'}, {lds / 'distillation.png'}, {bench / 'generation.png'}")
     print(f"another sample     python scripts/generate.py --model {lds} --prompt '{PROMPT}'")
     print(f"\nall of it took {(time.perf_counter() - started) / 60:.1f} minutes")
 
@@ -77,7 +77,7 @@ def summary(run: Path, lds: Path, results: Path, bench: Path, lengths: tuple[int
     """Returns the closing table, from the files that the stages wrote."""
     before = json.loads((ROOT / lds / "distillation.json").read_text())["comparison"]
     scores = json.loads((ROOT / results / "results.json").read_text())["models"]
-    generation = json.loads((ROOT / bench / "generate.json").read_text())["rows"]
+    generation = json.loads((ROOT / bench / "generation.json").read_text())["rows"]
     rates = {row["label"]: dict(row["rates"]) for row in generation}
     rows = [["", "STU", f"distilled, {_state_dim(lds)} states"]]
     losses = [before["validation_loss_before"], before["validation_loss_after"]]

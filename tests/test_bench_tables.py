@@ -32,6 +32,13 @@ def scripts():
     sys.modules.update(others)
 
 
+def test_benchmarks_have_names_of_their_own():
+    """An import of a benchmark by another means one file, wherever it is resolved from."""
+    others = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("*/__init__.py")]
+    taken = {path.parent.name if path.stem == "__init__" else path.stem for path in others}
+    assert not taken & {path.stem for path in BENCH.glob("*.py")}
+
+
 @pytest.fixture(scope="module")
 def results(scripts):
     """Small results of every benchmark: measured where that takes no time, else made up."""
@@ -59,7 +66,7 @@ def results(scripts):
             "config": "configs/a.yaml", "dtype": "float32", "tokens": 64, "milliseconds": 5.0,
             "rows": [{"operation": "aten::mm", "ms": 4.0, "calls": 3.0}],
         },
-        "train": {
+        "training": {
             "rows": [{
                 "config": "configs/a.yaml", "dtype": "float32", "parameters": 10, "tokens": 64, "shape": (2, 16),
                 "micro_batches": 2, "train_flops": 1e6, "forward_flops": 1e5, "peak_flops": 1e12,
@@ -67,7 +74,7 @@ def results(scripts):
                 "parts": [part, part | {"part": "convolution", "of": "STU layers"}],
             }],
         },
-        "generate": {
+        "generation": {
             "shape": "quickstart", "dtype": "float32", "batch": 1, "bandwidth": 1e10, "lengths": [3],
             "rows": [
                 {"panel": panel, "label": label, "limit": 90.0, **lengths}
@@ -126,13 +133,13 @@ def test_tables_and_pictures_of_what_is_left_in_a_file(scripts, results, tmp_pat
 
 
 def test_figures_of_a_table(scripts, results):
-    assert "| STU layers: convolution" in scripts["train"].render(results["train"])
+    assert "| STU layers: convolution" in scripts["training"].render(results["training"])
     row = next(line for line in scripts["lds"].render(results["lds"]).splitlines() if line.startswith("| step "))
     assert row.endswith("1.0x |")
     assert "| hybrid, shared   |          2.7500 |                       2.5000 |" in scripts["branches"].render(
         results["branches"]
     )
-    assert "25.0 (20.0-30.0) |            90 |   28% |" in scripts["generate"].render(results["generate"])
+    assert "25.0 (20.0-30.0) |            90 |   28% |" in scripts["generation"].render(results["generation"])
     assert re.search(r"fewest states, float32 \|\s+\d+ \|\s+- \|", scripts["fits"].render(results["fits"]))
 
 

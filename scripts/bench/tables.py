@@ -23,14 +23,14 @@ BENCHMARKS = (
     "conv",
     "data",
     "fits",
-    "generate",
+    "generation",
     "hotspots",
     "imports",
     "layers",
     "lds",
     "loss",
     "optimizers",
-    "train",
+    "training",
 )
 BEGIN = "<!-- results: "
 PLACE = re.compile(rf"^{BEGIN}(\S+) -->\n((?:(?!{BEGIN}).)*?)^<!-- end -->$", re.DOTALL | re.MULTILINE)

@@ -91,7 +91,7 @@ BENCHMARKS = {
         "--repeats": [*NUMBERS, "0"],
         "--output": PLACES,
     },
-    "generate": {
+    "generation": {
         **dict.fromkeys(("--lengths", "--state-dims", "--batch", "--repeats", "--long"), [*NUMBERS, "0"]),
         **{"--config": MISSING, "--panels": ["nope"], "--device": ["tpu"], "--output": PLACES},
     },
@@ -113,7 +113,7 @@ BENCHMARKS = {
         **{"--runs": PLACES, "--output": PLACES},
     },
     "tables": {"--results": NOT_FOLDERS, "--page": MISSING},
-    "train": {"--config": MISSING, "--repeats": [*NUMBERS, "0"], "--output": PLACES},
+    "training": {"--config": MISSING, "--repeats": [*NUMBERS, "0"], "--output": PLACES},
 }
 TABLE += [
     (f"scripts/bench/{name}.py", [], option, values)

@@ -1,8 +1,8 @@
 """Seconds against generated length, token by token: the exact STU, its distilled LDS, and attention.
 
-    python scripts/bench/generate.py [--config configs/quickstart.yaml] [--lengths 512 1024 2048 4096] [--output DIR]
-    python scripts/bench/generate.py --model runs/quickstart --model runs/quickstart/distilled
-    python scripts/bench/generate.py --long 1000000 --compile [--model DIR]
+    python scripts/bench/generation.py [--config configs/quickstart.yaml] [--lengths 512 1024 2048 4096] [--output DIR]
+    python scripts/bench/generation.py --model runs/quickstart --model runs/quickstart/distilled
+    python scripts/bench/generation.py --long 1000000 --compile [--model DIR]
 
 The first form times random weights of the config's shape: one layer alone, a model of STU layers only, and the hybrid,
 each decoded naively, by epoched and by continuous FutureFill, and distilled to several state dimensions; beside them
@@ -76,7 +76,7 @@ def main() -> int:
         print(PANELS.get(name, name), flush=True)
         rows = measure({label: make() for label, make in makers.items()}, args, rate)
         results["rows"] += [{"panel": name, **row} for row in rows]
-    finish("generate", results, render, plot, args.output)
+    finish("generation", results, render, plot, args.output)
     return 0
 
 
@@ -112,7 +112,7 @@ def parse() -> Namespace:
     add("--compile", action="store_true", help="compile the step of models without STU layers")
     add("--device", metavar="D", help="cpu, cuda or cuda:N; default: a GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on the CPU")
-    add("--output", type=output_directory, metavar="DIR", help="write generate.json and generate.png there")
+    add("--output", type=output_directory, metavar="DIR", help="write generation.json and generation.png there")
     args = parser.parse_args()
     args.lengths = sorted(set(args.lengths))
     return args

@@ -19,10 +19,10 @@ def bench(monkeypatch, capsys):
     """Run the script with a command line: its exit status, output and errors."""
     folder = ROOT / "scripts" / "bench"
     monkeypatch.syspath_prepend(folder)  # where a script finds what it shares with others
-    main = runpy.run_path(str(folder / "generate.py"))["main"]
+    main = runpy.run_path(str(folder / "generation.py"))["main"]
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["generation.py", "--device", "cpu", *map(str, words)])
         return run_cli(main), *capsys.readouterr()
 
     return run
@@ -37,7 +37,7 @@ def test_shapes_of_a_config(bench, tiny_config, tmp_path):
         *("--config", config, "--lengths", 9, 3, "--state-dims", 12, "--repeats", 2, "--output", tmp_path / "out")
     )
     assert status == 0, error
-    rows = json.loads((tmp_path / "out" / "generate.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "out" / "generation.json").read_text())["rows"]
     for panel in ("layer", "stu", "hybrid"):
         labels = [row["label"].split()[0] for row in rows if row["panel"] == panel]
         assert labels == ["naive", "epoched", "FutureFill", "LDS,", "attention"]
@@ -48,7 +48,7 @@ def test_shapes_of_a_config(bench, tiny_config, tmp_path):
         assert [n for n, _ in row["rates"]] == [3, 9] and row["limit"] > 0
         assert row["curve"][0] == [0, 0] and row["curve"][-1][0] == 9
     assert re.search(r"\| seconds to generate +\| +3 \| +9 \| +tokens/s at the end \| weights allow \| share \|", shown)
-    assert (tmp_path / "out" / "generate.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "generation.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_finished_models_and_one_long_text(bench, tiny_model, tmp_path):
@@ -57,7 +57,7 @@ def test_finished_models_and_one_long_text(bench, tiny_model, tmp_path):
     models = ["--model", tmp_path / "stu", "--model", tmp_path / "lds"]
     status, _, error = bench(*models, "--lengths", 3, 9, "--output", tmp_path)
     assert status == 0, error
-    rows = json.loads((tmp_path / "generate.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "generation.json").read_text())["rows"]
     assert [row["label"] for row in rows] == list(map(str, models[1::2]))
     status, shown, _ = bench("--model", tmp_path / "lds", "--long", 3000)
     assert status in (0, 1) and "3000 tokens in" in shown and "ratio" in shown

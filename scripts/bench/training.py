@@ -1,6 +1,6 @@
 """Training speed on one device: tokens/s, MFU and peak memory of a step, its parts, and what other kernels make of it.
 
-    python scripts/bench/train.py [--config configs/flash_stu_340m.yaml] [--output DIR] [section.key=value ...]
+    python scripts/bench/training.py [--config configs/flash_stu_340m.yaml] [--output DIR] [section.key=value ...]
 
 A step is the trainer's: micro batches forward and backward, gradient clipping, optimizer; the tokens are random, so no
 data is needed. Variants take the same step with the two-branch FFT of the published code, with one back end changed at
@@ -298,7 +298,7 @@ def main() -> None:
         "--config", type=input_file, action="append", help=f"run config; default: {' and '.join(CONFIGS)}"
     )
     parser.add_argument("--repeats", type=integer(1, 10000), default=9)
-    parser.add_argument("--output", type=output_directory, metavar="DIR", help="write train.json and .png there")
+    parser.add_argument("--output", type=output_directory, metavar="DIR", help="write training.json and .png there")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every config")
     args = parser.parse_args()
 
@@ -309,7 +309,7 @@ def main() -> None:
         with join_world(config) as world:
             measured = Bench(config, world, args.repeats).run()
         results["rows"].append({"config": path, "dtype": config.train.dtype, **measured})
-    finish("train", results, render, plot, args.output)
+    finish("training", results, render, plot, args.output)
 
 
 if __name__ == "__main__":
