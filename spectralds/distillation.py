@@ -5,7 +5,7 @@ import copy
 import torch
 
 from flash_stu.errors import UserError
-from flash_stu.filters.spectral import spectral_filters
+from flash_stu.filters.spectral import BASES, TENSOR, spectral_filters
 from flash_stu.model.layers import STU
 from flash_stu.model.modeling import FlashSTUForCausalLM
 from spectralds.bank import FilterBank
@@ -106,7 +106,7 @@ def require_stu_layers(model: torch.nn.Module) -> FlashSTUForCausalLM:
     """Returns the model if it can be distilled.
 
     Raises:
-        UserError: for a model of another kind, a distilled one, or one of attention layers only.
+        UserError: for a model of another kind, a distilled one, one of tensor filters, or of attention layers only.
     """
     if not isinstance(model, FlashSTUForCausalLM):
         raise UserError(f"a {type(model).__name__} cannot be distilled; allowed: FlashSTUForCausalLM")
@@ -114,6 +114,8 @@ def require_stu_layers(model: torch.nn.Module) -> FlashSTUForCausalLM:
         raise UserError(
             f"the model is distilled already (lds_state_dim {model.config.lds_state_dim}): it has no STU layers left"
         )
+    if model.config.filter_basis == TENSOR:
+        raise UserError(f"filter_basis is tensor, whose filters no small LDS has; allowed: {', '.join(BASES)}")
     if not model.config.uses_stu:
         raise UserError("the model has no STU layers to distill: its layer_types are all sliding_attention")
     return model

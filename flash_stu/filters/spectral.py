@@ -11,8 +11,12 @@ filters and its squared singular values the eigenvalues. The columns of V are de
 to a few hundred rows first (CompressedLags). Cost is O(L filters) instead of O(L^3), and small eigenvalues keep their
 relative accuracy because the decomposition sees their square roots.
 
+Tensor filters of length S^2 are the Kronecker products of the scaled filters of length S: an exponential a^t with
+t = S i + j is (a^S)^i a^j, so k filters for either factor span it with k^2 products.
+
 Source: Agarwal et al. 2023, Spectral State Space Models (arXiv 2312.06837), section 3; Liu et al. 2024, Flash STU
-(arXiv 2409.10489), for hankel_l and the sigma^(1/4) scaling.
+(arXiv 2409.10489), for hankel_l and the sigma^(1/4) scaling; Marsden et al. 2024, Provable Length Generalization in
+Sequence Prediction via Spectral Filtering (arXiv 2411.01035), section 4, for tensor filters.
 """
 
 import hashlib
@@ -31,7 +35,8 @@ from flash_stu.files import replacing_file
 from flash_stu.filters.lags import CompressedLags
 from flash_stu.reading import read_regular
 
-BASES = ("hankel", "hankel_l")
+BASES = ("hankel", "hankel_l")  # of sums of decaying exponentials
+TENSOR = "tensor"
 _QUADRATURE_STEP = 0.12  # in s; halving it changes no eigenvalue above 1e-13 of the first by more than 1e-11 of itself
 _REVISION = 2  # part of the cache key: raise it when the numbers change
 
@@ -47,18 +52,19 @@ def spectral_filters(seq_len: int, num_filters: int, basis: str = "hankel") -> t
     Args:
         seq_len: length L of the filters, in tokens.
         num_filters: how many filters K to keep, at most L.
-        basis: "hankel" (eigenvalues of the observed system in [0, 1]) or "hankel_l" ([-1, 1]).
+        basis: "hankel" (eigenvalues of the observed system in [0, 1]), "hankel_l" ([-1, 1]) or "tensor" (the products
+            of sqrt(num_filters) hankel filters with each other, cut to seq_len where that is no square).
 
     Returns:
         eigenvalues sigma (num_filters,), largest first, and filters phi (seq_len, num_filters) whose columns are the
-        unit eigenvectors times sigma^(1/4); float64, on the CPU.
+        unit eigenvectors times sigma^(1/4); float64, on the CPU. Of tensor filters sigma are the products.
 
     Raises:
         UserError: for a length or count that is not positive, more filters than the length or the quadrature
-            allows, or an unknown basis.
+            allows, a number of tensor filters that is not a square, or an unknown basis.
     """
-    if basis not in BASES:
-        raise UserError(f"filter_basis is {basis!r}; allowed: {', '.join(BASES)}")
+    if basis not in (*BASES, TENSOR):
+        raise UserError(f"filter_basis is {basis!r}; allowed: {', '.join((*BASES, TENSOR))}")
     if seq_len < 1 or not 1 <= num_filters <= seq_len:
         raise UserError(f"num_filters is {num_filters} for filters of length {seq_len}; allowed: 1 to the length")
     path = _cache_path(seq_len, num_filters, basis)
@@ -71,6 +77,8 @@ def spectral_filters(seq_len: int, num_filters: int, basis: str = "hankel") -> t
 
 def compute_filters(seq_len: int, num_filters: int, basis: str) -> tuple[torch.Tensor, torch.Tensor]:
     """As `spectral_filters`, without the cache."""
+    if basis == TENSOR:
+        return _tensor_filters(seq_len, num_filters)
     if basis == "hankel":
         lags = torch.arange(seq_len, dtype=torch.float64)
         sigma, phi = _eigenpairs(lags, num_filters, basis)
@@ -89,6 +97,16 @@ def compute_filters(seq_len: int, num_filters: int, basis: str) -> tuple[torch.T
     if len(sigma) < num_filters:
         raise UserError(f"num_filters is {num_filters}; at length {seq_len} at most {len(sigma)} can be computed")
     return sigma, (_fix_signs(phi) * sigma**0.25).contiguous()
+
+
+def _tensor_filters(seq_len: int, num_filters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    side, count = math.isqrt(seq_len - 1) + 1, math.isqrt(num_filters)
+    if count**2 != num_filters:
+        raise UserError(f"num_filters is {num_filters}; allowed with filter_basis tensor: squares, such as {count**2}")
+    sigma, phi = compute_filters(side, count, "hankel")
+    sigma, phi = torch.kron(sigma, sigma), torch.kron(phi, phi)[:seq_len]
+    order = sigma.argsort(descending=True, stable=True)
+    return sigma[order], phi[:, order].contiguous()
 
 
 def _eigenpairs(lags: torch.Tensor, count: int, basis: str) -> tuple[torch.Tensor, torch.Tensor]:

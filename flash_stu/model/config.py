@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, PreTrainedConfig
 
 from flash_stu.errors import UserError
-from flash_stu.filters.spectral import BASES
+from flash_stu.filters.spectral import BASES, TENSOR
 from flash_stu.ops import attention, conv, cross_entropy, futurefill
 from flash_stu.settings import shown
 
@@ -35,11 +35,12 @@ BOUNDS = {  # of every number of a model, both ends allowed; far outside what an
     "dropout": (0, 0.999),
     "initializer_range": (0, 100),
     "num_filters": (1, 2**14),
+    "tensor_filters": (1, 2**7),
     "lds_state_dim": (2, 2**14),
 }
 CHOICES = {
     "position_embedding": ("rope", "alibi", "none"),
-    "filter_basis": BASES,
+    "filter_basis": (*BASES, TENSOR),
     "stu_type": ("tensordot", "full"),
     "stu_branches": ("shared", "separate", "positive"),
     "conv_backend": conv.BACKENDS,
@@ -76,7 +77,8 @@ class FlashSTUConfig(PreTrainedConfig):
         tie_word_embeddings: the head is the embedding.
         initializer_range: standard deviation of embeddings; linear layers use hidden_size^-1/2-scaled draws.
         num_filters: spectral filters K.
-        filter_basis: "hankel" or "hankel_l", see flash_stu.filters.spectral.
+        filter_basis: "hankel", "hankel_l" or "tensor", see flash_stu.filters.spectral.
+        tensor_filters: k of filter_basis "tensor", which makes num_filters k squared; null for the others.
         stu_type: "tensordot" or "full", see flash_stu.model.layers.stu.
         stu_branches: "shared", "separate" or "positive", see flash_stu.model.layers.stu.
         lds_state_dim: state dimension of the LDS layers of a distilled model, even; None for STU layers.
@@ -117,6 +119,7 @@ class FlashSTUConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     num_filters: int = 24
     filter_basis: str = "hankel"
+    tensor_filters: int | None = None
     stu_type: str = "tensordot"
     stu_branches: str = "shared"
     lds_state_dim: int | None = None
@@ -135,6 +138,8 @@ class FlashSTUConfig(PreTrainedConfig):
         check_bounds(self.__dict__)  # before anything is built from them
         if self.layer_types is None:
             self.layer_types = [LAYER_TYPES[i % 2] for i in range(self.num_hidden_layers)]
+        if self.tensor_filters is not None:
+            self.num_filters = self.tensor_filters**2
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
@@ -224,6 +229,16 @@ class FlashSTUConfig(PreTrainedConfig):
                 f"num_attention_heads {self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if (self.filter_basis == TENSOR) != (self.tensor_filters is not None):
+            raise ValueError(
+                f"tensor_filters is {self.tensor_filters} and filter_basis {self.filter_basis!r}; "
+                f"allowed: filter_basis 'tensor' with a number, the others with null"
+            )
+        if self.filter_basis == TENSOR and self.conv_backend not in conv.ANY_FILTER_BACKENDS:
+            allowed = ", ".join(conv.ANY_FILTER_BACKENDS)
+            raise ValueError(f"conv_backend is {self.conv_backend!r}; allowed with filter_basis 'tensor': {allowed}")
+        if self.filter_basis == TENSOR and self.lds_state_dim is not None:
+            raise ValueError("filter_basis 'tensor' has no LDS layers; lds_state_dim: allowed: null")
         if self.num_filters > self.max_position_embeddings:
             raise ValueError(
                 f"num_filters is {self.num_filters}; at most max_position_embeddings, {self.max_position_embeddings}"

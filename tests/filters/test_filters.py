@@ -109,3 +109,35 @@ def test_cache_returns_the_same_and_survives_damage(tmp_path):
 def test_bad_arguments(arguments, message):
     with pytest.raises(UserError, match=message):
         spectral_filters(*arguments)
+
+
+@pytest.mark.parametrize("length", [1, 4, 100, 131])
+def test_tensor_filters_are_products_of_filters(length):
+    side = int(np.ceil(np.sqrt(length)))
+    count = min(3, side)
+    sigma, phi = spectral_filters(length, count**2, "tensor")
+    one_sigma, one = (t.numpy() for t in filters.compute_filters(side, count, "hankel"))
+    pairs = [(i, j) for i in range(count) for j in range(count)]
+    assert list(sigma) == sorted(sigma, reverse=True)
+    np.testing.assert_allclose(sigma, sorted((one_sigma[i] * one_sigma[j] for i, j in pairs), reverse=True), rtol=1e-12)
+    for i, j in pairs:
+        product = [one[t // side, i] * one[t % side, j] for t in range(length)]
+        assert (np.abs(phi.numpy() - np.array(product)[:, None]).max(axis=0) < 1e-14).sum() == 1
+
+
+def test_tensor_filters_span_what_their_factors_span():
+    """a^t is the product of a factor in a^32 and one in a: its relative error is at most theirs together."""
+
+    def error(target, filters):
+        solution = torch.linalg.lstsq(filters, target[:, None], driver="gelsd").solution[:, 0]
+        return float((target - filters @ solution).norm() / target.norm())
+
+    one, products = spectral_filters(32, 8)[1], spectral_filters(1024, 64, "tensor")[1]
+    for decay in (0.999, 0.98, 0.7):
+        factors = [error(base ** torch.arange(32, dtype=torch.float64), one) for base in (decay**32, decay)]
+        assert error(decay ** torch.arange(1024, dtype=torch.float64), products) <= sum(factors) + 1e-12
+
+
+def test_a_number_of_tensor_filters_that_is_no_square():
+    with pytest.raises(UserError, match="num_filters is 8; allowed with filter_basis tensor: squares, such as 4"):
+        spectral_filters(64, 8, "tensor")

@@ -12,7 +12,7 @@ VARIANTS = [
     (kind, branches, basis)
     for kind in ("tensordot", "full")
     for branches in ("shared", "separate", "positive")
-    for basis in ("hankel", "hankel_l")
+    for basis in ("hankel", "hankel_l", "tensor")
 ]
 
 
@@ -20,6 +20,11 @@ def context_for(config, length, start=0):
     filters = spectral_filters(config.max_position_embeddings, config.num_filters, config.filter_basis)[1].float()
     angles = rotary_angles(torch.arange(start, start + length)[None], config.hidden_size // 4, config.rope_theta)
     return SequenceContext(filters, angles if config.position_embedding == "rope" else None)
+
+
+def stu_config(tiny_config, kind, branches, basis):
+    own = {"tensor_filters": 3} if basis == "tensor" else {}
+    return tiny_config(stu_type=kind, stu_branches=branches, filter_basis=basis, **own)
 
 
 def random_layer(layer):
@@ -34,8 +39,10 @@ def random_layer(layer):
 
 def mixers(tiny_config):
     for kind, branches, basis in VARIANTS:
-        config = tiny_config(stu_type=kind, stu_branches=branches, filter_basis=basis)
+        config = stu_config(tiny_config, kind, branches, basis)
         yield config, random_layer(STU(config))
+        if basis == "tensor":
+            continue
         config = tiny_config(stu_type=kind, stu_branches=branches, filter_basis=basis, lds_state_dim=12)
         yield config, random_layer(LDS(config))
     for positions in ("rope", "alibi", "none"):
@@ -65,7 +72,7 @@ def test_forward_prefill_and_step_agree(tiny_config):
 @pytest.mark.parametrize(("kind", "branches", "basis"), VARIANTS)
 @torch.no_grad()
 def test_stu_is_the_sum_over_features(tiny_config, kind, branches, basis):
-    config = tiny_config(stu_type=kind, stu_branches=branches, filter_basis=basis)
+    config = stu_config(tiny_config, kind, branches, basis)
     layer = random_layer(STU(config))
     phi = spectral_filters(65, config.num_filters, basis)[1]
     x = torch.randn(2, 21, config.hidden_size)

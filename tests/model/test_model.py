@@ -17,6 +17,7 @@ VARIANTS = [
     {"stu_type": "full", "stu_branches": "positive", "filter_basis": "hankel_l"},
     {"stu_type": "full", "stu_branches": "shared", "position_embedding": "alibi"},
     {"layer_types": ["linear_attention"] * 4},
+    {"filter_basis": "tensor", "tensor_filters": 3, "stu_branches": "separate"},
     {"layer_types": ["sliding_attention"] * 4, "tie_word_embeddings": False, "bias": True},
 ]
 
@@ -194,6 +195,11 @@ def test_the_340m_configuration_has_its_size():
         ({"stu_type": "dense"}, "stu_type is 'dense'; allowed: tensordot, full"),
         ({"hidden_size": 100}, "hidden_size 100 is not divisible by num_attention_heads 8"),
         ({"num_filters": 9000}, "num_filters is 9000; at most max_position_embeddings, 8192"),
+        ({"filter_basis": "tensor"}, "tensor_filters is None and filter_basis 'tensor'; allowed: "),
+        ({"tensor_filters": 5}, "tensor_filters is 5 and filter_basis 'hankel'; allowed: "),
+        ({"filter_basis": "tensor", "tensor_filters": 99}, "num_filters is 9801; at most max_position_embeddings"),
+        ({"filter_basis": "tensor", "tensor_filters": 5, "conv_backend": "chunked"}, "conv_backend is 'chunked'"),
+        ({"filter_basis": "tensor", "tensor_filters": 5, "lds_state_dim": 8}, "filter_basis 'tensor' has no LDS"),
         ({"layer_types": ["full_attention"] * 12}, "layer_types has 'full_attention'; allowed: linear_attention"),
         ({"layer_types": ["linear_attention"]}, "layer_types names 1 layers; num_hidden_layers is 12"),
         ({"lds_state_dim": 7}, "lds_state_dim is 7; allowed: an even number"),

@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from flash_stu.filters.spectral import TENSOR
 from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.linear import DepthScaledLinear
@@ -90,6 +91,8 @@ class STU(nn.Module):
     def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Convolve a whole sequence (batch, length, channels), length at most the filters'."""
         inputs, features = self._inputs(x, context), self.features(context.spectral_filters())
+        if self.config.filter_basis == TENSOR:  # jumps every sqrt(L) lags, which no smooth tail has
+            return self._convolve(inputs, self.taps(context.spectral_filters()))
 
         def convolve(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             return spectral_conv(inputs, features, weights, self.backend, self.dilation, self.oscillating)
