@@ -4,6 +4,8 @@
 # make bench-cpu    measures the tables of docs/results.md on the CPU into results/cpu, 45 minutes on two cores; trainings
 #                   that are finished in runs/ are taken as they are. BENCH_TEXT=DIR prepares another text
 # make bench-gpu    those of a GPU, into results/gpu
+# make experiments  the papers' figures and ours, docs/experiments.md, into results/experiments: under 60 minutes on two
+#                   cores. EXPERIMENTS="recall text" runs some, SIZE=--quick or SIZE=--full another size
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +21,7 @@ export TIKTOKEN_CACHE_DIR ?= $(FLASH_STU_EXTRA_DATA)/tiktoken
 endif
 BENCH_TEXT ?= embedded
 
-.PHONY: quickstart test lint bench-cpu bench-gpu clean
+.PHONY: quickstart test lint bench-cpu bench-gpu experiments clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python scripts/quickstart.py
@@ -59,6 +61,11 @@ bench-gpu: $(INSTALLED)
 	$(BENCH)/lds.py --output results/gpu
 	$(BENCH)/generation.py --config configs/flash_stu_340m.yaml --compile --lengths 4096 16384 131072 --repeats 1 \
 		--output results/gpu
+	$(BENCH)/tables.py
+
+EXPERIMENTS ?= $(basename $(notdir $(shell grep -l '^def render' scripts/experiments/*.py)))
+experiments: $(INSTALLED)
+	set -e; for name in $(EXPERIMENTS); do $(BIN)/python scripts/experiments/$$name.py $(SIZE) --output results/experiments; done
 	$(BENCH)/tables.py
 
 $(INSTALLED): pyproject.toml constraints.txt

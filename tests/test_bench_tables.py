@@ -1,4 +1,4 @@
-"""The benchmarks' tables: each script renders what it leaves in a file, and tables.py keeps docs/results.md like it."""
+"""Tables of benchmarks and experiments: scripts render what they leave in a file; tables.py keeps docs/ like it."""
 
 import importlib
 import json
@@ -12,31 +12,54 @@ import torch
 
 from flash_stu.errors import UserError, run_cli
 from flash_stu.files import write_text
+from flash_stu.results import environment, finish
 
 ROOT = Path(__file__).parents[1]
-BENCH = ROOT / "scripts" / "bench"
+FOLDERS = [ROOT / "scripts" / name for name in ("bench", "experiments")]
+PATHS = [path for folder in FOLDERS for path in folder.glob("*.py")]
+EXPERIMENTS = sorted(path.stem for path in FOLDERS[1].glob("*.py") if "\ndef render(" in path.read_text())
 CPU = torch.device("cpu")
 PLACES = {"cpu/loss": "old", "gpu/loss": "not yet"}
 
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The modules of scripts/bench by name; other modules of their names come back afterwards."""
-    names = [path.stem for path in BENCH.glob("*.py")]
+    """The modules of both folders by name; other modules of their names come back afterwards."""
+    names = [path.stem for path in PATHS]
     others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(BENCH))
+    sys.path[:0] = map(str, FOLDERS)
     yield {name: importlib.import_module(name) for name in names}
-    sys.path.remove(str(BENCH))
+    del sys.path[: len(FOLDERS)]
     for name in names:
         del sys.modules[name]
     sys.modules.update(others)
 
 
-def test_benchmarks_have_names_of_their_own():
-    """An import of a benchmark by another means one file, wherever it is resolved from."""
+def test_scripts_have_names_of_their_own():
+    """An import of a script by another means one file, wherever it is resolved from."""
     others = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("*/__init__.py")]
-    taken = {path.parent.name if path.stem == "__init__" else path.stem for path in others}
-    assert not taken & {path.stem for path in BENCH.glob("*.py")}
+    taken = [path.parent.name if path.stem == "__init__" else path.stem for path in [*others, *PATHS]]
+    assert not {path.stem for path in PATHS if taken.count(path.stem) > 1}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_and_leaves_its_results(scripts, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", f"--output={tmp_path}"])
+    status = run_cli(scripts[name].main)
+    printed, error = capsys.readouterr()
+    assert status == 0, error
+    results = json.loads((tmp_path / f"{name}.json").read_text())
+    assert results["size"] == "quick" and scripts[name].render(results) in printed
+    assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    check_tables(printed)
+
+
+def check_tables(text):
+    """A text has tables, with as many cells in every row."""
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert tables
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1, table
 
 
 @pytest.fixture(scope="module")
@@ -110,36 +133,31 @@ def results(scripts):
             "loaders": [{"loader": "read by the caller", "seconds": [0.1]}],
         },
     }  # fmt: skip
-    return {name: {"environment": scripts["measuring"].environment(CPU), **own} for name, own in made.items()}
+    return {name: {"environment": environment(CPU), **own} for name, own in made.items()}
 
 
 def test_every_benchmark_has_a_table_here(scripts, results):
-    benchmarks = {name for name, script in scripts.items() if hasattr(script, "render")}
-    assert benchmarks == set(scripts["tables"].BENCHMARKS) == set(results)
-    assert all(hasattr(scripts[name], "plot") for name in benchmarks)
+    assert set(scripts["tables"].renderers()) == {name for name, script in scripts.items() if hasattr(script, "render")}
+    assert set(scripts["tables"].renderers()) == {*results, *EXPERIMENTS}
 
 
 def test_tables_and_pictures_of_what_is_left_in_a_file(scripts, results, tmp_path, capsys):
     for name, own in results.items():
         script = scripts[name]
-        scripts["measuring"].finish(f"{name}-x", own, script.render, script.plot, str(tmp_path))
+        finish(f"{name}-x", own, script.render, script.plot, str(tmp_path))
         printed = capsys.readouterr().out
         assert script.render(json.loads((tmp_path / f"{name}-x.json").read_text())) in printed
         assert own["environment"]["torch"] in printed and (tmp_path / f"{name}-x.png").stat().st_size > 1000
-        tables = re.findall(r"(?:^\|.*\n)+", printed, re.MULTILINE)
-        assert tables
-        for table in tables:  # as many cells in every row
-            assert len({line.count("|") for line in table.splitlines()}) == 1, table
+        check_tables(printed)
 
 
 def test_figures_of_a_table(scripts, results):
     assert "| STU layers: convolution" in scripts["training"].render(results["training"])
     row = next(line for line in scripts["lds"].render(results["lds"]).splitlines() if line.startswith("| step "))
     assert row.endswith("1.0x |")
-    assert "| hybrid, shared   |          2.7500 |                       2.5000 |" in scripts["branches"].render(
-        results["branches"]
-    )
-    assert "25.0 (20.0-30.0) |            90 |   28% |" in scripts["generation"].render(results["generation"])
+    assert re.search(r"\| hybrid, shared +\| +2.7500 \| +2.5000 \|", scripts["branches"].render(results["branches"]))
+    generation = scripts["generation"].render(results["generation"])
+    assert re.search(r" 25.0 \(20.0-30.0\) \| +90 \| +28% \|", generation)
     assert re.search(r"fewest states, float32 \|\s+\d+ \|\s+- \|", scripts["fits"].render(results["fits"]))
 
 
@@ -193,12 +211,13 @@ def test_bad_places_are_one_line(tables_page):
         assert tables_page.path.read_text() == bad
 
 
-def test_the_page_has_the_results(scripts):
+@pytest.mark.parametrize("page", ["results", "experiments"])
+def test_the_page_has_the_results(scripts, page):
     if not (ROOT / "results").is_dir():
-        pytest.skip("there is no results/: make bench-cpu or make bench-gpu leaves it")
-    text = (ROOT / "docs" / "results.md").read_text()
+        pytest.skip("there is no results/: make bench-cpu, bench-gpu or experiments leaves it")
+    text = (ROOT / "docs" / f"{page}.md").read_text()
     try:
         filled, _ = scripts["tables"].fill(text, ROOT / "results")
     except UserError as error:
         pytest.fail(str(error))
-    assert filled == text, "docs/results.md and results/ disagree: run scripts/bench/tables.py"
+    assert filled == text, f"docs/{page}.md and results/ disagree: run scripts/bench/tables.py"

@@ -10,14 +10,13 @@ not trained again.
 from pathlib import Path
 
 import yaml
-from measuring import environment, finish, page, table
-from plots import panels
 from trained import CONFIG, STRETCH, train
 
 from flash_stu.arguments import integer, output_directory
 from flash_stu.devices import default_device
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.figures import save_figure
+from flash_stu.results import environment, finish, page, panels, table
 
 KINDS = {"hybrid": ["linear_attention", "sliding_attention"], "STU only": ["linear_attention"]}
 

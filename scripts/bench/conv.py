@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from measuring import device_rates, environment, finish, forward_and_backward, page, spread, table, take_turns
+from measuring import device_rates, forward_and_backward, take_turns
 from plots import against_length
 
 from flash_stu import spectral_filters
@@ -28,6 +28,7 @@ from flash_stu.model.config import LARGEST_LENGTH
 from flash_stu.ops.backends import why_not
 from flash_stu.ops.conv.choice import CHUNK, causal_conv, spectral_conv
 from flash_stu.ops.conv.fft import fft_size
+from flash_stu.results import environment, finish, page, spread, table
 
 TWO_BRANCH = "two-branch FFT (published form)"
 NAMES = {"polyphase FFT": "fft", "chunked": "chunked", "Triton": "triton", "polyphase flashfftconv": "flashfftconv"}

@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 import torch
-from measuring import environment, finish, page, seconds, spread, table, take_turns
+from measuring import seconds, take_turns
 from plots import bars
 
 from flash_stu.arguments import any_path, integer, number, output_directory
 from flash_stu.data import BatchLoader, DataConfig, TokenDataset, iter_documents, load_tokenizer, prepare
 from flash_stu.errors import ArgumentParser, UserError, run_cli
+from flash_stu.results import environment, finish, page, spread, table
 
 CPU = torch.device("cpu")
 LIMIT = 60  # seconds after which something is not repeated

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import environment, finish, page, seconds, spread, table
+from measuring import seconds
 
 from flash_stu.arguments import integer, output_directory
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.filters.spectral import BASES, compute_filters
 from flash_stu.model.config import LARGEST_LENGTH
 from flash_stu.ops.conv.choice import causal_conv
+from flash_stu.results import environment, finish, page, spread, table
 from spectralds import fit_lds
 from spectralds.bank import FilterBank
 from spectralds.curve import error_curve

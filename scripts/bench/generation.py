@@ -25,8 +25,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from measuring import device_rates, environment, finish, page, seconds, spread, table
-from plots import panels
+from measuring import device_rates, seconds
 from torch import nn
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
@@ -42,6 +41,7 @@ from flash_stu.model.layers import LDS, STU, SlidingWindowAttention
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.loading import load_model
 from flash_stu.ops.positions import rotary_angles
+from flash_stu.results import environment, finish, page, panels, spread, table
 from flash_stu.settings import read_yaml
 from spectralds import distill
 from spectralds.options import MAX_STATE_DIM

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import environment, finish, page, table
 from plots import bars
 from torch.profiler import ProfilerActivity, profile
 from training import WARM_UP, Bench
@@ -19,6 +18,7 @@ from training import WARM_UP, Bench
 from flash_stu.arguments import input_file, integer, output_directory
 from flash_stu.devices import default_device
 from flash_stu.errors import ArgumentParser, run_cli
+from flash_stu.results import environment, finish, page, table
 from flash_stu.training import join_world, load_config
 
 TOP = 10

@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import environment, finish, page, seconds, spread, table, take_turns
+from measuring import seconds, take_turns
 from plots import bars
 
 from flash_stu.arguments import integer, output_directory
 from flash_stu.errors import ArgumentParser, run_cli
+from flash_stu.results import environment, finish, page, spread, table
 
 CPU = torch.device("cpu")
 _LIBRARIES = "import torch\nfrom transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel"

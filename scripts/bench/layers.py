@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import environment, finish, forward_and_backward, page, spread, table, take_turns
+from measuring import forward_and_backward, take_turns
 from plots import against_length
 
 from flash_stu import FlashSTUConfig
@@ -24,6 +24,7 @@ from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.model.config import LARGEST_LENGTH
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.modeling import FlashSTUModel
+from flash_stu.results import environment, finish, page, spread, table
 
 LAYERS = ("STU", "LDS", "sliding-window attention", "MLP")
 

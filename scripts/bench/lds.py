@@ -12,7 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from measuring import environment, finish, page, seconds, spread, table, take_turns
+from measuring import seconds, take_turns
 from plots import bars
 
 from flash_stu import FlashSTUConfig, spectral_filters
@@ -22,6 +22,7 @@ from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.model.config import LARGEST_LENGTH
 from flash_stu.model.layers import LDS, STU
 from flash_stu.model.layers.context import SequenceContext
+from flash_stu.results import environment, finish, page, spread, table
 from spectralds.bank import FilterBank
 from spectralds.distillation import fold
 from spectralds.fit import LDSFit, fit_lds

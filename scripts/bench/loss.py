@@ -18,7 +18,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from measuring import environment, finish, page, seconds, spread, table
+from measuring import seconds
 from plots import bars
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -31,6 +31,7 @@ from flash_stu.files import replacing_file
 from flash_stu.model.config import LARGEST_LENGTH
 from flash_stu.ops.backends import why_not
 from flash_stu.ops.cross_entropy import linear_cross_entropy
+from flash_stu.results import environment, finish, page, spread, table
 
 ROWS = 8192  # of the weight's gradient compared at a time
 

@@ -11,14 +11,13 @@ again.
 from argparse import Namespace
 from pathlib import Path
 
-from measuring import environment, finish, page, table
-from plots import panels
 from trained import CONFIG, train
 
 from flash_stu.arguments import integer, number, output_directory
 from flash_stu.devices import default_device
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.figures import save_figure
+from flash_stu.results import environment, finish, page, panels, table
 
 OPTIMIZERS = ("adamw", "muon")
 

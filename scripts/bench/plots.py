@@ -3,19 +3,8 @@
 import statistics
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from flash_stu.figures import save_figure
-
-
-def panels(count: int = 1, width: float = 6.4, height: float = 4.6) -> tuple[Figure, list]:
-    """A figure with `count` axes beside each other, of so many inches each."""
-    figure = Figure(figsize=(width * count, height), dpi=120, layout="constrained")
-    grid = list(figure.subplots(1, count, squeeze=False)[0])
-    for axes in grid:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2, linewidth=0.6)
-    return figure, grid
+from flash_stu.results import panels
 
 
 def against_length(rows: list[dict], kind: str, path: Path, title: str, limits: dict[str, dict] | None = None) -> None:

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 from conv import two_branch_fft
-from measuring import environment, finish, page, seconds, spread, table
+from measuring import seconds
 from plots import bars
 
 from flash_stu.arguments import input_file, integer, output_directory
@@ -33,6 +33,7 @@ from flash_stu.ops.attention.choice import sliding_window_attention
 from flash_stu.ops.backends import why_not
 from flash_stu.ops.conv.choice import spectral_conv
 from flash_stu.ops.cross_entropy import linear_cross_entropy
+from flash_stu.results import environment, finish, page, spread, table
 from flash_stu.training import RunConfig, join_world, load_config
 from flash_stu.training.flops import forward_flops, peak_flops, train_flops
 from flash_stu.training.initialization import build_model

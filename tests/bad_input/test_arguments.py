@@ -115,9 +115,11 @@ BENCHMARKS = {
     "tables": {"--results": NOT_FOLDERS, "--page": MISSING},
     "training": {"--config": MISSING, "--repeats": [*NUMBERS, "0"], "--output": PLACES},
 }
+EXPERIMENTS: dict[str, dict[str, list]] = {}
 TABLE += [
-    (f"scripts/bench/{name}.py", [], option, values)
-    for name, options in BENCHMARKS.items()
+    (f"scripts/{folder}/{name}.py", [], option, values)
+    for folder, scripts in {"bench": BENCHMARKS, "experiments": EXPERIMENTS}.items()
+    for name, options in scripts.items()
     for option, values in options.items()
 ]
 
