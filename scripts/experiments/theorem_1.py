@@ -118,6 +118,7 @@ def main() -> None:
     length, filters, counts, draws = SIZES[args.size]
     results = {
         "environment": environment(torch.device("cpu")),
+        "size": args.size,
         "length": length,
         "filters": filters,
         "draws": draws,
