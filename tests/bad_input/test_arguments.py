@@ -115,7 +115,9 @@ BENCHMARKS = {
     "tables": {"--results": NOT_FOLDERS, "--page": MISSING},
     "training": {"--config": MISSING, "--repeats": [*NUMBERS, "0"], "--output": PLACES},
 }
-EXPERIMENTS: dict[str, dict[str, list]] = {}
+EXPERIMENTS: dict[str, dict[str, list]] = {
+    name: {"--output": PLACES} for name in ("length_generalisation", "theorem_1")
+}
 TABLE += [
     (f"scripts/{folder}/{name}.py", [], option, values)
     for folder, scripts in {"bench": BENCHMARKS, "experiments": EXPERIMENTS}.items()
