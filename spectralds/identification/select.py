@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,12 +57,36 @@ def identify(
 
     Sources: Shah et al. 2025, SpectraLDS (arXiv 2505.17868); Golub and Pereyra 1973 for "refine".
     """
+    return search(inputs, outputs, method, max_states).system
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `search` found.
+
+    Attributes:
+        system: fitted to all data, with its report.
+        trained: by the same method, fitted without the held-out data.
+        first: the time step from which on `trained` was judged, in the trajectories from `trajectory` on.
+        trajectory: the first that was judged.
+    """
+
+    system: SymmetricLDS
+    trained: SymmetricLDS
+    first: int
+    trajectory: int
+
+
+def search(
+    inputs: np.ndarray | torch.Tensor, outputs: np.ndarray | torch.Tensor, method: str, max_states: int
+) -> Found:
+    """As `identify`, with the system that was judged."""
     start = time.perf_counter()
     if method not in (AUTO, *METHODS):
         raise UserError(f"method is {method!r}; allowed: {', '.join((AUTO, *METHODS))}")
     if type(max_states) is not int or not 1 <= max_states <= MAX_STATES:
         raise UserError(f"max_states is {max_states!r}; allowed: integers from 1 to {MAX_STATES}")
-    records, input_scale, output_scale = read_records(inputs, outputs)
+    records, *scales = read_records(inputs, outputs)
     training, judged, first = records.split()
     tried = {name: _FITS[name](training, max_states) for name in (METHODS if method == AUTO else (method,))}
     errors = {name: _held_out_error(found, judged, first) for name, found in tried.items()}
@@ -71,17 +95,18 @@ def identify(
         found = fit_refine(records, max_states, start=np.unique(tried[best].A))
     else:
         found = _FITS[best](records, max_states)
-    system = found.system(input_scale, output_scale)
+    system = found.system(*scales)
     report: dict[str, Any] = {
         "method": best,
         "states": len(system.A),
         "held_out_error": errors[best],
         "held_out_errors": errors,
-        "noise_variance": (found.noise * output_scale**2).tolist(),
+        "noise_variance": (found.noise * scales[1] ** 2).tolist(),
         "samples": records.rows,
         "seconds": time.perf_counter() - start,
     }
-    return replace(system, report=report)
+    trajectory = len(records.inputs) - len(judged.inputs)
+    return Found(replace(system, report=report), tried[best].system(*scales), first, trajectory)
 
 
 def _held_out_error(found: Response, judged: Records, first: int) -> float:
