@@ -6,7 +6,8 @@ Two questions about linear dynamical systems of eight positive poles, 1 - a from
 
 Left: trained on sequences of some length, with the same number of tokens for every length, what is the error on one of
 T tokens? Forms: spectral filters that see sqrt(T) tokens, tensor filters of T (k^2 of them), spectral filters of T, all
-by least squares on their features and the input, without autoregression; and an explicit LDS, spectralds.identify.
+by least squares on their features and the input, without autoregression, small singular values cut off where that
+predicts sequences of the same length better that were held out; and an explicit LDS, spectralds.identify.
 
 Right: the asymmetric regret. An online predictor that sees L' tokens of the input, its weights at each token the ridge
 regression on the tokens before, loses against the best weights in hindsight for filters that see all T tokens; the
@@ -32,6 +33,8 @@ STATES, FILTERS = 8, 24
 INPUT_TAPS = 3
 OUTPUT_TAPS = {"no past outputs": 0, "two past outputs": 2}
 CONTEXTS = {"T^(1/4)": 0.25, "T^(1/2)": 0.5, "T": 1.0}  # L' of the online predictor
+BUDGET = 2  # tokens trained on, in sequences of T
+CUTS = tuple(10.0**-n for n in range(1, 14))  # of singular values, relative to the largest
 RIDGE = 1e-4  # of the online predictor, on features of unit power
 LDS = "explicit LDS, identified"
 SIZES = {  # T, lengths trained on, k of the tensor filters, T of the regret, noise of the outputs there, seeds
@@ -73,6 +76,26 @@ def least_squares(design: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.linalg.lstsq(design / scale, targets, rcond=1e-13)[0] / scale
 
 
+def regularised(design: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """As `least_squares`, small singular values left out as far as that predicts sequences that are held out better.
+
+    Args:
+        design: features, (sequences, length, columns); the last quarter of the sequences is held out.
+        targets: (sequences, length).
+    """
+    held = max(1, len(design) // 4)
+
+    def solutions(design: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
+        rows, triangle = np.linalg.qr(design.reshape(-1, design.shape[-1]))
+        left, singular, right = np.linalg.svd(triangle)
+        parts = left.T @ (rows.T @ targets.reshape(-1)) / singular
+        return [(parts * (singular > cut * singular[0])) @ right for cut in CUTS]
+
+    tried = solutions(design[:-held], targets[:-held])
+    best = np.argmin([relative(design[-held:] @ weights, targets[-held:]) for weights in tried])
+    return solutions(design, targets)[best]
+
+
 def spectral(length: int, count: int, basis: str = "hankel") -> np.ndarray:
     """Returns filters (length, at most `count`)."""
     count = count if basis == "tensor" else min(count, length)
@@ -89,11 +112,10 @@ def after_training(seed: int, length: int, lengths: tuple[int, ...], factors: tu
     test, truth = system.sequences(1, length)
     rows = []
     for trained in lengths:
-        inputs, outputs = system.sequences(max(lengths) // trained, trained)
+        inputs, outputs = system.sequences(BUDGET * length // trained, trained)
         errors = {}
         for name, filters in forms.items():
-            design = features(inputs, filters)
-            weights = least_squares(design.reshape(-1, design.shape[-1]), outputs.reshape(-1))
+            weights = regularised(features(inputs, filters), outputs)
             errors[name] = relative(features(test, filters) @ weights, truth)
         lds = identify(inputs[..., None], outputs[..., None], method="refine")
         errors[LDS] = relative(np.asarray(lds.simulate(test[..., None]))[..., 0], truth)
@@ -172,7 +194,7 @@ def render(results: dict) -> str:
     lengths = distinct(errors, "trained")
     what = (
         f"Medians of {results['seeds']} systems. Relative squared error on {results['length']:,} tokens after training "
-        f"on {max(lengths):,} tokens in sequences of a length; noise-free."
+        f"on {BUDGET * results['length']:,} tokens in sequences of a length; noise-free."
     )
     trained = [
         [form, *(f"{middle(where(errors, form=form, trained=n), 'error'):.1e}" for n in lengths)]
