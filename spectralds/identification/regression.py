@@ -19,7 +19,8 @@ def triangle(blocks: Iterable[np.ndarray]) -> np.ndarray:
     """
     factor = None
     for block in blocks:
-        factor = np.linalg.qr(block if factor is None else np.concatenate([factor, block]), mode="r")
+        rows = block if factor is None else np.concatenate([factor, block])
+        factor = np.asarray(np.linalg.qr(rows, mode="r"))
     if factor is None:
         raise ValueError("there are no rows")
     return factor
