@@ -106,6 +106,7 @@ def _plot_poles(system: SymmetricLDS, length: int, path: Path) -> None:
         ours = np.sign(poles) == sign
         axes.plot(memory[ours], gain[ours], color=color, marker=marker, linestyle="none", label=f"{label} poles")
     axes.set(xscale="log", xlabel="memory of a pole a, -1 / ln |a| (time steps)")
+    axes.set_xlim(min(0.1, *memory, length) / 2, 3 * max(*memory, length, 1))
     axes.set_ylabel("standard deviation it gives the outputs, white inputs")
     if len(poles):
         axes.set_yscale("log")

@@ -17,11 +17,11 @@ import numpy as np
 from scipy.signal import lfilter
 
 from spectralds.identification.records import Records, filtered
-from spectralds.identification.regression import triangle
+from spectralds.identification.regression import product, svd, triangle
 from spectralds.identification.response import Response
 
 _SPACING = 0.25  # of the candidates, in atanh of the pole
-_MAX_POLES = 24
+_MAX_POLES = 16
 _PATIENCE = 3  # poles that are added without an improvement of the criterion
 _ITERATIONS = 40
 _COARSE, _FINE = 0.3, 1e-3  # change of the criterion that ends a refinement
@@ -160,7 +160,7 @@ class _Fit:
                 of_directions.extend(moved.reshape(inputs * rank, *self.residual.shape))
             first += rank
         moved = np.stack(of_logits + of_directions)
-        left = moved - self.basis @ (self.basis.T @ moved)
+        left = moved - product(self.basis, product(self.basis.T, moved))
         left[np.linalg.norm(left, axis=(1, 2)) < 1e-7 * np.linalg.norm(moved, axis=(1, 2))] = 0.0  # moves nothing
         return -left.reshape(len(moved), -1)
 
@@ -212,7 +212,7 @@ def _refine(fit: _Fit, tolerance: float, vary_directions: bool = False) -> _Fit:
         scale = np.linalg.norm(jacobian, axis=1)
         scale[scale == 0] = 1.0
         jacobian /= scale[:, None]
-        curvature, gradient = jacobian @ jacobian.T, jacobian @ fit.residual.ravel()
+        curvature, gradient = product(jacobian, jacobian.T), product(jacobian, fit.residual.ravel())
         while damping < _HIGHEST_DAMPING:
             damped = curvature + damping * np.eye(len(scale))
             step = -np.linalg.solve(damped, gradient) / scale
@@ -234,25 +234,25 @@ def _next_logit(fit: _Fit) -> float:
     """Returns the pole of a grid whose states explain most of the residual, beside the poles that are there."""
     records, poles = fit.records, np.tanh(fit.model.logits)
     inputs, columns, limit = records.inputs.shape[2], len(fit.solution), records.largest_logit
-    candidates = np.linspace(-limit, limit, 2 * int(np.ceil(limit / _SPACING)) + 1)
+    candidates = np.tanh(np.linspace(-limit, limit, 2 * int(np.ceil(limit / _SPACING)) + 1))
     whitening = np.linalg.pinv(_design(fit.factor, fit.model.directions, inputs), rcond=1e-10) @ fit.basis
     own = np.zeros((len(candidates), inputs, inputs))
     with_design = np.zeros((len(candidates), inputs, whitening.shape[1]))
     with_residual = np.zeros((len(candidates), inputs, fit.solution.shape[1]))
     for u, y in records.blocks():
         design = np.concatenate([filtered(u, poles).reshape(*u.shape[:2], -1), u], axis=2).reshape(-1, columns)
-        residual = y.reshape(len(design), -1) * fit.balance_used - design @ fit.solution
-        basis = design @ whitening
-        for i, candidate in enumerate(np.tanh(candidates)):
-            states = lfilter([1.0], [1.0, -candidate], u, axis=1).reshape(-1, inputs)
-            own[i] += states.T @ states
-            with_design[i] += states.T @ basis
-            with_residual[i] += states.T @ residual
+        residual = y.reshape(len(design), -1) * fit.balance_used - product(design, fit.solution)
+        basis = product(design, whitening)
+        for i in range(len(candidates)):
+            states = filtered(u, candidates[i : i + 1]).reshape(-1, inputs)
+            own[i] += product(states.T, states)
+            with_design[i] += product(states.T, basis)
+            with_residual[i] += product(states.T, residual)
     size, vectors = np.linalg.eigh(own - with_design @ with_design.transpose(0, 2, 1))
     new = size > 1e-9 * np.trace(own, axis1=1, axis2=2)[:, None]
     parts = vectors.transpose(0, 2, 1) @ with_residual
     explained = ((parts**2).sum(axis=2) * new / np.where(new, size, 1.0)).sum(axis=1)
-    return float(candidates[np.argmax(explained)])
+    return float(np.arctanh(candidates[np.argmax(explained)]))
 
 
 def _reduced(fit: _Fit, max_states: int) -> _Model:
@@ -270,7 +270,7 @@ def _reduced(fit: _Fit, max_states: int) -> _Model:
         design = _design(fit.factor, directions, inputs)
         solution = _least_squares(design, targets)[1]
         gains, kept, first = [], [], 0
-        for j, part in enumerate(directions):
+        for part in directions:
             rank = part.shape[1]
             if not rank:
                 gains.append(np.inf)
@@ -279,7 +279,7 @@ def _reduced(fit: _Fit, max_states: int) -> _Model:
             own = slice(first, first + rank)
             others = _least_squares(np.delete(design, own, axis=1), targets)[0]
             alone = design[:, own] - others @ (others.T @ design[:, own])
-            root = np.linalg.qr(alone, mode="r")
+            root = triangle([alone])
             left, size, _ = np.linalg.svd(root @ solution[own])
             loss = size[rank - 1] ** 2 if rank <= len(size) else 0.0
             gains.append(loss - price * (inputs + outputs - 2 * rank + 1 + (rank == 1)))
@@ -305,10 +305,10 @@ def _design(factor: np.ndarray, directions: Sequence[np.ndarray], inputs: int) -
 
 
 def _least_squares(design: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns an orthonormal basis of the design's columns, and the solution of least norm for columns of unit length."""
+    """Returns an orthonormal basis of the design's columns, and their weights of least norm at length one."""
     scale = np.linalg.norm(design, axis=0)
     scale[scale == 0] = 1.0
-    left, singular, right = np.linalg.svd(design / scale, full_matrices=False)
+    left, singular, right = svd(design / scale)
     kept = singular > _RCOND * singular[0]
     left, solution = left[:, kept], right[kept].T / singular[kept]
     return left, solution @ (left.T @ targets) / scale[:, None]

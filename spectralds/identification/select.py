@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from flash_stu.errors import UserError
+from spectralds.fit import few_threads
 from spectralds.identification.grid import fit_grid
 from spectralds.identification.options import AUTO, MAX_STATES, METHODS, STATES
 from spectralds.identification.records import Records, read_records
@@ -86,27 +87,28 @@ def search(
         raise UserError(f"method is {method!r}; allowed: {', '.join((AUTO, *METHODS))}")
     if type(max_states) is not int or not 1 <= max_states <= MAX_STATES:
         raise UserError(f"max_states is {max_states!r}; allowed: integers from 1 to {MAX_STATES}")
-    records, *scales = read_records(inputs, outputs)
+    records, input_scale, output_scale = read_records(inputs, outputs)
     training, judged, first = records.split()
-    tried = {name: _FITS[name](training, max_states) for name in (METHODS if method == AUTO else (method,))}
-    errors = {name: _held_out_error(found, judged, first) for name, found in tried.items()}
-    best = min(errors, key=errors.__getitem__)
-    if best == "refine":
-        found = fit_refine(records, max_states, start=np.unique(tried[best].A))
-    else:
-        found = _FITS[best](records, max_states)
-    system = found.system(*scales)
+    with few_threads():
+        tried = {name: _FITS[name](training, max_states) for name in (METHODS if method == AUTO else (method,))}
+        errors = {name: _held_out_error(found, judged, first) for name, found in tried.items()}
+        best = min(errors, key=errors.__getitem__)
+        if best == "refine":
+            found = fit_refine(records, max_states, start=np.unique(tried[best].A))
+        else:
+            found = _FITS[best](records, max_states)
+    system = found.system(input_scale, output_scale)
     report: dict[str, Any] = {
         "method": best,
         "states": len(system.A),
         "held_out_error": errors[best],
         "held_out_errors": errors,
-        "noise_variance": (found.noise * scales[1] ** 2).tolist(),
+        "noise_variance": (found.noise * output_scale**2).tolist(),
         "samples": records.rows,
         "seconds": time.perf_counter() - start,
     }
     trajectory = len(records.inputs) - len(judged.inputs)
-    return Found(replace(system, report=report), tried[best].system(*scales), first, trajectory)
+    return Found(replace(system, report=report), tried[best].system(input_scale, output_scale), first, trajectory)
 
 
 def _held_out_error(found: Response, judged: Records, first: int) -> float:
