@@ -43,7 +43,8 @@ def recurrence(v: torch.Tensor, taps: torch.Tensor, past: torch.Tensor | None = 
     if past is not None:
         reached = min(len(taps), v.shape[1])
         known = pad(past.to(wide), (0, 0, 0, reached - 1))
-        v = torch.cat([add_taps(v[:, :reached], known, taps), v[:, reached:]], dim=1)
+        with torch.autocast(v.device.type, enabled=False):
+            v = torch.cat([add_taps(v[:, :reached], known, taps), v[:, reached:]], dim=1)
         if v.shape[1] == 1:
             return v
     return torch.ops.flash_stu.recurrence(v, taps)
