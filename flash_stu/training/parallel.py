@@ -122,11 +122,14 @@ def _shard(model: FlashSTUForCausalLM, config: RunConfig, world: World) -> None:
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
     options["reshard_after_forward"] = resolve_resharding(config, model.num_parameters())
     # Coefficients of a recurrence stay float32 too, see flash_stu.model.layers.taps.
-    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    unrounded: dict[str, Any] = {
+        **options,
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+    }
     for block in model.model.layers:
         for module in block.modules():
             if isinstance(module, InputOutputTaps) and module.M_y is not None:
-                fully_shard(module, **(options | {"mp_policy": exact}))
+                fully_shard(module, **unrounded)
         fully_shard(block, **options)
     fully_shard(model, **options)
 

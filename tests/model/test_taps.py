@@ -83,13 +83,13 @@ def test_a_layer_is_the_papers_sum(kind, branches, inputs, outputs):
 
 
 @pytest.mark.parametrize("states", [None, 8])
-@pytest.mark.parametrize(("kind", "branches"), VARIANTS)
-@pytest.mark.parametrize(("inputs", "outputs"), [*COUNTS, (45, 2)])
+@pytest.mark.parametrize(("kind", "branches"), [variant for variant in VARIANTS if variant[1] != "positive"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 0), (3, 2), (0, 32), (45, 2)])
 @torch.no_grad()
 def test_forward_prefill_and_step_agree(kind, branches, inputs, outputs, states):
     layer, context, x = make(kind, branches, inputs, outputs, states)
     whole = layer(x, context)
-    for prompt in (1, 2, 17):
+    for prompt in (1, 18):
         y, state = layer.prefill(x[:, :prompt], context)
         z, state = layer.prefill(x[:, prompt : prompt + 4], context, state)
         rows = torch.tensor([1, 0])
@@ -131,7 +131,7 @@ def test_taps_begin_at_zero_and_learn(tiny_model):
     torch.testing.assert_close(tapped(IDS).logits, plain(IDS).logits, atol=1e-6, rtol=1e-5)
     tapped(IDS, labels=IDS).loss.backward()
     for layer in tapped.model.layers[::2]:
-        assert all(float(p.abs().sum()) == 0 and (p.grad.abs() > 0).all() for p in layer.mixer.taps.parameters())
+        assert all(not p.detach().any() and (p.grad != 0).all() for p in layer.mixer.taps.parameters())
 
 
 @pytest.mark.parametrize("kind", ["tensordot", "full"])

@@ -34,7 +34,7 @@ def assert_close(found, expected, bound):
 
 @pytest.mark.parametrize("matrices", [False, True])
 @pytest.mark.parametrize("lags", [1, 2, 5, 32])
-@pytest.mark.parametrize("length", [2, 3, 64, 301])
+@pytest.mark.parametrize("length", [2, 3, 131])
 def test_recurrence_is_its_definition(lags, length, matrices):
     torch.manual_seed(0)
     v, past = draw(2, length, WIDTH), draw(2, lags, WIDTH)
