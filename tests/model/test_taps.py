@@ -33,7 +33,7 @@ def make(kind, branches, inputs, outputs, states=None):
         if name == "taps.M_y":  # sum of the norms of its matrices below one: stable
             size = parameter.abs().amax(-1) if kind == "tensordot" else torch.linalg.matrix_norm(parameter, 2)
             parameter.data *= 0.9 / size.sum()
-    if states is not None:
+    if isinstance(layer, LDS):
         torch.nn.init.normal_(layer.readout, std=0.3)
         layer.decay.copy_(torch.linspace(0.2, 0.98, len(layer.decay)))
     return layer, SequenceContext(spectral_filters(LENGTH, FILTERS)[1].float()), torch.randn(2, LENGTH, WIDTH)
