@@ -115,7 +115,13 @@ BENCHMARKS = {
     "tables": {"--results": NOT_FOLDERS, "--page": MISSING},
     "training": {"--config": MISSING, "--repeats": [*NUMBERS, "0"], "--output": PLACES},
 }
-EXPERIMENTS: dict[str, dict[str, list]] = {}
+EXPERIMENTS: dict[str, dict[str, list]] = {
+    "futurefill": {"--output": PLACES},
+    "loss_landscape": {
+        "--model": ["", LONG, "absent", "taken", "/dev/null", "folder"],
+        **{"--text": MISSING, "--runs": PLACES, "--output": PLACES},
+    },
+}
 TABLE += [
     (f"scripts/{folder}/{name}.py", [], option, values)
     for folder, scripts in {"bench": BENCHMARKS, "experiments": EXPERIMENTS}.items()
