@@ -102,7 +102,7 @@ def _squares(tensor: torch.Tensor, axes: list[int]) -> torch.Tensor:
 def held_out_windows(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: int, length: int
 ) -> tuple[torch.Tensor, float]:
-    """Cut texts, each followed by the end-of-text token, into windows.
+    """Cut texts, each followed by the tokenizer's end-of-text token if it has one, into windows.
 
     Returns:
         `count` windows spread evenly over the text, or as many as there are, (windows, length), and the tokens in a
@@ -112,8 +112,9 @@ def held_out_windows(
         UserError: if there is less text than one window.
     """
     ids, num_bytes = [], 0
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in texts:
-        ids += [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        ids += tokenizer.encode(text, add_special_tokens=False) + end
         num_bytes += len(text.encode())
     available = len(ids) // length
     if not available:
