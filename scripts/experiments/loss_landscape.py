@@ -241,11 +241,11 @@ def plot(results: dict, path: Path) -> None:
         drawn = axis.contour(line, line, rise, LEVELS, colors="black", linewidths=0.6)
         axis.clabel(drawn, fontsize=7, fmt="%g")
         axis.set(xlabel="first direction", ylabel="second direction", aspect="equal", xticks=TICKS, yticks=TICKS)
-        axis.set_title(f"{row['model']}: {row['centre']:.2f}, and above it", loc="left", fontsize=10)
+        axis.set_title(f"{row['model']}: {row['centre']:.3f}, and the rise above it", loc="left", fontsize=10)
         for moved in row["slices"]:
             axes[-1].plot(SLICE, moved, color=f"C{i}", linewidth=0.6, alpha=0.5)
         axes[-1].plot(SLICE, np.median(row["slices"], axis=0), color=f"C{i}", linewidth=2, label=row["model"])
-    axes[-1].set(xlabel="distance")
+    axes[-1].set(xlabel="distance", xticks=TICKS)
     axes[-1].set_title("loss, nats per byte; thick: median", loc="left", fontsize=10)
     axes[-1].legend(frameon=False, fontsize=8)
     save_figure(figure, path)
