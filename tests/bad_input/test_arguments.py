@@ -142,7 +142,11 @@ BENCHMARKS = {
     "training": {"--config": MISSING, "--repeats": [*NUMBERS, "0"], "--output": PLACES},
 }
 EXPERIMENTS: dict[str, dict[str, list]] = {
-    name: {"--output": PLACES} for name in ("length_generalisation", "theorem_1")
+    **{name: {"--output": PLACES} for name in ("futurefill", "length_generalisation", "theorem_1")},
+    "loss_landscape": {
+        "--model": ["", LONG, "absent", "taken", "/dev/null", "folder"],
+        **{"--text": MISSING, "--runs": PLACES, "--output": PLACES},
+    },
 }
 TABLE += [
     (f"scripts/{folder}/{name}.py", [], option, values)
