@@ -162,6 +162,12 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def first_problem(error: ValidationError) -> str:
+    """Returns the first of pydantic's complaints as "key: problem", without the value."""
+    first = error.errors()[0]
+    return " ".join(": ".join([".".join(map(str, first["loc"]))] * bool(first["loc"]) + [first["msg"]]).split())
+
+
 def describe(error: ValidationError, root: type[Section] | None = None) -> str:
     """Returns one line for the first of pydantic's complaints: the key, its value and what is allowed.
 
