@@ -162,10 +162,11 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def first_problem(error: ValidationError) -> str:
-    """Returns the first of pydantic's complaints as "key: problem", without the value."""
+def first_problem(error: ValidationError, root: str = "") -> str:
+    """Returns the first of pydantic's complaints as "key: problem"; root stands for the key of the whole."""
     first = error.errors()[0]
-    return " ".join(": ".join([".".join(map(str, first["loc"]))] * bool(first["loc"]) + [first["msg"]]).split())
+    key = ".".join(map(str, first["loc"])) or root
+    return " ".join(f"{key and key + ': '}{first['msg']}".split())
 
 
 def describe(error: ValidationError, root: type[Section] | None = None) -> str:

@@ -156,9 +156,9 @@ class EvaluatedLM(_HFLM):
         return found
 
     def score(self, windows: Sequence[Window]) -> list[Score]:
-        """Score windows, given in any way."""
-        settings = self.budget, self.counters, self.progress, self.world, self.journal
-        return score_windows(self.model, windows, *settings)
+        """Returns the scores of windows, cut in any way."""
+        own = self.budget, self.counters, self.progress, self.world, self.journal
+        return score_windows(self.model, windows, *own)
 
     def _count_length(self, length: int) -> None:
         """Note an input that is longer than what the model was trained on."""

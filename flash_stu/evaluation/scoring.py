@@ -42,15 +42,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Score:
-    """The probabilities of a window's targets.
+    """The probabilities of a window's targets."""
 
-    Attributes:
-        log_probs: of every target in nats, float32; or only their sum, in float64.
-        greedy: whether greedy decoding would have produced them.
-    """
-
-    log_probs: np.ndarray
-    greedy: bool
+    log_probs: np.ndarray  # of every target in nats, float32; or only their sum, in float64
+    greedy: bool  # whether greedy decoding would have produced them
 
     @property
     def log_likelihood(self) -> float:
@@ -175,11 +170,16 @@ def score_windows(
         sharing.setdefault(window.inputs, []).append(index)
     inputs, members = list(sharing), list(sharing.values())
     lengths = [len(ids) for ids in inputs]
-    families = _plan(model, inputs, members, windows)
+    if isinstance(model, FlashSTUForCausalLM):
+        scored = [max(len(windows[index].targets) for index in group) for group in members]
+        families = plan_families(inputs, [length - count for length, count in zip(lengths, scored, strict=True)])
+    else:  # only our own models can continue from a state whatever their layers are
+        families = [Family(0, (row,)) for row in range(len(inputs))]
 
     counters.forward_tokens += sum(family.tokens(lengths) for family in families)
     counters.forward_tokens_unshared += sum(len(window.inputs) for window in windows)
-    known = {} if journal is None else {row: _from_journal(some) for row, some in journal.known().items()}
+    noted = {} if journal is None else journal.known()
+    known = {row: [Score(np.array([total]), greedy) for total, greedy in some] for row, some in noted.items()}
     left = [Family(f.prefix, tuple(row for row in f.members if row not in known)) for f in families]
     mine = deal([family for family in left if family.members], lengths, world.size)[world.rank]
     progress.start(sum(family.tokens(lengths) for family in mine))
@@ -193,23 +193,6 @@ def score_windows(
         for row, row_scores in part.items():
             scores |= zip(members[row], row_scores, strict=True)
     return [scores[index] for index in range(len(windows))]
-
-
-def _from_journal(entries: Sequence[tuple[float, bool]]) -> list[Score]:
-    return [Score(np.array([log_likelihood]), greedy) for log_likelihood, greedy in entries]
-
-
-def _plan(
-    model: torch.nn.Module,
-    inputs: Sequence[tuple[int, ...]],
-    members: Sequence[Sequence[int]],
-    windows: Sequence[Window],
-) -> list[Family]:
-    """Returns which inputs to run together; only our own models can continue from a state whatever their layers are."""
-    if not isinstance(model, FlashSTUForCausalLM):
-        return [Family(0, (row,)) for row in range(len(inputs))]
-    scored = [max(len(windows[index].targets) for index in group) for group in members]
-    return plan_families(inputs, [len(ids) - count for ids, count in zip(inputs, scored, strict=True)])
 
 
 @contextmanager
@@ -226,16 +209,7 @@ def _cheapest_state(model: torch.nn.Module) -> Iterator[None]:
 
 
 class _Run:
-    """One process's forward passes.
-
-    Args:
-        model: the model.
-        inputs: distinct token sequences ("rows").
-        targets: per row, the continuations to score after it.
-        budget: how much to run at a time.
-        progress: told about tokens done.
-        journal: told about scores, or None.
-    """
+    """One process's forward passes over distinct inputs ("rows"), each with the continuations to score after it."""
 
     def __init__(
         self,
@@ -252,8 +226,7 @@ class _Run:
 
     def score(self, families: Sequence[Family]) -> dict[int, list[Score]]:
         """Returns the scores of the families' rows, by row."""
-        alone = [row for family in families if not family.prefix for row in family.members]
-        self._score_rows(alone)
+        self._score_rows({row: 0 for family in families if not family.prefix for row in family.members})
         by_prefix: dict[int, list[Family]] = {}
         for family in families:
             if family.prefix:
@@ -269,31 +242,21 @@ class _Run:
         cache = FlashSTUCache(self.model.config.num_hidden_layers)
         self._hidden(ids, cache)
         self.progress.update(ids.numel())
-        self._score_rows(
-            [row for family in families for row in family.members],
-            prefix,
-            cache,
-            {row: place for place, family in enumerate(families) for row in family.members},
-        )
+        places = {row: place for place, family in enumerate(families) for row in family.members}
+        self._score_rows(places, prefix, cache)
 
-    def _score_rows(
-        self,
-        rows: Sequence[int],
-        prefix: int = 0,
-        cache: FlashSTUCache | None = None,
-        places: Mapping[int, int] | None = None,
-    ) -> None:
+    def _score_rows(self, places: Mapping[int, int], prefix: int = 0, cache: FlashSTUCache | None = None) -> None:
         """Score rows, after the states in a cache that hold the first `prefix` tokens of each at its place."""
 
         def run(batch: Sequence[int]) -> None:
             past = None
-            if cache is not None and places is not None:
+            if cache is not None:
                 past = copy.copy(cache)  # selecting makes new states, and leaves the cache to the next batch
                 past.batch_select_indices(torch.tensor([places[row] for row in batch], device=self.model.device))
             self._score_batch(batch, prefix, past)
             self.progress.update(sum(len(self.inputs[row]) - prefix for row in batch))
 
-        ordered = sorted(rows, key=lambda row: len(self.inputs[row]), reverse=True)
+        ordered = sorted(places, key=lambda row: len(self.inputs[row]), reverse=True)
         self.budget.run(ordered, lambda row: len(self.inputs[row]) - prefix + prefix // _PAST_SHARE, run)
 
     def _score_batch(self, batch: Sequence[int], prefix: int, past: FlashSTUCache | None) -> None:

@@ -5,7 +5,6 @@ windows. Every token is scored once, after as many tokens as come before it in i
 measured on the same mixture of documents.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -21,12 +20,6 @@ from flash_stu.evaluation.scoring import Score, Window
 from flash_stu.reading import read_text
 
 _LARGEST = 1 << 40  # bytes; all of a text is in memory
-
-
-def file_hash(path: Path) -> str:
-    """Returns a short hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def score_text(
