@@ -133,6 +133,8 @@ def writing(path: str | Path) -> Iterator[None]:
     Raises:
         WriteError: for an OSError or an error of safetensors or tokenizers in the block.
     """
+    if "\0" in str(path):
+        raise WriteError(path, "a path holds no NUL characters")
     try:
         yield
     except Exception as error:

@@ -13,13 +13,13 @@ from flash_stu.files import (
     changed_message,
     flush,
     flush_all,
-    holding,
     is_ours,
     manifest_of_output,
     read_manifest,
     temporary_beside,
     write_object,
 )
+from flash_stu.locks import holding
 from flash_stu.reading import DamagedError, describe
 
 

@@ -5,6 +5,7 @@ import os
 import stat
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +72,15 @@ def read_object(path: Path) -> dict[str, Any]:
         DamagedError: if it is not what was written.
     """
     text = read_regular(path)
-    try:
-        content = without_checksum(json.loads(text))
-    except (ValueError, RecursionError):
-        content = None
-    if content is None:
-        raise DamagedError(f"{path} is damaged")
-    return content
+    with suppress(ValueError, RecursionError):
+        if (content := without_checksum(json.loads(text))) is not None:
+            return content
+    raise DamagedError(f"{path} is damaged")
 
 
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
     """Returns an object of JSON values with its checksum as entry "crc32"."""
-    return {**content, "crc32": digest(content)}
+    return {**content, "crc32": _digest(content)}
 
 
 def without_checksum(record: Any) -> dict[str, Any] | None:
@@ -91,7 +89,7 @@ def without_checksum(record: Any) -> dict[str, Any] | None:
         return None
     content = {key: value for key, value in record.items() if key != "crc32"}
     try:
-        return content if record.get("crc32") == digest(content) else None
+        return content if record.get("crc32") == _digest(content) else None
     except RecursionError:
         return None
 
@@ -103,13 +101,13 @@ def read_regular(path: Path) -> bytes:
         OSError: if it cannot be read.
         DamagedError: if it is something else.
     """
-    require_regular(path)
+    _require_regular(path)
     return path.read_bytes()
 
 
 def describe(path: Path) -> dict[str, int]:
     """Returns a file's size and checksum, {"bytes", "crc32"}."""
-    require_regular(path)
+    _require_regular(path)
     value = 0
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
@@ -145,12 +143,12 @@ def read_records(
     return records, unreadable
 
 
-def require_regular(path: Path) -> None:
+def _require_regular(path: Path) -> None:
     """Refuse what would not be read to an end, such as a named pipe."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise DamagedError(f"{path.name} is not a regular file")
 
 
-def digest(content: dict[str, Any]) -> int:
-    """The checksum of JSON values as they will be read: with strings as keys."""
+def _digest(content: dict[str, Any]) -> int:
+    """Returns the checksum of JSON values as they will be read: with strings as keys."""
     return zlib.crc32(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode())

@@ -25,9 +25,10 @@ from flash_stu.data import DataConfig, TokenDataset, load_tokenizer, prepare
 from flash_stu.errors import UserError, run_cli
 from flash_stu.evaluation import definitions
 from flash_stu.evaluation.definitions import write_embedded_data
-from flash_stu.files import MANIFEST, holding
+from flash_stu.files import MANIFEST
 from flash_stu.filters import spectral as filters
 from flash_stu.filters.spectral import spectral_filters
+from flash_stu.locks import holding
 from scripts import convert_checkpoint, fetch_eval_data, plot_run, prepare_data
 
 SIZES = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from flash_stu import files, reading
 from flash_stu.arguments import why_not_writable
 from flash_stu.errors import UserError, reason
+from flash_stu.locks import holding
 from flash_stu.training.checkpoint_export import export_checkpoint
 from flash_stu.training.metrics_file import read_metrics
 from flash_stu.training.run_config import RunConfig, changed_keys, load_config
@@ -112,7 +113,7 @@ class RunDirectory:
         missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         is_new = files.is_empty(self.path)
         try:
-            with files.holding(self.path, "output_dir"):
+            with holding(self.path, "output_dir"):
                 try:
                     self.check()
                     files.check_output(self.final, "model", _FINAL_LABEL)  # not after days of training
