@@ -2,10 +2,12 @@
 
 import sys
 import time
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Collection, Iterator
+from typing import Self, TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 LINE_EVERY = 30.0  # seconds
 
@@ -85,6 +87,14 @@ class Progress:
             self._said = time.monotonic()
             state = ", ".join(part for part in (self._share(), figures, self._time_left()) if part)
             print(f"{self.title}: {state}", file=sys.stderr, flush=True)
+
+    def over(self, items: Collection[T]) -> Iterator[T]:
+        """Yield items, each of them a unit of the work."""
+        with self:
+            self.start(len(items))
+            for item in items:
+                yield item
+                self.update(1)
 
     def say(self, text: str) -> None:
         """Print a line on stdout, above the bar if there is one."""

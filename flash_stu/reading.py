@@ -1,5 +1,6 @@
 """Files on disk, read with suspicion: sizes, encodings, checksums and damage of every kind."""
 
+import codecs
 import json
 import os
 import stat
@@ -10,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from flash_stu.errors import UserError, reason
-from flash_stu.utf8 import decode
 
 LARGEST_TEXT = 1 << 24  # bytes of a file of settings
 _READ_BYTES = 1 << 24
+_OTHER_MARKS = {  # the longer ones first: they begin alike
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 class DamagedError(ValueError):
@@ -152,3 +158,36 @@ def _require_regular(path: Path) -> None:
 def _digest(content: dict[str, Any]) -> int:
     """Returns the checksum of JSON values as they will be read: with strings as keys."""
     return zlib.crc32(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode())
+
+
+def check_utf8(beginning: bytes, where: str) -> None:
+    """Refuse the encodings that other systems write, by a file's first bytes.
+
+    Args:
+        beginning: four bytes, or as many as there are.
+        where: what the message calls the file.
+
+    Raises:
+        UserError: for UTF-16 and UTF-32, which are recognised by their mark or by the zeros beside ASCII characters.
+    """
+    found = next((name for mark, name in _OTHER_MARKS.items() if beginning.startswith(mark)), None)
+    if found is None and 0 in beginning[:2] and any(beginning[:2]):
+        found = "UTF-16"
+    if found is None and beginning.startswith(b"\0\0\0"):
+        found = "UTF-32"
+    if found is not None:
+        raise UserError(f"{where}: the text is {found}; allowed: UTF-8 (iconv -f {found} -t UTF-8 converts it)")
+
+
+def decode(data: bytes, where: str) -> str:
+    """Returns the text in the bytes of a file, without a byte order mark, its line ends as they are.
+
+    Raises:
+        UserError: if they are not UTF-8.
+    """
+    check_utf8(data[:4], where)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{where}: not UTF-8 text at byte {error.start}, in line {line}") from None

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from flash_stu.data.tokenizer import END_OF_TEXT
 from flash_stu.errors import UserError
-from flash_stu.utf8 import check_utf8
+from flash_stu.reading import check_utf8
 
 _KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "txt"}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}

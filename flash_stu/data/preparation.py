@@ -30,7 +30,7 @@ from flash_stu.data.sources import SPLITS, DataConfig, DataSource, Fragment, ope
 from flash_stu.data.tokenize import Part, PartCheckpoint, TokenizeProgress
 from flash_stu.data.tokenizer import Tokenizer, load_tokenizer
 from flash_stu.errors import UserError, writing
-from flash_stu.files import sweep, write_object
+from flash_stu.files import directories_above, sweep, write_object
 from flash_stu.locks import lock, unlock
 from flash_stu.reading import DamagedError, read_object
 
@@ -158,16 +158,12 @@ class Preparation:
 
         Waits if another process works on the same part.
         """
-        missing = [parent for parent in self._directory.parents if not parent.exists()]
         try:
             with writing(f"token shards in {self._directory}"), self._lock(f"part-{index:04d}"):
                 self._refuse_remains()
                 remaining = [] if _is_complete(self._directory) else self._tokenize(index, parts)
         except UserError:
             if not _is_complete(self._directory):  # as a process that our lock does not reach may have made it
-                with suppress(OSError):  # the first that is not empty ends it
-                    for parent in missing:
-                        parent.rmdir()
                 raise
             remaining = []
         if not remaining:
@@ -296,17 +292,17 @@ class Preparation:
     def _lock(self, name: str) -> Iterator[None]:
         """Hold a lock beside the entry; the one of a part gives the right to work on it."""
         path = self._directory.with_name(f".{self._directory.name}.{name}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = lock(path)
-        if descriptor is None:
-            if self._progress:
-                print(f"waiting for another process to write {self._directory}", file=sys.stderr)
-            descriptor = lock(path, wait=True)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            unlock(descriptor)
+        with directories_above(path):
+            descriptor = lock(path)
+            if descriptor is None:
+                if self._progress:
+                    print(f"waiting for another process to write {self._directory}", file=sys.stderr)
+                descriptor = lock(path, wait=True)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                unlock(descriptor)
 
 
 def _is_complete(directory: Path) -> bool:

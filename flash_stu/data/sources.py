@@ -27,8 +27,7 @@ from flash_stu.data.formats import list_row_groups, read_texts, text_column
 from flash_stu.data.local import find_files, looks_local
 from flash_stu.errors import UserError
 from flash_stu.network import HUB_TIMEOUT, ask_hub
-from flash_stu.paths import ExpandedPath
-from flash_stu.settings import Count, Section
+from flash_stu.settings import Count, ExpandedPath, Section
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -31,9 +31,8 @@ from flash_stu.data import embedded_corpus
 from flash_stu.errors import UserError, WriteError
 from flash_stu.evaluation.patches import quiet
 from flash_stu.files import write_text
-from flash_stu.paths import expand
 from flash_stu.reading import DamagedError, read_regular, read_text
-from flash_stu.settings import first_problem
+from flash_stu.settings import expand, first_problem
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 TASK_NAMES = tuple(sorted(path.stem for path in TASK_FOLDER.glob("*.yaml")))

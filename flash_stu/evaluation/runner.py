@@ -29,8 +29,7 @@ from flash_stu.evaluation.text import score_text
 from flash_stu.model.loading import check_tensors, load_model, load_model_tokenizer, read_model_config
 from flash_stu.model.weights import weight_files
 from flash_stu.progress import Progress
-from flash_stu.training.checkpoint_export import load_checkpoint
-from flash_stu.training.model_source import find_source, is_checkpoint
+from flash_stu.training.model_source import find_source, is_checkpoint, load_checkpoint
 
 _TIMEOUT = timedelta(days=1)  # a process waits for the slowest; torchrun ends all when one fails
 _PACKAGES = ("flash_stu", "lm_eval", "torch", "transformers", "datasets", "tokenizers")

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from flash_stu import files, reading
 from flash_stu.errors import UserError, writing
 from flash_stu.reading import DamagedError
+from flash_stu.settings import first_problem
 
 KIND = "checkpoint"
 STATE = "state.json"
@@ -66,9 +67,7 @@ def read_state(path: Path) -> RunState:
     try:
         state = RunState.model_validate_json((path / STATE).read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        key, problem = ".".join(map(str, first["loc"])), " ".join(first["msg"].split())
-        raise DamagedError(f"{STATE} is not a run state: {key and key + ': '}{problem}") from None
+        raise DamagedError(f"{STATE} is not a run state: {first_problem(error)}") from None
     if path.name != f"step-{state.step}":
         raise DamagedError(f"{STATE} is of step {state.step}")
     return state
@@ -115,13 +114,10 @@ def check_weights(path: Path, saved: dict[str, TensorStorageMetadata], expected:
     Raises:
         UserError: if they differ.
     """
-    for name in sorted(expected.keys() | {name for name in saved if name.startswith("model.")}):
-        if (
-            name not in saved
-            or name not in expected
-            or saved[name].size != expected[name].shape
-            or saved[name].properties.dtype != expected[name].dtype
-        ):
+    there = {name: (e.size, e.properties.dtype) for name, e in saved.items() if name.startswith("model.")}
+    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
+    for name in sorted(there.keys() | wanted.keys()):
+        if there.get(name) != wanted.get(name):
             raise UserError(f"the checkpoint {path} is another model's: they differ in {name}")
 
 
@@ -159,13 +155,7 @@ def complete(path: Path, state: RunState, written: dict[str, dict[str, int]]) ->
 
 
 def prune(folder: Path, keep: int, keep_every: int | None) -> None:
-    """Delete old checkpoints, except those with a file in them that this program did not write there.
-
-    Args:
-        folder: where they are.
-        keep: how many of the newest stay.
-        keep_every: those whose step is divisible by it stay too.
-    """
+    """Delete checkpoints but the newest `keep`, multiples of keep_every, and those with a file that is not ours."""
     for step in list_steps(folder)[:-keep]:
         if keep_every is None or step % keep_every:
             files.delete_directory(folder / f"step-{step}", KIND, contents=False)

@@ -85,8 +85,7 @@ class ValidationWindows:
     def try_forward(self, model: nn.Module, world: World) -> None:
         """Run one forward pass, so that a back end that cannot run here raises before anything is written."""
         model.eval()
-        batch, _ = next(self.batches(world))
-        token_loss(model, batch, world.device)
+        token_loss(model, next(self.batches(world))[0], world.device)
         free_gathered(model)
 
 

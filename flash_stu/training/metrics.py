@@ -5,27 +5,31 @@ import json
 import math
 import os
 import resource
+import shutil
 import statistics
 import sys
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import requests
 import torch
 
+from flash_stu import files, reading
 from flash_stu.errors import UserError, writing
 from flash_stu.network import is_reachable
 from flash_stu.progress import Progress
-from flash_stu.training.metrics_file import StepRecord, keep_lines_up_to, read_metrics
 from flash_stu.training.run_config import RunConfig
 
 if TYPE_CHECKING:
     import wandb
 
+# Differ between two equal runs; all else is the same to the last bit on a CPU.
+MEASURED = ("tokens_per_second", "mfu", "memory_gib", "data_wait", "time")
+_LARGEST = 1 << 63  # integers from here on are no values of ours, and too large for a float or a plot
 _SERVER = "https://api.wandb.ai"
 _INIT_SECONDS = 60
 _CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
@@ -34,12 +38,33 @@ _FEWEST = 20
 _SPIKE = 6.0  # standard deviations
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """The line of one optimizer step in metrics.jsonl.
+
+    Besides, there is one line per validation, {"step", "validation_loss" (nats per token),
+    "validation_bits_per_byte"}, and one per loss spike, {"step", "loss_spike" (the loss), "usual_loss" (the mean of the
+    100 before)}. Where tasks are run during training, {"step", "evaluation/<task>/<metric>", ...}.
+    """
+
+    step: int  # 1 for the first
+    loss: float  # nats per token; null in the file where it was not finite
+    learning_rate: float  # of this step
+    grad_norm: float  # before clipping; null in the file where it was not finite
+    skipped: int  # steps of the run so far that were left out because loss or gradient was not finite
+    tokens_per_second: float  # of all processes
+    mfu: float | None  # model FLOPs (flash_stu.training.flops) over the GPUs' peak; None where that is not known
+    memory_gib: float  # the most this process has held: of GPU memory, or resident on the CPU
+    data_wait: float  # seconds this process waited for its batch
+    time: float  # seconds of training so far
+
+
 class Metrics:
     """The log of a run, written by the main process alone; a context manager.
 
     Args:
         config: the run's.
-        folder: the run directory; see flash_stu.training.metrics_file for what is written there.
+        folder: the run directory; see `StepRecord` for what is written there.
         steps: length of the run.
         enabled: whether this is the main process.
     """
@@ -218,3 +243,45 @@ def start_wandb(config: RunConfig, folder: Path, run_id: str) -> "wandb.Run | No
     except (wandb.Error, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"wandb.mode is {mode!r}, but a run cannot be started: {reason}; or use 'disabled'") from None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a metrics.jsonl, each with its step; lines that hold none are left out.
+
+    There are none if there is no file.
+    """
+    return reading.read_records(path, _is_record)[0]
+
+
+def keep_lines_up_to(path: Path, step: int) -> None:
+    """Drop the records of later steps from a metrics.jsonl; of all, if step is 0.
+
+    A last line that was cut short is dropped. With any other unreadable line the file is kept as metrics.jsonl.damaged,
+    and a line says so.
+
+    Raises:
+        UserError: if that is not possible.
+    """
+    with writing(path):
+        records, unreadable = reading.read_records(path, _is_record)
+        if unreadable:
+            lines = path.read_bytes().split(b"\n")
+            if unreadable != [len(lines)]:
+                copy = files.damaged_name(path)
+                with files.replacing_file(copy) as temporary:
+                    shutil.copyfile(path, temporary)
+                print(f"{path}: {len(unreadable)} lines cannot be read; the file as it was is {copy.name}", flush=True)
+        kept = [json.dumps(record) + "\n" for record in records if 0 < step >= record["step"]]
+        files.write_text(path, "".join(kept))
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Returns whether something is a record of metrics.jsonl: a step, and numbers or null."""
+    step = record.get("step")
+    return type(step) is int and step >= 0 and all(map(_is_value, record.values()))
+
+
+def _is_value(value: object) -> bool:
+    if type(value) is int:
+        return abs(value) < _LARGEST
+    return value is None or (isinstance(value, float) and math.isfinite(value))

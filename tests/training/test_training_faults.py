@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from tiny_run import training_settings
 from toy_checkpoints import alter, truncate
 
-from flash_stu import files, orphans, reading
+from flash_stu import distributed, files, reading
 from flash_stu.errors import UserError
 from flash_stu.locks import holding
 from flash_stu.training import Trainer, join_world, load_config, metrics
 from flash_stu.training.checkpoint_folder import list_steps
-from flash_stu.training.metrics_file import MEASURED, read_metrics
+from flash_stu.training.metrics import MEASURED, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -680,10 +680,10 @@ def is_running(process: int) -> bool:
 
 def test_a_process_that_torchrun_did_not_start_is_not_watched(monkeypatch):
     started = []
-    monkeypatch.setattr(orphans.threading.Thread, "start", lambda thread: started.append(thread))
+    monkeypatch.setattr(distributed.threading.Thread, "start", lambda thread: started.append(thread))
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    orphans.end_with_launcher()
+    distributed.end_with_launcher()
     assert started == []
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    orphans.end_with_launcher()
+    distributed.end_with_launcher()
     assert len(started) == 1 and started[0].daemon
