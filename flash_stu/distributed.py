@@ -212,8 +212,7 @@ def _say(line: str) -> None:
 def launcher_store(prefix: str) -> Store:
     """Returns a new connection to the launcher's key-value store, so that no other use of it can block this one.
 
-    Args:
-        prefix: of all keys; a restart of the processes gets keys of its own.
+    All keys begin with the prefix; a restart of the processes gets keys of its own.
     """
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
     return PrefixStore(f"{prefix}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

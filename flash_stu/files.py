@@ -35,10 +35,7 @@ _NO_FLUSH = {errno.EINVAL, errno.ENOTSUP}  # from file systems that cannot flush
 
 @contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """Write a file whole or not at all; directories on the way are made.
-
-    Args:
-        path: its place. A file that is there stays until the new one is complete.
+    """Write a file whole or not at all; a file that is there stays until then. Directories on the way are made.
 
     Yields:
         a temporary path with the same name, to be written in the block.
@@ -138,15 +135,14 @@ def delete_directory(path: Path, kind: str, contents: bool = True) -> bool:
     Returns:
         whether it was deleted.
     """
-    try:
-        if path.is_symlink() or read_manifest(path)["kind"] != kind or foreign_files(path, contents):
-            return False
-    except (OSError, DamagedError):
-        return False
-    aside = _hidden_name(path, ".deleted")  # a half deleted directory must not look complete
-    os.rename(path, aside)
-    _delete(aside)
-    return True
+    ours = False
+    with suppress(OSError, DamagedError):
+        ours = not path.is_symlink() and read_manifest(path)["kind"] == kind and not foreign_files(path, contents)
+    if ours:
+        aside = _hidden_name(path, ".deleted")  # a half deleted directory must not look complete
+        os.rename(path, aside)
+        _delete(aside)
+    return ours
 
 
 def foreign_files(directory: Path, contents: bool = True) -> list[str]:
@@ -219,11 +215,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def verify(directory: Path, names: Iterable[str] | None = None) -> None:
-    """Compare the files of a directory with its manifest.
-
-    Args:
-        directory: where the manifest is.
-        names: which of its files; None for all.
+    """Compare the files of a directory with its manifest: all, or those of some names.
 
     Raises:
         OSError: if there is no manifest.
@@ -343,10 +335,9 @@ def manifest_of_output(path: Path, kind: str, label: str) -> dict[str, Any] | No
     with writing(f"{label} {path}"):
         place = _place(path)
         above = next((parent for parent in place.parents if parent.exists()), place)
-        if not above.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            number = errno.EACCES if above.is_dir() else errno.ENOTDIR
+            raise OSError(number, os.strerror(number))
         if not place.exists():
             return None
         if not place.is_dir():

@@ -25,13 +25,9 @@ def lock(path: Path, wait: Literal[False] = False) -> int | None: ...
 def lock(path: Path, wait: bool = False) -> int | None:
     """Lock a file, which is made if needed; whoever holds the lock may delete it.
 
-    Args:
-        path: the file.
-        wait: for the process that has the lock.
-
     Returns:
         a descriptor for `unlock`; the lock ends with this process, and its forks, at the latest. None if another
-        process has the lock.
+        process has the lock and is not to be waited for.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -43,16 +39,12 @@ def lock(path: Path, wait: bool = False) -> int | None:
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in _NO_LOCKS:
                 return descriptor
             os.close(descriptor)
-            raise
-        except BaseException:
-            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                return None
             raise
         os.close(descriptor)  # its last holder has deleted it
 

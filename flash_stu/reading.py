@@ -57,10 +57,9 @@ def read_json(path: str | Path, label: str = "", largest: int = LARGEST_TEXT) ->
         UserError: as `read_text`, or if it holds anything else.
     """
     named = f"{label} {path}".strip()
+    text = read_text(path, label, largest)
     try:
-        content = json.loads(read_text(path, label, largest))
-    except UserError:
-        raise
+        content = json.loads(text)
     except RecursionError:
         raise UserError(f"{named}: not valid JSON: nested too deep") from None
     except ValueError as error:
@@ -126,25 +125,18 @@ def read_records(
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Read a file with one JSON object per line, whatever has happened to it.
 
-    Args:
-        path: the file.
-        is_valid: whether an object is one that the file can hold.
-
     Returns:
         the valid objects, and the numbers (from 1 on) of the lines that are none; both empty if there is no file.
     """
     records, unreadable = [], []
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
+        record = None
+        with suppress(ValueError, RecursionError):
             record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
         if isinstance(record, dict) and is_valid(record):
             records.append(record)
-        else:
+        elif line.strip():
             unreadable.append(number)
     return records, unreadable
 
@@ -161,11 +153,7 @@ def _digest(content: dict[str, Any]) -> int:
 
 
 def check_utf8(beginning: bytes, where: str) -> None:
-    """Refuse the encodings that other systems write, by a file's first bytes.
-
-    Args:
-        beginning: four bytes, or as many as there are.
-        where: what the message calls the file.
+    """Refuse the encodings that other systems write, by a file's first four bytes.
 
     Raises:
         UserError: for UTF-16 and UTF-32, which are recognised by their mark or by the zeros beside ASCII characters.

@@ -188,9 +188,7 @@ def first_problem(error: ValidationError, root: str = "") -> str:
 def describe(error: ValidationError, root: type[Section] | None = None) -> str:
     """Returns one line for the first of pydantic's complaints: the key, its value and what is allowed.
 
-    Args:
-        error: pydantic's.
-        root: the settings that were validated; names similar to an unknown one are suggested if given.
+    Names similar to an unknown one are suggested if the settings that were validated are given.
     """
     first = error.errors()[0]
     if first["type"] == "extra_forbidden" and root is not None:

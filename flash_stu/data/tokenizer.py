@@ -271,16 +271,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
 @contextmanager
 def naming_documents(tokenizer: Tokenizer, texts: Sequence[str], source: str, first: int = 1) -> Iterator[None]:
-    """Turn a failure of a tokenizer library into one line that names the document.
+    """Turn any failure of a tokenizer in the block into one line that names the document.
 
     Args:
-        tokenizer: what fails in the block.
-        texts: the documents that it encodes there.
+        tokenizer: what fails.
+        texts: the documents that it encodes.
         source: where they are from.
         first: number of the first one.
-
-    Raises:
-        UserError: for any failure in the block.
     """
     try:
         yield

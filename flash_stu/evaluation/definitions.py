@@ -125,10 +125,7 @@ def official_index() -> dict:
 
 
 class Definitions:
-    """Tasks, groups and tags by name: the user's own, and below them the harness's.
-
-    Args:
-        include_path: the user's folder, or None.
+    """Tasks, groups and tags by name: the user's own, from a folder, and below them the harness's.
 
     Raises:
         UserError: for a definition that is not YAML, which the harness would pass over.
@@ -142,11 +139,7 @@ class Definitions:
                 self.own = TaskManager(include_path=str(include_path), include_defaults=False).task_index
 
     def require(self, name: str) -> None:
-        """Refuse an unknown name.
-
-        Raises:
-            UserError: with names that are close.
-        """
+        """Refuse an unknown name by a UserError with names that are close."""
         if name in TASK_NAMES or name in self.own or name in official_index():
             return
         known = [*TASK_NAMES, *suite_names(), *self.own, *official_index()]

@@ -45,14 +45,7 @@ class EvaluatedLM(_HFLM):
         batch_size: int | None = None,
         world: World | None = None,
     ) -> None:
-        """Wrap a model.
-
-        Args:
-            model: a causal language model, in eval mode.
-            tokenizer: its tokenizer.
-            batch_size: sequences in a forward pass at most; None for as many as a budget of tokens allows.
-            world: the processes that share the work.
-        """
+        """Wrap a causal language model in eval mode; without a batch_size a budget of tokens decides."""
         ours = isinstance(model, FlashSTUForCausalLM)
         self.trained_length = resolve_max_length(model.config, tokenizer)
         self.longest = None if ours and not model.config.uses_stu else self.trained_length

@@ -9,7 +9,7 @@ would be 6.6 GB. Batches hold sequences of similar length, as many as a budget o
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -65,16 +65,12 @@ class Counters:
     beyond_trained_length: int = 0  # longer requests that the model's state could take
 
 
+@dataclass
 class Budget:
-    """Tokens in a forward pass, padding included, and optionally sequences; less where a GPU's memory is too small.
+    """Tokens in a forward pass, padding included, and optionally sequences; less where a GPU's memory is too small."""
 
-    Attributes:
-        tokens: at most, unless a single sequence is longer.
-        rows: sequences at most; None for any number.
-    """
-
-    def __init__(self, tokens: int, rows: int | None = None) -> None:
-        self.tokens, self.rows = tokens, rows
+    tokens: int  # at most, unless a single sequence is longer
+    rows: int | None = None  # sequences at most; None for any number
 
     @classmethod
     def automatic(cls, device: torch.device, rows: int | None = None) -> "Budget":
@@ -98,35 +94,22 @@ class Budget:
         while start < len(items):
             widest = max(1, weight(items[start]))
             count = max(1, min(len(items) - start, self.tokens // widest, self.rows or len(items)))
-            if self._fits(function, items[start : start + count]):
+            with suppress(torch.OutOfMemoryError):
+                function(items[start : start + count])
                 start += count
-            elif count == 1:
+                continue
+            torch.cuda.empty_cache()  # here, where no traceback holds on to tensors any more
+            if count == 1:
                 raise UserError(f"the GPU's memory does not hold one sequence of {widest} tokens")
-            else:
-                self.tokens = max(1, min(self.tokens, count * widest) // 2)
-
-    @staticmethod
-    def _fits(function: Callable, batch: Sequence) -> bool:
-        try:
-            function(batch)
-            return True
-        except torch.OutOfMemoryError:
-            pass
-        torch.cuda.empty_cache()  # here, where no traceback holds on to tensors any more
-        return False
+            self.tokens = max(1, min(self.tokens, count * widest) // 2)
 
 
 def split_windows(context: Sequence[int], continuation: Sequence[int], max_length: int | None) -> list[Window]:
     """Cut a request into windows that fit the model, each token of the continuation scored exactly once.
 
-    A continuation that fits is one window with as much of the context before it as fits. A longer one is cut
-    into disjoint stretches of max_length tokens, the last window reaching back as far as it can, as the
-    harness's rolling windows do.
-
-    Args:
-        context: at least one token id.
-        continuation: token ids to score.
-        max_length: the longest input, in tokens; None for no limit.
+    A continuation that fits is one window with as much of the context, at least one token, before it as fits. A longer
+    one is cut into disjoint stretches of max_length tokens (None for no limit), the last window reaching back as far as
+    it can, as the harness's rolling windows do.
     """
     stream = (*context, *continuation)
     longest = max_length or max(1, len(stream))
@@ -291,13 +274,10 @@ class _Run:
         """Run the model up to the vocabulary projection, where that projection is known to be all that follows.
 
         Other architectures may scale or cap their logits after the projection; they compute them themselves.
-
-        Args:
-            ids: (rows, width).
-            cache: states to carry on from, extended.
+        The cache's states are carried on from and extended.
 
         Returns:
-            states (rows, width, channels), and the function from states to logits.
+            states (rows, width, channels) of ids (rows, width), and the function from states to logits.
         """
         ids = ids.to(self.model.device)
         if not isinstance(self.model, FlashSTUForCausalLM):
@@ -321,12 +301,8 @@ def _project(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the log-probability of every entry's target and whether it is the likeliest token.
 
-    Args:
-        states: (positions, channels).
-        head: from states to logits, applied to some positions at a time.
-        vocab_size: of the logits.
-        entry_position: per entry, its position.
-        targets: per entry, its token.
+    The head takes states (positions, channels) to logits, some positions at a time; an entry has a position and a
+    target.
     """
     log_probs = torch.empty(len(targets), device=states.device)
     greedy = torch.empty(len(targets), dtype=torch.bool, device=states.device)

@@ -46,7 +46,7 @@ def score_text(
     length = length or 2 * lm.trained_length
     if lm.longest is not None:
         length = min(length, lm.longest)
-    windows, share, num_bytes = [], 1.0, 0
+    share, num_bytes = 1.0, 0
     stream, total = [lm.prefix_token_id], 0
     wanted = math.inf if limit is None else limit * length
     for ids, size in _documents(lm, path, column):
@@ -58,9 +58,8 @@ def score_text(
     if not total:
         raise UserError(f"text {path} holds no text")
     stream = stream[: int(min(wanted, total)) + 1]
-    for start in range(0, len(stream) - 1, length):
-        piece = stream[start : start + length + 1]
-        windows.append(Window(tuple(piece[:-1]), tuple(piece[1:])))
+    pieces = [stream[start : start + length + 1] for start in range(0, len(stream) - 1, length)]
+    windows = [Window(tuple(piece[:-1]), tuple(piece[1:])) for piece in pieces]
     scores = lm.score(windows)
 
     tokens = len(stream) - 1

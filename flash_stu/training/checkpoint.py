@@ -96,10 +96,7 @@ class Checkpointer:
             self._thread.shutdown()
 
     def save(self, state: RunState) -> None:
-        """Begin to write the checkpoint of a step; returns when everything is copied.
-
-        Args:
-            state: the run's. A checkpoint of the same step is replaced.
+        """Begin to write the checkpoint of a step, replacing one that is there; returns when everything is copied.
 
         Raises:
             UserError: if the checkpoint before could not be written; those before that one are intact.

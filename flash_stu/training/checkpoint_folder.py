@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -139,12 +139,9 @@ def begin(folder: Path, step: int, stack: ExitStack, report: Callable[[str], Non
 
 
 def complete(path: Path, state: RunState, written: dict[str, dict[str, int]]) -> None:
-    """Write the run state and the manifest.
+    """Write the run state and the manifest into what `begin` returned.
 
-    Args:
-        path: what `begin` returned.
-        state: the run's.
-        written: `reading.describe` of each file of tensors by its name; they are on disk already.
+    The files of tensors, which `written` describes (`reading.describe`) by their names, are on disk already.
 
     Raises:
         OSError: if that is not possible, or a file that another process wrote is not here.
@@ -170,8 +167,6 @@ def _manifest(path: Path) -> dict[str, dict[str, int]]:
 
 def _has_parts(path: Path) -> bool:
     """Returns whether a directory has some file of a checkpoint; True if it cannot be read."""
-    try:
-        names = os.listdir(path)
-    except OSError:
-        return True
-    return any(name in (files.MANIFEST, STATE) or name.endswith(".safetensors") for name in names)
+    with suppress(OSError):
+        return any(name in (files.MANIFEST, STATE) or name.endswith(".safetensors") for name in os.listdir(path))
+    return True

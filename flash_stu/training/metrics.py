@@ -60,14 +60,7 @@ class StepRecord:
 
 
 class Metrics:
-    """The log of a run, written by the main process alone; a context manager.
-
-    Args:
-        config: the run's.
-        folder: the run directory; see `StepRecord` for what is written there.
-        steps: length of the run.
-        enabled: whether this is the main process.
-    """
+    """The log of a run, in its directory, written by the main process alone; a context manager."""
 
     def __init__(self, config: RunConfig, folder: Path, steps: int, enabled: bool) -> None:
         self.config, self.path = config, folder / "metrics.jsonl"
@@ -79,14 +72,10 @@ class Metrics:
         self.failure: OSError | None = None  # of the first line that could not be written; all later ones are dropped
 
     def open(self, start: int, run_id: str) -> None:
-        """Open the log on the main process.
-
-        Args:
-            start: steps done before; later lines, of steps that are trained again, are dropped.
-            run_id: wandb's name for the run, the same after a restart.
+        """Open the log on the main process; lines after step `start`, which are trained again, are dropped.
 
         Raises:
-            UserError: if it cannot be written, or wandb does not start.
+            UserError: if it cannot be written, or wandb, whose name for the run is run_id, does not start.
         """
         keep_lines_up_to(self.path, start)
         self.spikes = SpikeDetector(record["loss"] for record in read_metrics(self.path) if "loss" in record)
@@ -163,21 +152,13 @@ class Metrics:
 
 
 class SpikeDetector:
-    """Notices losses far above those of the last 100 steps: more than 6 standard deviations.
-
-    Args:
-        losses: of the steps so far.
-    """
+    """Notices losses far above those of the last 100 steps: more than 6 standard deviations."""
 
     def __init__(self, losses: Iterable[float | None] = ()) -> None:
         self.recent = deque((loss for loss in losses if loss is not None), maxlen=_WINDOW)
 
     def check(self, loss: float) -> float | None:
-        """Take in the next step's loss.
-
-        Returns:
-            the usual loss, the mean of the last 100, if this one is a spike.
-        """
+        """Take in the next step's loss; returns the usual one, the mean of the last 100, if this one is a spike."""
         if not math.isfinite(loss):
             return None
         usual = None
@@ -246,10 +227,7 @@ def start_wandb(config: RunConfig, folder: Path, run_id: str) -> "wandb.Run | No
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a metrics.jsonl, each with its step; lines that hold none are left out.
-
-    There are none if there is no file.
-    """
+    """Returns the records of a metrics.jsonl, each with its step, if there is one; other lines are left out."""
     return reading.read_records(path, _is_record)[0]
 
 
@@ -264,13 +242,11 @@ def keep_lines_up_to(path: Path, step: int) -> None:
     """
     with writing(path):
         records, unreadable = reading.read_records(path, _is_record)
-        if unreadable:
-            lines = path.read_bytes().split(b"\n")
-            if unreadable != [len(lines)]:
-                copy = files.damaged_name(path)
-                with files.replacing_file(copy) as temporary:
-                    shutil.copyfile(path, temporary)
-                print(f"{path}: {len(unreadable)} lines cannot be read; the file as it was is {copy.name}", flush=True)
+        if unreadable and unreadable != [len(path.read_bytes().split(b"\n"))]:
+            copy = files.damaged_name(path)
+            with files.replacing_file(copy) as temporary:
+                shutil.copyfile(path, temporary)
+            print(f"{path}: {len(unreadable)} lines cannot be read; the file as it was is {copy.name}", flush=True)
         kept = [json.dumps(record) + "\n" for record in records if 0 < step >= record["step"]]
         files.write_text(path, "".join(kept))
 

@@ -131,10 +131,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 def export_checkpoint(path: str | Path, output: str | Path, label: str = "--output") -> None:
     """Write the model of a checkpoint and its tokenizer as a transformers directory, whole or not at all.
 
-    Args:
-        path: see load_checkpoint.
-        output: replaced if it is a model directory that this program wrote.
-        label: what a message calls it.
+    A model directory that this program wrote is replaced.
 
     Raises:
         UserError: as load_checkpoint; if output is something else, or cannot be written.
