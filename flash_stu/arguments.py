@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flash_stu.errors import UserError, why_not_text
-from flash_stu.paths import expand
-from flash_stu.settings import LARGEST_COUNT, LARGEST_SEED, shown
+from flash_stu.settings import LARGEST_COUNT, LARGEST_SEED, expand, shown
 
 
 def integer(low: int = 1, high: int = LARGEST_COUNT) -> Callable[[str], int]:
@@ -65,34 +64,22 @@ def any_path(value: str) -> str:
 
 def input_file(value: str) -> str:
     """Returns the path of an existing, readable file."""
-    place = any_path(value)
-    if not os.path.isfile(place):
-        raise ArgumentTypeError(f"{place} {'is not a regular file' if os.path.exists(place) else 'does not exist'}")
-    return _readable(place)
+    return _readable(value, os.path.isfile, "a regular file")
 
 
 def input_directory(value: str) -> str:
     """Returns the path of an existing, readable directory."""
-    place = any_path(value)
-    if not os.path.isdir(place):
-        raise ArgumentTypeError(f"{place} {'is not a directory' if os.path.exists(place) else 'does not exist'}")
-    return _readable(place)
+    return _readable(value, os.path.isdir, "a directory")
 
 
 def output_directory(value: str) -> str:
     """Returns the path of a directory that exists or can be created."""
-    place = any_path(value)
-    if os.path.lexists(place) and not os.path.isdir(place):
-        raise ArgumentTypeError(f"{place} exists and is not a directory")
-    return _writable(place)
+    return _writable(value, os.path.isdir, "a directory")
 
 
 def output_file(value: str) -> str:
     """Returns the path of a file that exists or can be created."""
-    place = any_path(value)
-    if os.path.lexists(place) and not os.path.isfile(place):
-        raise ArgumentTypeError(f"{place} exists and is not a regular file")
-    return _writable(place)
+    return _writable(value, os.path.isfile, "a regular file")
 
 
 def why_not_writable(path: str | Path) -> str | None:
@@ -108,13 +95,19 @@ def why_not_writable(path: str | Path) -> str | None:
     return None
 
 
-def _readable(path: str) -> str:
+def _readable(value: str, is_kind: Callable[[str], bool], kind: str) -> str:
+    path = any_path(value)
+    if not is_kind(path):
+        raise ArgumentTypeError(f"{path} {f'is not {kind}' if os.path.exists(path) else 'does not exist'}")
     if not os.access(path, os.R_OK):
         raise ArgumentTypeError(f"{path} cannot be read: permission denied")
     return path
 
 
-def _writable(path: str) -> str:
+def _writable(value: str, is_kind: Callable[[str], bool], kind: str) -> str:
+    path = any_path(value)
+    if os.path.lexists(path) and not is_kind(path):
+        raise ArgumentTypeError(f"{path} exists and is not {kind}")
     if problem := why_not_writable(path):
         raise ArgumentTypeError(f"{path} cannot be written: {problem}")
     return path

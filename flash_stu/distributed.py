@@ -1,11 +1,13 @@
 """The processes that were started together: their ranks, how they meet, and what they exchange."""
 
 import os
+import select
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,10 +18,11 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright
 from torch.distributed.rendezvous import rendezvous
 
 from flash_stu.errors import UserError
-from flash_stu.orphans import end_with_launcher
 
 T = TypeVar("T")
 
+_PARENT = os.getppid()  # may die while the rest is imported
+_WATCH_SECONDS = 0.2  # between two looks at it
 _PAUSE = 1.0  # seconds
 CONNECT_SECONDS = 30  # for the store at MASTER_ADDR to answer
 MEET_SECONDS = 300  # for all processes to come: on many nodes their imports end minutes apart
@@ -177,11 +180,39 @@ def join(device: torch.device, backend: str, timeout: timedelta, group_of_one: b
         dist.destroy_process_group()
 
 
+def end_with_launcher() -> None:
+    """End this process within a second, from a thread, when the torchrun that started it has died.
+
+    It would train on unsupervised. A process that torchrun did not start may outlive its shell.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with, args=(_PARENT,), name="orphans", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    sys.excepthook = threading.excepthook = lambda *_: None  # of communication with processes that have ended already
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        _say(f"error: torchrun (process {parent}) has died; the processes that it started end too")
+    time.sleep(2 * _WATCH_SECONDS)  # until all have noticed
+    os._exit(1)
+
+
+def _say(line: str) -> None:
+    """Write a line to stderr, unless that would block, as a full pipe that nobody reads does."""
+    if sys.__stderr__ is None:
+        return
+    with suppress(OSError, ValueError):
+        stderr = sys.__stderr__.fileno()
+        if select.select([], [stderr], [], 0)[1]:
+            os.write(stderr, f"{line}\n".encode())
+
+
 def launcher_store(prefix: str) -> Store:
     """Returns a new connection to the launcher's key-value store, so that no other use of it can block this one.
 
-    Args:
-        prefix: of all keys; a restart of the processes gets keys of its own.
+    All keys begin with the prefix; a restart of the processes gets keys of its own.
     """
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
     return PrefixStore(f"{prefix}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -22,12 +22,7 @@ class UserError(ValueError):
 
 
 class WriteError(UserError):
-    """A file or directory cannot be written.
-
-    Args:
-        path: which, as a message calls it.
-        cause: why, in one line.
-    """
+    """A file or directory, by the name that a message gives it, cannot be written; the cause is one line."""
 
     def __init__(self, path: str | Path, cause: str) -> None:
         super().__init__(path, cause)
@@ -133,6 +128,8 @@ def writing(path: str | Path) -> Iterator[None]:
     Raises:
         WriteError: for an OSError or an error of safetensors or tokenizers in the block.
     """
+    if "\0" in str(path):
+        raise WriteError(path, "a path holds no NUL characters")
     try:
         yield
     except Exception as error:

@@ -22,11 +22,7 @@ def check_figure_path(path: str | Path, label: str = "figure") -> None:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure to an image file; directories on the way are made.
-
-    Args:
-        figure: what to draw.
-        path: its ending chooses the format.
+    """Write a figure to an image file, whose ending chooses the format; directories on the way are made.
 
     Raises:
         UserError: if it names no format, or the file cannot be written; nothing is left behind.

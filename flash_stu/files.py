@@ -5,7 +5,8 @@ directory written here holds a manifest, .flash_stu.json: what kind of directory
 each of its files. The manifest decides two things: whether the directory is intact, and whether it holds anything that
 this program did not write, in which case it is never replaced or deleted.
 
-A directory is written at once (`replacing_directory`); flash_stu.growing has those that grow by files.
+A directory is written at once (`replacing_directory`); flash_stu.growing has those that grow by files, and
+flash_stu.locks holds them against other processes.
 """
 
 import errno
@@ -15,7 +16,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from flash_stu.errors import UserError, reason, writing
-from flash_stu.locks import lock, unlock
 from flash_stu.reading import DamagedError, describe, read_object, with_checksum
 
 MANIFEST = ".flash_stu.json"
@@ -31,16 +30,12 @@ LOCK = ".lock"
 FORMAT = 1
 _NAME_BYTES = 200  # of the readable part of a temporary name; file systems refuse names of more than 255
 _HIDDEN = re.compile(r"\.(.*)\.flash_stu-[0-9a-f]{8}\.(tmp|old|deleted)", re.DOTALL)
-_LOCK_TEXT = re.compile(rb"process \d+ on host .*\n|\0*", re.DOTALL)  # empty or zeros: after a kill or power failure
 _NO_FLUSH = {errno.EINVAL, errno.ENOTSUP}  # from file systems that cannot flush a directory
 
 
 @contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """Write a file whole or not at all; directories on the way are made.
-
-    Args:
-        path: its place. A file that is there stays until the new one is complete.
+    """Write a file whole or not at all; a file that is there stays until then. Directories on the way are made.
 
     Yields:
         a temporary path with the same name, to be written in the block.
@@ -98,15 +93,11 @@ def replacing_directory(path: str | Path, kind: str, label: str = "output") -> I
             if not (temporary / MANIFEST).exists():
                 seal(temporary, kind)
             check_output(path, kind, label)
-            replace_directory(temporary, place)
+            _replace_directory(temporary, place)
 
 
-def replace_directory(temporary: Path, place: Path) -> None:
-    """Give a complete directory its final name; what has that name is moved aside first and then deleted.
-
-    Raises:
-        OSError: if that is not possible; the old directory is then back in its place.
-    """
+def _replace_directory(temporary: Path, place: Path) -> None:
+    """Give a complete directory its final name; what has that name is moved aside first and then deleted."""
     aside = _hidden_name(place, ".old")
     exists = place.exists() and any(place.iterdir())  # an empty one is replaced by the renaming
     if exists:
@@ -134,7 +125,7 @@ def check_output(path: str | Path, kind: str, label: str = "output") -> None:
 
 
 def delete_directory(path: Path, kind: str, contents: bool = True) -> bool:
-    """Delete a directory that this program wrote, with everything in it; one with other files in it stays.
+    """Delete a directory of a kind that this program wrote, with everything in it; one with other files in it stays.
 
     Args:
         path: the directory.
@@ -144,39 +135,26 @@ def delete_directory(path: Path, kind: str, contents: bool = True) -> bool:
     Returns:
         whether it was deleted.
     """
-    try:
-        if path.is_symlink() or read_manifest(path)["kind"] != kind or foreign_files(path, contents):
-            return False
-    except (OSError, DamagedError):
-        return False
-    aside = _hidden_name(path, ".deleted")  # a half deleted directory must not look complete
-    os.rename(path, aside)
-    _delete(aside)
-    return True
+    ours = False
+    with suppress(OSError, DamagedError):
+        ours = not path.is_symlink() and read_manifest(path)["kind"] == kind and not foreign_files(path, contents)
+    if ours:
+        aside = _hidden_name(path, ".deleted")  # a half deleted directory must not look complete
+        os.rename(path, aside)
+        _delete(aside)
+    return ours
 
 
 def foreign_files(directory: Path, contents: bool = True) -> list[str]:
-    """Returns the files of a directory that are not those its manifest names; sorted.
-
-    Args:
-        directory: where the manifest is.
-        contents: compare checksums, not only sizes.
+    """Returns the files of a directory that are not as its manifest says, in checksum or only in size; sorted.
 
     Raises:
         OSError, DamagedError: if it has no intact manifest, or cannot be read in full.
     """
 
-    def fail(error: OSError) -> None:
-        raise error
-
-    manifest, foreign = read_manifest(directory), []
-    for folder, directories, names in os.walk(directory, onerror=fail):
-        links = [name for name in directories if os.path.islink(os.path.join(folder, name))]
-        for path in (Path(folder, name) for name in names + links):
-            name = path.relative_to(directory).as_posix()
-            if name != MANIFEST and not is_ours(directory, name, manifest, contents):
-                foreign.append(name)
-    return sorted(foreign)
+    manifest = read_manifest(directory)
+    names = _names_in(directory)
+    return [name for name in names if name != MANIFEST and not is_ours(directory, name, manifest, contents)]
 
 
 def is_empty(directory: Path) -> bool:
@@ -185,11 +163,7 @@ def is_empty(directory: Path) -> bool:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename something damaged, so that a person can look at it.
-
-    Returns:
-        its new path, see `damaged_name`.
-    """
+    """Rename something damaged, so that a person can look at it; returns its new path, see `damaged_name`."""
     aside = damaged_name(path)
     os.rename(path, aside)
     return aside
@@ -241,11 +215,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def verify(directory: Path, names: Iterable[str] | None = None) -> None:
-    """Compare the files of a directory with its manifest.
-
-    Args:
-        directory: where the manifest is.
-        names: which of its files; None for all.
+    """Compare the files of a directory with its manifest: all, or those of some names.
 
     Raises:
         OSError: if there is no manifest.
@@ -261,45 +231,6 @@ def verify(directory: Path, names: Iterable[str] | None = None) -> None:
             raise DamagedError(f"{name} has {found['bytes']} bytes instead of {files[name]['bytes']}")
         if found != files[name]:
             raise DamagedError(f"{name} was altered: its checksum differs")
-
-
-@contextmanager
-def holding(directory: Path, label: str) -> Iterator[None]:
-    """Hold a directory against other processes; the operating system lets go when this one dies, however it does.
-
-    A file system without locks (ENOSYS, ENOLCK) holds nobody off.
-
-    Args:
-        directory: made if needed, and removed again if the block fails and leaves nothing in it. Its .lock, there as
-            long as it is held, names who has it.
-        label: what a message calls the directory.
-
-    Raises:
-        UserError: if another process holds it, naming its host and process, or the lock cannot be made.
-    """
-    path, made, descriptor = Path(directory) / LOCK, [], None
-    try:
-        with writing(f"{label} {directory}"):
-            _check_path(path)
-            made = _make_directories(path)
-            descriptor = lock(path)
-            if descriptor is None:
-                raise UserError(f"{label} {directory} is in use by {_holder(path)}")
-            if not _LOCK_TEXT.fullmatch(os.pread(descriptor, _NAME_BYTES * 2, 0)):
-                unlock(descriptor)
-                descriptor = None
-                raise UserError(f"{label} {directory} holds {LOCK}, which this program did not write; move it away")
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
-        yield
-        made = []
-    finally:
-        if descriptor is not None:
-            with suppress(OSError):
-                path.unlink()
-        _remove_empty(made)
-        if descriptor is not None:
-            unlock(descriptor)
 
 
 def flush(path: Path) -> None:
@@ -339,18 +270,16 @@ def _sweep(hidden: Path, path: Path) -> None:
                 os.close(descriptor)
     elif hidden.suffix in (".old", ".deleted"):
         _remove_empty([hidden])  # all but deleted
-        if (hidden / MANIFEST).is_file():
-            if hidden.suffix == ".deleted" or path.exists():
-                _delete(hidden)
-            else:
-                os.rename(hidden, path)
+        if hidden.suffix == ".old" and not path.exists() and (hidden / MANIFEST).is_file():
+            os.rename(hidden, path)
+        else:
+            _delete(hidden)
 
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """A hidden directory beside a path, locked while it is in use, removed at the end."""
-    made = _make_directories(path)
-    try:
+    with directories_above(path):
         sweep(path)
         temporary, descriptor = _locked_directory(path)
         try:
@@ -358,9 +287,6 @@ def temporary_beside(path: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             os.close(descriptor)
-        made = []
-    finally:
-        _remove_empty(made)
 
 
 def _locked_directory(path: Path) -> tuple[Path, int]:
@@ -376,13 +302,18 @@ def _locked_directory(path: Path) -> tuple[Path, int]:
             os.close(descriptor)
 
 
-def _make_directories(path: Path) -> list[Path]:
-    """Make the directories above a path; returns those that were missing, the innermost first."""
+@contextmanager
+def directories_above(path: Path) -> Iterator[None]:
+    """Make the directories above a path; those that were missing go again if the block fails and leaves them empty."""
     made = [parent for parent in path.parents if not parent.exists()]
     if path.parent.exists() and not path.parent.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     path.parent.mkdir(parents=True, exist_ok=True)
-    return made
+    try:
+        yield
+    except BaseException:
+        _remove_empty(made)
+        raise
 
 
 def _remove_empty(directories: Iterable[Path]) -> None:
@@ -391,26 +322,12 @@ def _remove_empty(directories: Iterable[Path]) -> None:
             directory.rmdir()
 
 
-def _holder(path: Path) -> str:
-    """Whom a lock file names."""
-    text = ""
-    with suppress(OSError):
-        text = " ".join(path.read_text(encoding="utf-8", errors="replace").split())
-    return text or "another process"
-
-
 def _place(path: Path) -> Path:
     """Returns where a path leads, symbolic links followed."""
-    _check_path(path)
     try:
         return path.resolve()
     except RuntimeError:  # Python's word for it
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
-
-
-def _check_path(path: Path) -> None:
-    if "\0" in str(path):
-        raise OSError(errno.EINVAL, "a path holds no NUL characters")
 
 
 def manifest_of_output(path: Path, kind: str, label: str) -> dict[str, Any] | None:
@@ -418,10 +335,9 @@ def manifest_of_output(path: Path, kind: str, label: str) -> dict[str, Any] | No
     with writing(f"{label} {path}"):
         place = _place(path)
         above = next((parent for parent in place.parents if parent.exists()), place)
-        if not above.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            number = errno.EACCES if above.is_dir() else errno.ENOTDIR
+            raise OSError(number, os.strerror(number))
         if not place.exists():
             return None
         if not place.is_dir():
@@ -477,6 +393,19 @@ def _delete(directory: Path) -> None:
         if os.listdir(directory) == [MANIFEST]:
             (directory / MANIFEST).unlink()
             directory.rmdir()
+
+
+def _names_in(directory: Path) -> list[str]:
+    """Returns the sorted names of all files and links in a directory and those below it."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for folder, directories, names in os.walk(directory, onerror=fail):
+        links = [name for name in directories if os.path.islink(os.path.join(folder, name))]
+        found += [Path(folder, name).relative_to(directory).as_posix() for name in names + links]
+    return sorted(found)
 
 
 def _hidden_name(path: Path, suffix: str) -> Path:

@@ -13,21 +13,21 @@ from flash_stu.files import (
     changed_message,
     flush,
     flush_all,
-    holding,
     is_ours,
     manifest_of_output,
     read_manifest,
     temporary_beside,
     write_object,
 )
+from flash_stu.locks import holding
 from flash_stu.reading import DamagedError, describe
 
 
 def check_growing(path: str | Path, kind: str, label: str = "output", names: Iterable[str] = ()) -> None:
-    """Refuse a directory to which files cannot be added.
+    """Refuse a directory, which may be missing or empty, to which files of these names cannot be added.
 
     Args:
-        path: the directory; it may be missing or empty.
+        path: the directory.
         kind: what its manifest must call it.
         label: what a message calls the path.
         names: files that will be added.
@@ -78,10 +78,6 @@ def growing_directory(path: str | Path, kind: str, label: str = "output", names:
 @contextmanager
 def adding_files(path: str | Path, label: str = "output") -> Iterator[Path]:
     """Add files to a directory that is being held, or replace files added before, each whole or not at all.
-
-    Args:
-        path: see `growing_directory`.
-        label: what a message calls the path.
 
     Yields:
         an empty temporary directory, to be filled in the block with files as they will be called.

@@ -1,13 +1,21 @@
-"""Checks whether a server can be reached, once and within seconds, before libraries try for minutes."""
+"""Asks servers once and within seconds, before libraries try for minutes."""
 
 import functools
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 import huggingface_hub.constants
 import requests
+from huggingface_hub.errors import RepositoryNotFoundError
 
+from flash_stu.errors import UserError
+
+T = TypeVar("T")
+
+HUB_TIMEOUT = 10  # seconds to wait for the hub before reporting that it cannot be reached
 _SECONDS = 5
 
 
@@ -36,3 +44,18 @@ def spare_the_hub() -> None:
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     if "datasets" in sys.modules:  # which has taken a copy
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+
+
+def ask_hub(question: Callable[[], T], missing: str, unreachable: str, hint: str = "") -> T:
+    """Returns the hub's answer to a question about a repository.
+
+    Raises:
+        UserError: with the message for a repository that does not exist, or for a hub that cannot be asked.
+    """
+    spare_the_hub()
+    try:
+        return question()
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{missing}{hint}") from error
+    except Exception as error:  # the HTTP library's own errors differ between versions
+        raise UserError(f"{unreachable} ({type(error).__name__}){hint}") from error

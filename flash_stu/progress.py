@@ -2,10 +2,12 @@
 
 import sys
 import time
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Collection, Iterator
+from typing import Self, TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 LINE_EVERY = 30.0  # seconds
 
@@ -86,6 +88,14 @@ class Progress:
             state = ", ".join(part for part in (self._share(), figures, self._time_left()) if part)
             print(f"{self.title}: {state}", file=sys.stderr, flush=True)
 
+    def over(self, items: Collection[T]) -> Iterator[T]:
+        """Yield items, each of them a unit of the work."""
+        with self:
+            self.start(len(items))
+            for item in items:
+                yield item
+                self.update(1)
+
     def say(self, text: str) -> None:
         """Print a line on stdout, above the bar if there is one."""
         if self.bar is not None:
@@ -99,10 +109,10 @@ class Progress:
             self.bar.close()
             self.bar = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _share(self) -> str:

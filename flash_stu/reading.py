@@ -1,18 +1,25 @@
 """Files on disk, read with suspicion: sizes, encodings, checksums and damage of every kind."""
 
+import codecs
 import json
 import os
 import stat
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from flash_stu.errors import UserError, reason
-from flash_stu.utf8 import decode
 
 LARGEST_TEXT = 1 << 24  # bytes of a file of settings
 _READ_BYTES = 1 << 24
+_OTHER_MARKS = {  # the longer ones first: they begin alike
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 class DamagedError(ValueError):
@@ -50,10 +57,9 @@ def read_json(path: str | Path, label: str = "", largest: int = LARGEST_TEXT) ->
         UserError: as `read_text`, or if it holds anything else.
     """
     named = f"{label} {path}".strip()
+    text = read_text(path, label, largest)
     try:
-        content = json.loads(read_text(path, label, largest))
-    except UserError:
-        raise
+        content = json.loads(text)
     except RecursionError:
         raise UserError(f"{named}: not valid JSON: nested too deep") from None
     except ValueError as error:
@@ -71,18 +77,15 @@ def read_object(path: Path) -> dict[str, Any]:
         DamagedError: if it is not what was written.
     """
     text = read_regular(path)
-    try:
-        content = without_checksum(json.loads(text))
-    except (ValueError, RecursionError):
-        content = None
-    if content is None:
-        raise DamagedError(f"{path} is damaged")
-    return content
+    with suppress(ValueError, RecursionError):
+        if (content := without_checksum(json.loads(text))) is not None:
+            return content
+    raise DamagedError(f"{path} is damaged")
 
 
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
     """Returns an object of JSON values with its checksum as entry "crc32"."""
-    return {**content, "crc32": digest(content)}
+    return {**content, "crc32": _digest(content)}
 
 
 def without_checksum(record: Any) -> dict[str, Any] | None:
@@ -91,7 +94,7 @@ def without_checksum(record: Any) -> dict[str, Any] | None:
         return None
     content = {key: value for key, value in record.items() if key != "crc32"}
     try:
-        return content if record.get("crc32") == digest(content) else None
+        return content if record.get("crc32") == _digest(content) else None
     except RecursionError:
         return None
 
@@ -103,13 +106,13 @@ def read_regular(path: Path) -> bytes:
         OSError: if it cannot be read.
         DamagedError: if it is something else.
     """
-    require_regular(path)
+    _require_regular(path)
     return path.read_bytes()
 
 
 def describe(path: Path) -> dict[str, int]:
     """Returns a file's size and checksum, {"bytes", "crc32"}."""
-    require_regular(path)
+    _require_regular(path)
     value = 0
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
@@ -122,35 +125,57 @@ def read_records(
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Read a file with one JSON object per line, whatever has happened to it.
 
-    Args:
-        path: the file.
-        is_valid: whether an object is one that the file can hold.
-
     Returns:
         the valid objects, and the numbers (from 1 on) of the lines that are none; both empty if there is no file.
     """
     records, unreadable = [], []
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
+        record = None
+        with suppress(ValueError, RecursionError):
             record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
         if isinstance(record, dict) and is_valid(record):
             records.append(record)
-        else:
+        elif line.strip():
             unreadable.append(number)
     return records, unreadable
 
 
-def require_regular(path: Path) -> None:
+def _require_regular(path: Path) -> None:
     """Refuse what would not be read to an end, such as a named pipe."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise DamagedError(f"{path.name} is not a regular file")
 
 
-def digest(content: dict[str, Any]) -> int:
-    """The checksum of JSON values as they will be read: with strings as keys."""
+def _digest(content: dict[str, Any]) -> int:
+    """Returns the checksum of JSON values as they will be read: with strings as keys."""
     return zlib.crc32(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode())
+
+
+def check_utf8(beginning: bytes, where: str) -> None:
+    """Refuse the encodings that other systems write, by a file's first four bytes.
+
+    Raises:
+        UserError: for UTF-16 and UTF-32, which are recognised by their mark or by the zeros beside ASCII characters.
+    """
+    found = next((name for mark, name in _OTHER_MARKS.items() if beginning.startswith(mark)), None)
+    if found is None and 0 in beginning[:2] and any(beginning[:2]):
+        found = "UTF-16"
+    if found is None and beginning.startswith(b"\0\0\0"):
+        found = "UTF-32"
+    if found is not None:
+        raise UserError(f"{where}: the text is {found}; allowed: UTF-8 (iconv -f {found} -t UTF-8 converts it)")
+
+
+def decode(data: bytes, where: str) -> str:
+    """Returns the text in the bytes of a file, without a byte order mark, its line ends as they are.
+
+    Raises:
+        UserError: if they are not UTF-8.
+    """
+    check_utf8(data[:4], where)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{where}: not UTF-8 text at byte {error.start}, in line {line}") from None

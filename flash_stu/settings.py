@@ -1,6 +1,7 @@
 """Settings that a user writes: YAML read safely into typed, immutable sections; every error is one line."""
 
 import difflib
+import os
 import re
 import reprlib
 from collections.abc import Hashable
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from flash_stu.errors import UserError, why_not_text
 from flash_stu.reading import read_text
@@ -19,6 +20,21 @@ CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 LARGEST_SEED = 2**63 - 1
 _LONGEST_INTEGER = 1024  # bits; Python refuses to print much longer ones
 _LARGEST_DOCUMENT = 100_000  # nodes, aliases written out: a short file of nested aliases can stand for billions
+
+
+def expand(path: str) -> str:
+    """Returns a path with a leading `~` or `~user` replaced by that home directory.
+
+    Raises:
+        UserError: if there is no such home directory.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"{path}: there is no home directory {path.split('/')[0]}; write ./{path} for a name with ~")
+    return expanded
+
+
+ExpandedPath = Annotated[str, AfterValidator(expand)]
 
 
 class Section(BaseModel):
@@ -162,12 +178,17 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def first_problem(error: ValidationError, root: str = "") -> str:
+    """Returns the first of pydantic's complaints as "key: problem"; root stands for the key of the whole."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"])) or root
+    return " ".join(f"{key and key + ': '}{first['msg']}".split())
+
+
 def describe(error: ValidationError, root: type[Section] | None = None) -> str:
     """Returns one line for the first of pydantic's complaints: the key, its value and what is allowed.
 
-    Args:
-        error: pydantic's.
-        root: the settings that were validated; names similar to an unknown one are suggested if given.
+    Names similar to an unknown one are suggested if the settings that were validated are given.
     """
     first = error.errors()[0]
     if first["type"] == "extra_forbidden" and root is not None:

@@ -19,7 +19,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from flash_stu.training.checkpoint_export import export_checkpoint, find_checkpoint
+    from flash_stu.training.model_source import export_checkpoint, find_checkpoint
 
     path = find_checkpoint(arguments.run, arguments.step)
     export_checkpoint(path, arguments.output)

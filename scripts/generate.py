@@ -9,8 +9,7 @@ from argparse import Namespace
 
 from flash_stu.arguments import SEED, any_path, integer, number
 from flash_stu.errors import ArgumentParser, UserError, run_cli
-from flash_stu.reading import read_text
-from flash_stu.utf8 import decode
+from flash_stu.reading import decode, read_text
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

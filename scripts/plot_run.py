@@ -9,7 +9,7 @@ from matplotlib.ticker import EngFormatter
 from flash_stu.arguments import input_directory, output_file
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.figures import check_figure_path, save_figure
-from flash_stu.training.metrics_file import read_metrics
+from flash_stu.training.metrics import read_metrics
 from flash_stu.training.run_config import load_config
 
 _LARGEST = 1e300  # of a number that can be drawn

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from tabulate import tabulate
+
 from flash_stu.arguments import any_path
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 
@@ -89,8 +91,7 @@ def summary(run: Path, lds: Path, results: Path, bench: Path, lengths: tuple[int
     for length in lengths:
         medians = (statistics.median(rates[str(model)][length]) for model in (run, lds))
         rows.append([f"tokens/s after {length} tokens", *(f"{median:.0f}" for median in medians)])
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(f"{r[0]:{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}" for r in rows)
+    return tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=("left", "right", "right"))
 
 
 def _state_dim(lds: Path) -> int:

@@ -5,11 +5,11 @@ from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from flash_stu.model.layers import LDS, STU
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.modeling import FlashSTUForCausalLM
+from flash_stu.progress import Progress
 
 _LOGITS = 2**24  # held at once per model
 
@@ -32,15 +32,13 @@ def compare_models(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
     step = max(1, _LOGITS // original.config.vocab_size)
     largest = total = agree = error = size = 0.0
     losses = {"before": 0.0, "after": 0.0}
-    for window in tqdm(windows, desc="comparing", unit="window", leave=False, disable=None):
+    for window in Progress("comparing", "window", unit_scale=False, line_every=math.inf).over(windows):
         ids, targets = window[None, :-1].to(device), window[1:].to(device)
         hidden = [model.model(ids).last_hidden_state[0] for model in (original, distilled)]
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
-            before, after = (
-                original.lm_head(hidden[0][part]).float(),
-                distilled.lm_head(hidden[1][part]).float(),
-            )
+            before = original.lm_head(hidden[0][part]).float()
+            after = distilled.lm_head(hidden[1][part]).float()
             difference = (before - after).abs()
             spread = before - before.mean(dim=1, keepdim=True)  # a constant added to all logits changes no prediction
             size += float(spread.square().sum(dtype=torch.float64))
@@ -130,7 +128,8 @@ def _run_token_by_token(layer: LDS, x: torch.Tensor) -> torch.Tensor:
     context = SequenceContext()
     output, state = layer.prefill(x[:, :1], context)
     outputs = [output]
-    for t in tqdm(range(1, x.shape[1]), desc="running a layer token by token", leave=False, disable=None):
+    progress = Progress("running a layer token by token", unit_scale=False, line_every=math.inf)
+    for t in progress.over(range(1, x.shape[1])):
         output, state = layer.step(x[:, t : t + 1], context, state)
         outputs.append(output)
     return torch.cat(outputs, dim=1)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from tabulate import tabulate
 
 from flash_stu.devices import default_device
 from flash_stu.errors import UserError
@@ -117,29 +118,29 @@ def distill_directory(
 def summary(report: dict) -> str:
     """Returns the few lines of a report that a user looks for first."""
     fit, layers, comparison = report["fit"], report["layers"], report["comparison"]
-    lines = [
-        f"state dimension  {fit['state_dim']}, method {fit['method']}",
-        f"filters          mean squared error {fit['mse']:.2e}, largest error {fit['max_abs_error']:.2e}, "
+    rows = {
+        "state dimension": f"{fit['state_dim']}, method {fit['method']}",
+        "filters": f"mean squared error {fit['mse']:.2e}, largest error {fit['max_abs_error']:.2e}, "
         f"relative error in {fit['dtype']} {fit['run_time_error']:.1e}",
-    ]
+    }
     if comparison is not None:
         worst = max(entry["relative_difference"] for entry in layers["layers"])
         before, after = comparison["validation_loss_before"], comparison["validation_loss_after"]
         generation = report["generation"]
-        lines += [
-            f"layers           relative difference at most {worst:.2e} over {layers['length']} tokens, "
+        rows |= {
+            "layers": f"relative difference at most {worst:.2e} over {layers['length']} tokens, "
             f"{layers['recurrence_relative_difference']:.2e} token by token",
-            f"logits           relative difference {comparison['relative_logit_difference']:.2e}, largest "
+            "logits": f"relative difference {comparison['relative_logit_difference']:.2e}, largest "
             f"{comparison['max_abs_logit_difference']:.2e}, "
             f"same first choice at {comparison['argmax_agreement']:.2%} of tokens",
-            f"validation loss  {before:.6f} before, {after:.6f} after, in nats per token "
+            "validation loss": f"{before:.6f} before, {after:.6f} after, in nats per token "
             f"({comparison['tokens']} tokens)",
-            f"generation       {generation['identical']} of {generation['prompts']} continuations of "
+            "generation": f"{generation['identical']} of {generation['prompts']} continuations of "
             f"{generation['tokens']} tokens are identical",
-        ]
-    parts = (f"{value:.1f} s to {part}" for part, value in report["seconds"].items() if part != "text")
-    lines.append(f"time             {', '.join(parts)}")
-    return "\n".join(lines)
+        }
+    seconds = report["seconds"].items()
+    rows["time"] = ", ".join(f"{value:.1f} s to {part}" for part, value in seconds if part != "text")
+    return tabulate(rows.items(), tablefmt="plain", disable_numparse=True)
 
 
 def _sample(original: Original, text: str | None) -> ComparisonText:

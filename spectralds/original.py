@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 
 from flash_stu.data import Tokenizer, load_tokenizer
 from flash_stu.model.loading import load_model, load_model_tokenizer
-from flash_stu.training.checkpoint_export import load_checkpoint
-from flash_stu.training.model_source import is_checkpoint
+from flash_stu.training.model_source import is_checkpoint, load_checkpoint
 
 _TOKENIZER_FILES = (
     "tokenizer*",

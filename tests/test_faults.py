@@ -23,11 +23,12 @@ import evaluate as evaluate_py
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
 from flash_stu.data import DataConfig, TokenDataset, load_tokenizer, prepare
 from flash_stu.errors import UserError, run_cli
-from flash_stu.evaluation import embedded
-from flash_stu.evaluation.embedded import write_embedded_data
-from flash_stu.files import MANIFEST, holding
+from flash_stu.evaluation import definitions
+from flash_stu.evaluation.definitions import write_embedded_data
+from flash_stu.files import MANIFEST
 from flash_stu.filters import spectral as filters
 from flash_stu.filters.spectral import spectral_filters
+from flash_stu.locks import holding
 from scripts import convert_checkpoint, fetch_eval_data, plot_run, prepare_data
 
 SIZES = {
@@ -405,7 +406,7 @@ def test_damaged_data_of_the_embedded_tasks_are_written_anew(damage, tmp_path):
 
 def test_data_of_the_embedded_tasks_where_the_cache_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(embedded, "_scratch", lambda: str(tmp_path / "scratch"))
+    monkeypatch.setattr(definitions, "_scratch", lambda: str(tmp_path / "scratch"))
     folder = write_embedded_data(["a document"], tmp_path / "file")
     assert folder.is_relative_to(tmp_path / "scratch") and len(list(folder.rglob("*.jsonl"))) == 2
 

@@ -18,7 +18,6 @@ from flash_stu.files import (
     check_output,
     delete_directory,
     foreign_files,
-    holding,
     read_manifest,
     replacing_directory,
     replacing_file,
@@ -28,6 +27,7 @@ from flash_stu.files import (
     write_text,
 )
 from flash_stu.growing import adding_files, check_growing, growing_directory
+from flash_stu.locks import holding
 from flash_stu.reading import DamagedError, describe, read_object, read_records
 
 KIND = "thing"

@@ -9,7 +9,7 @@ import pytest
 from flash_stu import arguments
 from flash_stu.errors import UserError
 from flash_stu.evaluation.definitions import resolve_tasks
-from flash_stu.paths import expand
+from flash_stu.settings import expand
 from flash_stu.training import load_config
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from flash_stu.data.tokenizer import END_OF_TEXT
 from flash_stu.errors import UserError
-from flash_stu.utf8 import check_utf8
+from flash_stu.reading import check_utf8
 
 _KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "txt"}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
@@ -52,16 +52,12 @@ def list_row_groups(path: Path, column: str) -> list[tuple[int | None, int | Non
 
 
 def read_texts(path: Path, column: str, row_group: int | None = None) -> Iterator[str]:
-    """Read the documents of one file, or of one row group of it.
+    """Read the documents of one file, or of one row group of a parquet file.
 
     A parquet row, a line of a .jsonl or .json file, or an entry of the array in a .json file is a document; null ones
     are left out. A .txt file is one document, or several with a line <|endoftext|> between them. A byte order mark is
     removed, and lone surrogates, which JSON can carry and UTF-8 cannot, are replaced by U+FFFD.
-
-    Args:
-        path: the file.
-        column: parquet column or JSON key of the text.
-        row_group: the only row group to read of a parquet file.
+    The column is that of a parquet file, or the key in JSON, of the text.
 
     Raises:
         UserError: naming the file, and the line where there is one, if it is damaged, not UTF-8 or has no such column
@@ -78,12 +74,7 @@ def read_texts(path: Path, column: str, row_group: int | None = None) -> Iterato
 
 
 def text_column(schema: pa.Schema, column: str, where: str) -> int:
-    """Find the column that holds the text.
-
-    Args:
-        schema: of a table.
-        column: its name.
-        where: what the table belongs to, for the message.
+    """Returns the index of the column that holds the text.
 
     Raises:
         UserError: if there is no such column, or it does not hold text.

@@ -20,15 +20,11 @@ _HIDDEN, _BROKEN, _TWICE, _EMPTY = "hidden", "broken links", "reached twice", "e
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The files of each split as sorted (name within the dataset, path) pairs; validation may be empty.
-
-    Attributes:
-        left_out: reason: names of the files and folders that were found and are not read.
-    """
+    """The files of each split as sorted (name within the dataset, path) pairs; validation may be empty."""
 
     train: list[tuple[str, Path]]
     validation: list[tuple[str, Path]]
-    left_out: dict[str, list[str]]
+    left_out: dict[str, list[str]]  # by reason, the names of the files and folders that were found and are not read
 
     def summary(self) -> str:
         """Returns one line: the number of files read, and of those left out for each reason, with the first name."""
@@ -181,10 +177,9 @@ def _readable(found: list[tuple[str, Path]], left_out: dict[str, list[str]]) -> 
 
 
 def _first_time(path: Path, seen: set[tuple[int, int]]) -> bool:
-    identity = _identity(path.stat())
-    fresh = identity not in seen
-    seen.add(identity)
-    return fresh
+    before = len(seen)
+    seen.add(_identity(path.stat()))
+    return len(seen) > before
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
@@ -196,7 +191,6 @@ def _raise(error: OSError) -> None:
 
 
 def _split_name(name: str) -> str:
-    for part in name.lower().split("/"):
-        if match := _SPLIT_NAME.match(part):
-            return "validation" if match[1].startswith("val") else match[1]
-    return ""
+    matches = [match for part in name.lower().split("/") if (match := _SPLIT_NAME.match(part))]
+    found = matches[0][1] if matches else ""
+    return "validation" if found.startswith("val") else found

@@ -25,13 +25,12 @@ from pathlib import Path
 import platformdirs
 from pydantic import BaseModel, ValidationError
 
-from flash_stu.data.config import DataConfig
 from flash_stu.data.shards import FORMAT, MANIFEST, Shard, TokenDataset, write_manifest
-from flash_stu.data.sources import SPLITS, DataSource, Fragment, open_source
+from flash_stu.data.sources import SPLITS, DataConfig, DataSource, Fragment, open_source
 from flash_stu.data.tokenize import Part, PartCheckpoint, TokenizeProgress
 from flash_stu.data.tokenizer import Tokenizer, load_tokenizer
 from flash_stu.errors import UserError, writing
-from flash_stu.files import sweep, write_object
+from flash_stu.files import directories_above, sweep, write_object
 from flash_stu.locks import lock, unlock
 from flash_stu.reading import DamagedError, read_object
 
@@ -121,24 +120,19 @@ def _tokenize(
     if _is_complete(given):
         return given, []
     source = open_source(config)
-    directory = _cache_directory(config) / _entry_name(config, tokenizer, source)
+    directory = _entry(config, tokenizer, source)
     if _is_complete(directory):
         return directory, []
     return directory, Preparation(directory, source, tokenizer, progress).run(index, parts)
 
 
-def _entry_name(config: DataConfig, tokenizer: Tokenizer, source: DataSource) -> str:
-    """Returns the name of the cache entry: a readable beginning, and a hash of all that determines its tokens."""
+def _entry(config: DataConfig, tokenizer: Tokenizer, source: DataSource) -> Path:
+    """Returns the cache entry: its name is a readable beginning and a hash of all that determines its tokens."""
     key = json.dumps([FORMAT, _REVISION, tokenizer.fingerprint, source.identity()], sort_keys=True)
     words = f"{Path(config.dataset).name}-{tokenizer.spec.split(':')[-1].split('/')[-1]}"
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", words).strip("._")[:60]
-    return f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
-
-
-def _cache_directory(config: DataConfig) -> Path:
-    if config.cache_dir is not None:
-        return Path(config.cache_dir).absolute()
-    return Path(platformdirs.user_cache_dir("flash_stu")) / "tokens"
+    cache = config.cache_dir or Path(platformdirs.user_cache_dir("flash_stu"), "tokens")
+    return Path(cache).absolute() / f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
 
 
 class Plan(BaseModel):
@@ -149,14 +143,7 @@ class Plan(BaseModel):
 
 
 class Preparation:
-    """Makes a cache entry.
-
-    Args:
-        directory: the entry, an absolute path.
-        source: the dataset.
-        tokenizer: makes the tokens.
-        progress: report on stderr.
-    """
+    """Makes a cache entry; its directory is an absolute path."""
 
     def __init__(self, directory: Path, source: DataSource, tokenizer: Tokenizer, progress: bool) -> None:
         self._directory = directory
@@ -167,27 +154,16 @@ class Preparation:
         self._path = directory.with_name(f".{directory.name}.unfinished")
 
     def run(self, index: int, parts: int) -> list[int]:
-        """Do what is left of a part, and complete the entry if no part remains.
+        """Do what is left of a part, and complete the entry if no part remains; returns the parts that remain.
 
         Waits if another process works on the same part.
-
-        Returns:
-            the parts that remain.
-
-        Raises:
-            UserError: if another number of parts has been begun, the dataset cannot be read or divided into so
-                many, a split comes out empty, or tokens cannot be written.
         """
-        missing = [parent for parent in self._directory.parents if not parent.exists()]
         try:
             with writing(f"token shards in {self._directory}"), self._lock(f"part-{index:04d}"):
                 self._refuse_remains()
                 remaining = [] if _is_complete(self._directory) else self._tokenize(index, parts)
         except UserError:
             if not _is_complete(self._directory):  # as a process that our lock does not reach may have made it
-                with suppress(OSError):  # the first that is not empty ends it
-                    for parent in missing:
-                        parent.rmdir()
                 raise
             remaining = []
         if not remaining:
@@ -206,7 +182,7 @@ class Preparation:
         with self._lock("job"):
             if _is_complete(self._directory):
                 return []
-            checkpoints = self._checkpoints(plan)
+            checkpoints = self._checkpoints(plan.parts)
             checkpoints[index] = done  # a process that our lock does not reach may have replaced it by an older one
             unfinished = [number for number, each in enumerate(checkpoints) if not each.finished]
             if not unfinished:
@@ -222,7 +198,7 @@ class Preparation:
             except (DamagedError, ValidationError) as error:
                 raise UserError(f"{path} is damaged; delete {self._path} to start again") from error
             if len(plan.parts) != parts:
-                raise UserError(self._other_parts(plan, parts))
+                self._refuse_other_number(plan.parts, parts)
             self._source.commit = plan.commit
             return plan
         fragments = self._source.fragments()
@@ -236,12 +212,12 @@ class Preparation:
         write_object(path, plan.model_dump())
         return plan
 
-    def _other_parts(self, plan: Plan, parts: int) -> str:
-        done = [number for number, each in enumerate(self._checkpoints(plan), start=1) if each.finished]
-        option = f" --part i/{len(plan.parts)}" if len(plan.parts) > 1 else ""
-        return (
-            f"data.dataset {self._config.dataset!r} is being prepared in {len(plan.parts)} part(s), not {parts} "
-            f"(finished: {', '.join(map(str, done)) or 'none'}); resume with scripts/prepare_data.py{option}, "
+    def _refuse_other_number(self, begun: list[tuple[int, int]], parts: int) -> None:
+        done = [str(number) for number, each in enumerate(self._checkpoints(begun), start=1) if each.finished]
+        option = f" --part i/{len(begun)}" if len(begun) > 1 else ""
+        raise UserError(
+            f"data.dataset {self._config.dataset!r} is being prepared in {len(begun)} part(s), not {parts} "
+            f"(finished: {', '.join(done) or 'none'}); resume with scripts/prepare_data.py{option}, "
             f"or delete {self._path} to start again"
         )
 
@@ -264,11 +240,9 @@ class Preparation:
     def _finish(self, checkpoints: list[PartCheckpoint]) -> None:
         """Write the manifests over the shards of all parts, and move the tokens to the entry."""
         shards = {split: [shard for each in checkpoints for shard in each.shards[split]] for split in SPLITS}
-        try:
-            self._refuse_empty(shards)
-        except UserError:
+        if empty := self._find_empty(shards):
             self._discard()
-            raise
+            raise UserError(empty)
         for split in SPLITS:
             write_manifest(self._path / split, self._tokenizer, shards[split])
         try:
@@ -283,21 +257,20 @@ class Preparation:
         if self._progress:
             print(f"tokens are in {self._directory}", file=sys.stderr)
 
-    def _checkpoints(self, plan: Plan) -> list[PartCheckpoint]:
-        return [Part(self._path, index, fragments).checkpoint() for index, fragments in enumerate(plan.parts)]
+    def _checkpoints(self, parts: list[tuple[int, int]]) -> list[PartCheckpoint]:
+        return [Part(self._path, index, fragments).checkpoint() for index, fragments in enumerate(parts)]
 
-    def _refuse_empty(self, shards: dict[str, list[Shard]]) -> None:
+    def _find_empty(self, shards: dict[str, list[Shard]]) -> str | None:
+        """Returns a message on the split without documents; None if there is none."""
         counts = {split: sum(shard.num_documents for shard in shards[split]) for split in SPLITS}
-        dataset = self._config.dataset
-        if not sum(counts.values()):
-            raise UserError(f"data.dataset {dataset!r} is empty: it has no document with text in it")
-        for split, count in counts.items():
-            if not count:
-                raise UserError(
-                    f"data.dataset {dataset!r}: its {sum(counts.values())} document(s) leave the {split} split "
-                    f"empty; give it a file named {split}*, or change data.validation_fraction "
-                    f"({self._config.validation_fraction}) or data.max_documents"
-                )
+        name, total = f"data.dataset {self._config.dataset!r}", sum(counts.values())
+        if not total:
+            return f"{name} is empty: it has no document with text in it"
+        empty = next((split for split, count in counts.items() if not count), None)
+        return empty and (
+            f"{name}: its {total} document(s) leave the {empty} split empty; give it a file named {empty}*, or change "
+            f"data.validation_fraction ({self._config.validation_fraction}) or data.max_documents"
+        )
 
     def _refuse_remains(self) -> None:
         """Refuse an entry of which somebody has deleted some files; a split that is deleted whole is made again."""
@@ -308,10 +281,9 @@ class Preparation:
     def _discard(self) -> None:
         """Delete what has been written in the unfinished directory, and that unless something else is in it."""
         directories = [self._path / split for split in SPLITS]
-        tokens = [path for directory in directories for path in directory.glob("shard-*.bin")]
-        manifests = [directory / MANIFEST for directory in directories]
-        plan = self._path / "job.json"  # is deleted last: the others have a meaning only with it
-        _delete([*_checkpoint_files(self._path), *tokens, *manifests, plan])
+        tokens = [path for each in directories for path in (*each.glob("shard-*.bin"), each / MANIFEST)]
+        # the plan last: the others have a meaning only with it
+        _delete([*_checkpoint_files(self._path), *tokens, self._path / "job.json"])
         for directory in [*directories, self._path]:
             with suppress(OSError):
                 directory.rmdir()
@@ -320,17 +292,17 @@ class Preparation:
     def _lock(self, name: str) -> Iterator[None]:
         """Hold a lock beside the entry; the one of a part gives the right to work on it."""
         path = self._directory.with_name(f".{self._directory.name}.{name}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = lock(path)
-        if descriptor is None:
-            if self._progress:
-                print(f"waiting for another process to write {self._directory}", file=sys.stderr)
-            descriptor = lock(path, wait=True)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            unlock(descriptor)
+        with directories_above(path):
+            descriptor = lock(path)
+            if descriptor is None:
+                if self._progress:
+                    print(f"waiting for another process to write {self._directory}", file=sys.stderr)
+                descriptor = lock(path, wait=True)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                unlock(descriptor)
 
 
 def _is_complete(directory: Path) -> bool:

@@ -32,6 +32,7 @@ from flash_stu.data.tokenizer import Tokenizer
 from flash_stu.errors import UserError, WriteError, reason
 from flash_stu.files import write_text
 from flash_stu.reading import DamagedError, read_regular
+from flash_stu.settings import first_problem
 
 MANIFEST = "manifest.json"
 _VERIFIED = "verified.json"
@@ -59,7 +60,7 @@ class Shard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The content of a directory of shards."""
+    """The content of a directory of shards; the counts are the sums over them."""
 
     model_config = ConfigDict(strict=True)
 
@@ -233,6 +234,7 @@ class TokenDataset:
 
     def __init__(self, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
         self.directory = Path(directory)
+        self._remedy = f"delete {self.directory} to tokenise again"
         self.manifest = _read_manifest(self.directory)
         if tokenizer is not None:
             self._check_tokenizer(tokenizer)
@@ -320,31 +322,20 @@ class TokenDataset:
 
     def _verify_changed(self) -> None:
         """Check the checksums of the shards that have changed since their last check."""
-        record = self.directory / _VERIFIED
         verified = None
         with suppress(OSError, ValueError, RecursionError):
-            verified = json.loads(read_regular(record))
-        if not isinstance(verified, dict):
-            verified = {}
-        stamps = {shard.name: self._stamp(shard) for shard in self.manifest.shards}
-        changed = [shard for shard in self.manifest.shards if verified.get(shard.name) != stamps[shard.name]]
+            verified = json.loads(read_regular(self.directory / _VERIFIED))
+        paths = {self.directory / shard.name: shard.sha256 for shard in self.manifest.shards}
+        stamps = {path.name: _stamp(path, expected) for path, expected in paths.items()}
+        known = verified if isinstance(verified, dict) else {}
+        changed = [path for path in paths if known.get(path.name) != stamps[path.name]]
         if changed:
             with ThreadPoolExecutor() as pool:
-                digests = pool.map(lambda shard: _sha256(self.directory / shard.name), changed)
-                for shard, digest in zip(changed, digests, strict=True):
-                    if digest != shard.sha256:
-                        path = self.directory / shard.name
+                for path, digest in zip(changed, pool.map(_sha256, changed), strict=True):
+                    if digest != paths[path]:
                         raise UserError(f"token shard {path} is damaged (its checksum differs); {self._remedy}")
             with suppress(WriteError):  # a read-only directory: the next process checks again
-                write_text(record, json.dumps(stamps, indent=1))
-
-    def _stamp(self, shard: Shard) -> list[str | int]:
-        status = (self.directory / shard.name).stat()
-        return [shard.sha256, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-    @property
-    def _remedy(self) -> str:
-        return f"delete {self.directory} to tokenise again"
+                write_text(self.directory / _VERIFIED, json.dumps(stamps, indent=1))
 
 
 def _read_manifest(directory: Path) -> Manifest:
@@ -356,15 +347,16 @@ def _read_manifest(directory: Path) -> Manifest:
     except (OSError, DamagedError) as error:
         raise UserError(f"token shard manifest {path} cannot be read: {reason(error)}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        what = " ".join(f"{where + ': ' if where else ''}{first['msg']}".split())
-        raise UserError(
-            f"token shard manifest {path} is damaged ({what}); delete {directory} to tokenise again"
-        ) from error
+        remedy = f"delete {directory} to tokenise again"
+        raise UserError(f"token shard manifest {path} is damaged ({first_problem(error)}); {remedy}") from error
     if manifest.format != FORMAT:
         raise UserError(f"token shard manifest {path} has format {manifest.format}; this version reads {FORMAT}")
     return manifest
+
+
+def _stamp(path: Path, sha256: str) -> list[str | int]:
+    status = path.stat()
+    return [sha256, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _sha256(path: Path) -> str:

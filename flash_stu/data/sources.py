@@ -1,4 +1,4 @@
-"""Data sources: the documents of a dataset, and the split that each belongs to.
+"""The data section of a run config, and the documents of the dataset it names, each with the split it belongs to.
 
 A dataset is the embedded corpus, local files or a dataset on the Hugging Face hub, each a `DataSource`. It consists of
 fragments, which can be read independently of each other, so that machines can share the work and a stopped
@@ -21,13 +21,13 @@ from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, cast
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
+from pydantic import Field
 
-from flash_stu.data.config import DataConfig
 from flash_stu.data.formats import list_row_groups, read_texts, text_column
 from flash_stu.data.local import find_files, looks_local
 from flash_stu.errors import UserError
-from flash_stu.network import spare_the_hub
+from flash_stu.network import HUB_TIMEOUT, ask_hub
+from flash_stu.settings import Count, ExpandedPath, Section
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,33 +44,54 @@ _SKIPPED = {
     *("distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo"),
 }
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_HUB_TIMEOUT = 10  # seconds to wait for the hub before reporting that it cannot be reached
 _ROWS = 256  # rows of a hub dataset in memory at a time
+
+
+class DataConfig(Section):
+    """The text to train on, and how it becomes tokens."""
+
+    dataset: ExpandedPath = Field(
+        default="embedded",
+        description="embedded (the corpus inside every Python installation), a local .parquet, .jsonl, .json or .txt "
+        "file (the last three also compressed: .gz, .zst, .bz2), a directory or glob of such files, a directory of "
+        "token shards made earlier, or the name of a dataset on the Hugging Face hub",
+    )
+    subset: str | None = Field(default=None, description="configuration of a hub dataset, such as sample-10BT")
+    revision: str | None = Field(
+        default=None, description="commit or tag of a hub dataset; null: what is current when it is tokenised"
+    )
+    text_column: str = Field(default="text", description="column (parquet, hub) or key (jsonl) that holds the text")
+    tokenizer: ExpandedPath = Field(
+        default="bytes",
+        description="bytes, tiktoken:NAME such as tiktoken:o200k_base, or name or folder of a Hugging Face tokenizer",
+    )
+    cache_dir: ExpandedPath | None = Field(
+        default=None, description="where token shards are kept; null: the user's cache directory"
+    )
+    validation_fraction: float = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="share of the documents held out where the dataset has no validation split; of a single document, "
+        "the share of its text, at its end",
+    )
+    max_documents: Count | None = Field(
+        default=None, description="read at most this many documents of the training and of the validation files"
+    )
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Consecutive documents of a dataset that can be read without the others: a file, or a row group of one.
+    """Consecutive documents of a dataset that can be read without the others: a file, or a row group of one."""
 
-    Attributes:
-        name: what a message calls it.
-        split: "train" or "validation"; None if each document's hash decides.
-        read: starts reading; returns the documents as they are stored, the same every time.
-        num_bytes: estimated bytes of text, None if unknown.
-    """
-
-    name: str
-    split: str | None
-    read: Callable[[], Iterable[str]]
-    num_bytes: int | None = None
+    name: str  # in messages
+    split: str | None  # "train" or "validation"; None if each document's hash decides
+    read: Callable[[], Iterable[str]]  # starts reading; returns the documents as stored, the same every time
+    num_bytes: int | None = None  # of text, estimated; None if unknown
 
 
 class DataSource(ABC):
-    """A dataset that has been found and not been read.
-
-    Args:
-        config: names the dataset.
-    """
+    """A dataset that has been found and not been read."""
 
     summary: str | None = None
     """One line on the files that are read and those that are left out; None if there is no choice."""
@@ -121,10 +142,7 @@ def open_source(config: DataConfig) -> DataSource:
 def assign_splits(texts: Iterable[str], split: str | None, fraction: float) -> Iterator[tuple[str, str]]:
     """Returns the (split, document) pairs of the documents that are not blank.
 
-    Args:
-        texts: the documents as they are stored.
-        split: of all of them; None if each document's hash decides.
-        fraction: share of the documents held out where the hash decides.
+    The split is that of all of them; None if each document's hash decides, which holds out a fraction of them.
     """
     for text in texts:
         if text and not text.isspace():
@@ -137,10 +155,6 @@ def in_validation(document: str, fraction: float) -> bool:
     The answer depends on the document's text alone: equal documents fall on the same side, whatever the
     order, the number of files or the process that reads them, and a larger fraction keeps every document of a smaller
     one. The hash is not one in common use, because corpora are sorted, sampled and split by those.
-
-    Args:
-        document: the text.
-        fraction: expected share of documents held out, between 0 and 1.
     """
     text = document.encode(errors="surrogatepass")
     digest = hashlib.blake2b(text, digest_size=8, person=b"flash-stu split").digest()
@@ -245,16 +259,17 @@ class LocalSource(DataSource):
         }
 
     def _open(self) -> list[Fragment]:
-        held_out = bool(self._files.validation)
-        found = [each for _, path in self._files.train for each in self._of_file(path, "train" if held_out else None)]
-        found += [each for _, path in self._files.validation for each in self._of_file(path, "validation")]
-        return found if held_out else _cut_single_document(found, self.config.validation_fraction)
+        if not self._files.validation:
+            return _cut_single_document(self._of_files(self._files.train, None), self.config.validation_fraction)
+        return self._of_files(self._files.train, "train") + self._of_files(self._files.validation, "validation")
 
-    def _of_file(self, path: Path, split: str | None) -> Iterator[Fragment]:
-        column = self.config.text_column
-        for group, num_bytes in list_row_groups(path, column):
-            name = f"data file {path}" + ("" if group is None else f", row group {group}")
-            yield Fragment(name, split, partial(read_texts, path, column, group), num_bytes)
+    def _of_files(self, files: list[tuple[str, Path]], split: str | None) -> list[Fragment]:
+        found, column = [], self.config.text_column
+        for _, path in files:
+            for group, num_bytes in list_row_groups(path, column):
+                name = f"data file {path}" + ("" if group is None else f", row group {group}")
+                found.append(Fragment(name, split, partial(read_texts, path, column, group), num_bytes))
+        return found
 
 
 def _cut_single_document(fragments: list[Fragment], fraction: float) -> list[Fragment]:
@@ -292,19 +307,13 @@ class HubSource(DataSource):
         Raises:
             UserError: if there is no such dataset or the hub cannot be asked.
         """
-        name = self.config.dataset
-        spare_the_hub()
-        try:
-            return HfApi().dataset_info(name, revision=self.config.revision, timeout=_HUB_TIMEOUT).sha
-        except RepositoryNotFoundError as error:
-            raise UserError(
-                f"data.dataset {name!r}: no such file or directory, nor dataset on the Hugging Face hub"
-            ) from error
-        except Exception as error:  # the HTTP library's own errors differ between versions
-            raise UserError(
-                f"data.dataset {name!r}: no such file or directory, and the Hugging Face hub cannot be asked "
-                f"({type(error).__name__})"
-            ) from error
+        name, revision = self.config.dataset, self.config.revision
+        found = f"data.dataset {name!r}: no such file or directory"
+        return ask_hub(
+            lambda: HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT).sha,
+            f"{found}, nor dataset on the Hugging Face hub",
+            f"{found}, and the Hugging Face hub cannot be asked",
+        )
 
     def identity(self) -> dict[str, object]:
         return self.config.model_dump(exclude={"tokenizer", "cache_dir"})

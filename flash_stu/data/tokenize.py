@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -37,25 +37,15 @@ _AHEAD = 4  # batches in work for each thread
 _COMMIT_EVERY = 5.0  # seconds
 
 
-@dataclass(frozen=True)
-class TextBatch:
-    """Consecutive documents of one fragment as they are stored, and where the next document is.
+class TextBatch(NamedTuple):
+    """Consecutive documents of one fragment as they are stored, and where the next document is."""
 
-    Attributes:
-        name: the fragment's.
-        first: number of the first document in the fragment, from 1.
-        split: the fragment's.
-        texts: the documents.
-        next_fragment: the fragment of the next document.
-        next_document: how many documents of that come before it.
-    """
-
-    name: str
-    first: int
-    split: str | None
+    name: str  # of the fragment
+    first: int  # number of the first document in the fragment, from 1
+    split: str | None  # of the fragment
     texts: list[str]
     next_fragment: int
-    next_document: int
+    next_document: int  # how many documents of that fragment come before it
 
 
 class TokenBatch(NamedTuple):
@@ -82,8 +72,8 @@ class PartCheckpoint(BaseModel):
         return sum(shard.num_bytes for shards in self.shards.values() for shard in shards)
 
 
-class TokenizeProgress:
-    """Counts documents, bytes of text and tokens, and reports them on stderr; a context manager.
+class TokenizeProgress(Progress):
+    """Progress in bytes of text, with tokens and documents; a line on stderr when it is made and when all is done.
 
     Args:
         title: what is going on.
@@ -93,46 +83,34 @@ class TokenizeProgress:
         note: printed after the title at the beginning.
     """
 
-    def __init__(
-        self, title: str, num_bytes: int | None, enabled: bool, done: int = 0, note: str | None = None
-    ) -> None:
-        self._progress = Progress(title, "B", enabled=enabled)
-        self._expected, self._done, self._note = num_bytes, done, note
+    def __init__(self, title: str, num_bytes: int | None, enabled: bool, done: int, note: str | None) -> None:
+        super().__init__(title, "B", enabled=enabled)
         self._documents = self._bytes = self._tokens = 0
+        self._print("; ".join([f"{done / 1e6:.1f} MB are done"] * bool(done) + [note or ""] * bool(note)))
+        self.start(num_bytes, done)
 
-    def __enter__(self) -> "TokenizeProgress":
-        done = f"{self._done / 1e6:.1f} MB are done" if self._done else None
-        notes = "; ".join(note for note in (done, self._note) if note)
-        self._print(f": {notes}" if notes else "")
-        self._progress.start(self._expected, self._done)
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self._progress.close()
-        if kind is None:
-            self._print(f": {self._documents:,} documents, {self._figures()}")
-
-    def update(self, batch: TokenBatch) -> None:
-        """Add documents that have just been tokenized."""
+    def add(self, batch: TokenBatch) -> None:
+        """Count documents that have just been tokenized."""
         self._documents += batch.num_documents
         self._bytes += batch.num_bytes
         self._tokens += len(batch.ids)
-        on_terminal = self._progress.bar is not None
-        self._progress.update(batch.num_bytes, self._rate() if on_terminal else self._figures())
+        self.update(batch.num_bytes, self._figures() if self.bar is None else self._rate())
+
+    def finish(self) -> None:
+        """Report the whole."""
+        self.close()
+        self._print(f"{self._documents:,} documents, {self._figures()}")
 
     def _rate(self) -> str:
-        return f"{self._tokens / self._progress.seconds / 1e6:.2f}M tokens/s"
+        return f"{self._tokens / self.seconds / 1e6:.2f}M tokens/s"
 
     def _figures(self) -> str:
-        seconds = self._progress.seconds
-        return (
-            f"{self._bytes / 1e6:.1f} MB -> {self._tokens:,} tokens in {seconds:.1f} s "
-            f"({self._bytes / seconds / 1e6:.1f} MB/s, {self._rate()})"
-        )
+        speed = f"{self._bytes / self.seconds / 1e6:.1f} MB/s, {self._rate()}"
+        return f"{self._bytes / 1e6:.1f} MB -> {self._tokens:,} tokens in {self.seconds:.1f} s ({speed})"
 
     def _print(self, text: str) -> None:
-        if self._progress.enabled:
-            print(f"{self._progress.title}{text}", file=sys.stderr, flush=True)
+        if self.enabled:
+            print(f"{self.title}{': ' * bool(text)}{text}", file=sys.stderr, flush=True)
 
 
 class Part:
@@ -167,13 +145,7 @@ class Part:
     def tokenize(
         self, fragments: list[Fragment], tokenizer: Tokenizer, fraction: float, progress: TokenizeProgress
     ) -> PartCheckpoint:
-        """Tokenize what the checkpoint leaves of the part.
-
-        Args:
-            fragments: all of the dataset.
-            tokenizer: makes the tokens.
-            fraction: share of the documents held out where each document's hash decides.
-            progress: updated with every batch.
+        """Tokenize what the checkpoint leaves of the part, given all fragments of the dataset.
 
         Returns:
             the checkpoint of the finished part.
@@ -183,35 +155,31 @@ class Part:
             OSError: if tokens cannot be written.
         """
         start = self.checkpoint()
-        writers = self._writers(start, tokenizer)
-
-        def encode(batch: TextBatch) -> tuple[dict[str, TokenBatch], TextBatch]:
-            return encode_batch(batch, tokenizer, fraction), batch
+        writers = {}
+        for split in SPLITS:
+            (self._directory / split).mkdir(exist_ok=True)
+            known = start.shards[split]
+            try:
+                writers[split] = ShardWriter(self._directory / split, tokenizer, self._prefix, SHARD_TOKENS, known)
+            except UserError as error:
+                raise UserError(f"{error}; {self._remedy}") from error
 
         batches = text_batches(fragments[: self.last], start.fragment, start.document)
         last_commit = time.monotonic()
-        with closing(in_order(encode, batches, _num_threads())) as results:
-            for encoded, batch in results:
+        work = partial(encode_batch, tokenizer=tokenizer, fraction=fraction)
+        with closing(in_order(work, batches, _num_threads())) as results:
+            for batch, encoded in results:
                 for split, tokens in encoded.items():
                     writers[split].add(*tokens)
-                    progress.update(tokens)
+                    progress.add(tokens)
                 if time.monotonic() - last_commit >= _COMMIT_EVERY:
                     shards = {split: writer.commit() for split, writer in writers.items()}
                     self._commit(fragment=batch.next_fragment, document=batch.next_document, shards=shards)
                     last_commit = time.monotonic()
         shards = {split: writer.finish() for split, writer in writers.items()}
-        return self._commit(fragment=self.last, document=0, shards=shards, finished=True)
-
-    def _writers(self, start: PartCheckpoint, tokenizer: Tokenizer) -> dict[str, ShardWriter]:
-        writers = {}
-        for split in SPLITS:
-            directory = self._directory / split
-            directory.mkdir(exist_ok=True)
-            try:
-                writers[split] = ShardWriter(directory, tokenizer, self._prefix, SHARD_TOKENS, start.shards[split])
-            except UserError as error:
-                raise UserError(f"{error}; {self._remedy}") from error
-        return writers
+        checkpoint = self._commit(fragment=self.last, document=0, shards=shards, finished=True)
+        progress.finish()
+        return checkpoint
 
     @property
     def _remedy(self) -> str:
@@ -228,10 +196,7 @@ class Part:
 def text_batches(fragments: list[Fragment], fragment: int, document: int) -> Iterator[TextBatch]:
     """Cut the documents from one on into batches, each enough work for a thread; where depends on the text alone.
 
-    Args:
-        fragments: all that are read.
-        fragment: the first document's.
-        document: how many documents of that come before it.
+    The first one is after `document` documents of the fragment with that number.
     """
     for number in range(fragment, len(fragments)):
         name, split = fragments[number].name, fragments[number].split
@@ -264,22 +229,21 @@ def encode_batch(batch: TextBatch, tokenizer: Tokenizer, fraction: float) -> dic
         }
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
-    """Apply a function in several threads while the caller reads items and uses results, in the items' order."""
+def in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[tuple[T, R], None, None]:
+    """Apply a function in several threads while the caller reads items and uses (item, result), in the items' order."""
     pool = ThreadPoolExecutor(threads)
-    pending: deque[Future[R]] = deque()
+    pending: deque[tuple[T, Future[R]]] = deque()
     try:
         for item in items:
-            pending.append(pool.submit(function, item))
+            pending.append((item, pool.submit(function, item)))
             if len(pending) >= _AHEAD * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+                item, result = pending.popleft()
+                yield item, result.result()
+        for item, result in pending:
+            yield item, result.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _num_threads() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
 from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
@@ -20,13 +19,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flash_stu.errors import UserError
-from flash_stu.network import spare_the_hub
+from flash_stu.network import HUB_TIMEOUT, ask_hub
 
 END_OF_TEXT = "<|endoftext|>"
 # tiktoken's \s, Unicode's White_Space; Python's has four separators more
 _BLANK = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 _LONG_RUN = 2**17  # blanks; the regular expressions of tiktoken fail at about a million
-_HUB_TIMEOUT = 10  # seconds to wait for the hub before reporting that it cannot be reached
 
 
 class Tokenizer(ABC):
@@ -273,37 +271,29 @@ class HuggingFaceTokenizer(Tokenizer):
 
 @contextmanager
 def naming_documents(tokenizer: Tokenizer, texts: Sequence[str], source: str, first: int = 1) -> Iterator[None]:
-    """Turn a failure of a tokenizer library into one line that names the document.
+    """Turn any failure of a tokenizer in the block into one line that names the document.
 
     Args:
-        tokenizer: what fails in the block.
-        texts: the documents that it encodes there.
+        tokenizer: what fails.
+        texts: the documents that it encodes.
         source: where they are from.
         first: number of the first one.
-
-    Raises:
-        UserError: for any failure in the block.
     """
     try:
         yield
-    except Exception as error:
-        raise _failure(tokenizer, texts, source, first, error) from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of the libraries written in Rust
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of libraries in Rust
             raise
-        raise _failure(tokenizer, texts, source, first, error) from error
-
-
-def _failure(tokenizer: Tokenizer, texts: Sequence[str], source: str, first: int, error: BaseException) -> UserError:
-    number = f"{first} to {first + len(texts) - 1}"
-    for index, text in enumerate(texts):
-        try:
-            tokenizer.encode(text)
-        except BaseException as found:
-            number, error = first + index, found
-            break
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"{source}, document {number}: tokenizer {tokenizer.spec!r} cannot encode it: {reason}")
+        number, cause = f"{first} to {first + len(texts) - 1}", error
+        for index, text in enumerate(texts, start=first):
+            try:
+                tokenizer.encode(text)
+            except BaseException as found:
+                number, cause = index, found
+                break
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        message = f"{source}, document {number}: tokenizer {tokenizer.spec!r} cannot encode it: {reason}"
+        raise UserError(message) from error
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -325,26 +315,17 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 def _load_hugging_face(spec: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a directory, the local hub cache or the hub, in this order."""
-    if Path(spec).is_dir():
-        try:
-            return AutoTokenizer.from_pretrained(spec, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
-            raise UserError(f"tokenizer {spec!r}: no readable tokenizer.json in that directory") from error
     try:
         return AutoTokenizer.from_pretrained(spec, local_files_only=True, trust_remote_code=False)
-    except Exception:
-        pass  # not in the cache; ask the hub once before transformers asks it for a minute
-    spare_the_hub()
-    allowed = "allowed: bytes, tiktoken:<name>, a Hugging Face tokenizer or a local directory"
-    try:
-        HfApi().model_info(spec, timeout=_HUB_TIMEOUT)
-    except RepositoryNotFoundError as error:
-        raise UserError(f"tokenizer {spec!r} not found on the Hugging Face hub; {allowed}") from error
-    except Exception as error:  # the HTTP library's own errors differ between versions
-        raise UserError(
-            f"tokenizer {spec!r} is neither a local directory nor in the Hugging Face cache, and the hub "
-            f"cannot be asked ({type(error).__name__}); {allowed}"
-        ) from error
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+        if Path(spec).is_dir():
+            raise UserError(f"tokenizer {spec!r}: no readable tokenizer.json in that directory") from error
+    ask_hub(  # once, before transformers asks it for a minute
+        lambda: HfApi().model_info(spec, timeout=HUB_TIMEOUT),
+        f"tokenizer {spec!r} not found on the Hugging Face hub",
+        f"tokenizer {spec!r} is neither a local directory nor in the Hugging Face cache, and the hub cannot be asked",
+        "; allowed: bytes, tiktoken:<name>, a Hugging Face tokenizer or a local directory",
+    )
     try:
         return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
     except Exception as error:  # see above
@@ -361,13 +342,13 @@ def byte_level_tokenizer(
 
     Ids without a token get a placeholder, so that the tokenizer's length is its largest id plus one and
     the library does not renumber anything (converters that skip the gaps shift special tokens).
-    Special tokens and placeholders are entries of the BPE vocabulary that no merge produces.
+    Special tokens and placeholders are entries of the BPE vocabulary that no merge produces. The end-of-text token also
+    pads, because padding is always masked.
 
     Args:
-        ranks: id of every token, which is also the rank at which its parts merge; all 256 single bytes
-            included.
+        ranks: id of every token, which is also the rank at which its parts merge; all 256 single bytes included.
         special_tokens: id of every special token.
-        end_of_text: the special token that ends a document; it also pads, because padding is always masked.
+        end_of_text: the special token that ends a document.
         pattern: regular expression whose matches BPE runs on, in tiktoken's dialect; the whole text if None.
     """
     characters = bytes_to_unicode()  # that stand for bytes inside the tokenizers library

@@ -47,12 +47,7 @@ def compare_all(models: Mapping[str, dict], items: Mapping[str, dict[str, list]]
 
 
 def compare(first: Sequence[dict], second: Sequence[dict], metric: str) -> dict[str, Any]:
-    """Compare two models on one task.
-
-    Args:
-        first: items of the first model, as flash_stu.evaluation.harness.run_task gives them.
-        second: the same items of the second.
-        metric: which of the items' values to compare.
+    """Compare a metric of two models on the same items of a task, as flash_stu.evaluation.harness.run_task gives them.
 
     Returns:
         how many items; "difference": mean of second minus first, with its standard error over pairs; how many items
@@ -89,24 +84,18 @@ def compare(first: Sequence[dict], second: Sequence[dict], metric: str) -> dict[
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided probability of a split at least this uneven, if both sides are equally likely.
-
-    Args:
-        only_first: items only the first model gets right.
-        only_second: items only the second does.
-    """
+    """Returns the two-sided probability of so uneven a split of what only one of two equal models gets right."""
     total = only_first + only_second
     return float(binomtest(only_first, total).pvalue) if total else 1.0
 
 
 def _pairs(first: Sequence[dict], second: Sequence[dict]) -> list[tuple[dict, dict]]:
     named = {(item["task"], item["doc"]): item for item in second}
-    if len(named) != len(first) or any((item["task"], item["doc"]) not in named for item in first):
+    pairs = [(item, named.get((item["task"], item["doc"]))) for item in first]
+    same = [(a, b) for a, b in pairs if b is not None and a["hash"] == b["hash"]]
+    if not len(named) == len(first) == len(same):
         raise ValueError("the two models were asked different items")
-    pairs = [(item, named[item["task"], item["doc"]]) for item in first]
-    if any(a["hash"] != b["hash"] for a, b in pairs):
-        raise ValueError("the two models were asked different items")
-    return pairs
+    return same
 
 
 def _largest_gap(pair: tuple[dict, dict]) -> float | None:

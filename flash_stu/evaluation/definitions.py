@@ -1,31 +1,51 @@
-"""Tasks that can be asked for: suites of them, their definitions, and definitions that read local data.
+"""Tasks that can be asked for: suites of them, their definitions, definitions that read local data, embedded tasks.
 
 A suite is a YAML list of tasks. A definition is the harness's own or the user's, in the harness's YAML format. For a
 task on local data a YAML file is written that includes its definition, keeps its name, and reads
 `<data dir>/<data set>/<configuration or default>/<split>.jsonl` instead of the hub.
+
+Two tasks need no download: their definitions are the YAML files in tasks/, and their data are made here from the
+embedded corpus' validation documents and laid out like any local mirror of data sets.
 """
 
+import atexit
 import difflib
 import functools
+import hashlib
+import json
 import logging
+import random
+import shutil
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import yaml
 from lm_eval.tasks import TaskManager
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from flash_stu.errors import UserError
-from flash_stu.evaluation.embedded import TASK_NAMES
+from flash_stu.data import embedded_corpus
+from flash_stu.errors import UserError, WriteError
 from flash_stu.evaluation.patches import quiet
 from flash_stu.files import write_text
-from flash_stu.paths import expand
-from flash_stu.reading import read_text
+from flash_stu.reading import DamagedError, read_regular, read_text
+from flash_stu.settings import expand, first_problem
 
+TASK_FOLDER = Path(__file__).parent / "tasks"
+TASK_NAMES = tuple(sorted(path.stem for path in TASK_FOLDER.glob("*.yaml")))
 SUITE_FOLDER = Path(__file__).parent / "suites"
 DEFAULT_TASKS = ("embedded_bpb", "embedded_cloze")  # need no download
 _SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
+
+_BPB_DOCUMENT_BYTES = 4096  # a document's beginning: long pages must not crowd out the rest
+_BPB_TOTAL_BYTES = 65536
+_CLOZE_ITEMS = 200
+_CLOZE_CONTEXT = 96  # bytes
+_CLOZE_CHOICE = 48  # bytes
+_CLOZE_CHOICES = 4
 
 Dataset = tuple[str, str | None]  # id on the hub, configuration
 
@@ -59,11 +79,6 @@ class Suite(BaseModel):
                 raise ValueError(f"published {row!r} has {len(values)} values for {len(self.tasks)} tasks")
         return self
 
-    def published_rows(self) -> dict[str, dict[str, float]]:
-        """Returns {row: {task: value in percent}}."""
-        names = [task.name for task in self.tasks]
-        return {row: dict(zip(names, values, strict=True)) for row, values in self.published.items()}
-
 
 def resolve_tasks(names: str | Sequence[str] | None) -> tuple[list[TaskSpec], dict[str, dict[str, float]]]:
     """Turn what the user asked for into tasks, each suite replaced by its members.
@@ -86,15 +101,14 @@ def resolve_tasks(names: str | Sequence[str] | None) -> tuple[list[TaskSpec], di
     specs = [spec for suite in suites for spec in suite.tasks]
     if not specs:
         raise UserError(f"tasks names no task; give task names or suites ({', '.join(suite_names())})")
-    seen = set()
-    for spec in specs:
-        if spec.name in seen:
-            raise UserError(f"task {spec.name!r} is asked for twice; name it once")
-        seen.add(spec.name)
+    asked = [spec.name for spec in specs]
+    if twice := [name for name in asked if asked.count(name) > 1]:
+        raise UserError(f"task {twice[0]!r} is asked for twice; name it once")
     published: dict[str, dict[str, float]] = {}
     for suite in suites:
-        for row, values in suite.published_rows().items():
-            published.setdefault(row, {}).update(values)
+        for row, values in suite.published.items():
+            own = zip((task.name for task in suite.tasks), values, strict=True)
+            published.setdefault(row, {}).update(own)
     return specs, published
 
 
@@ -111,10 +125,7 @@ def official_index() -> dict:
 
 
 class Definitions:
-    """Tasks, groups and tags by name: the user's own, and below them the harness's.
-
-    Args:
-        include_path: the user's folder, or None.
+    """Tasks, groups and tags by name: the user's own, from a folder, and below them the harness's.
 
     Raises:
         UserError: for a definition that is not YAML, which the harness would pass over.
@@ -128,11 +139,7 @@ class Definitions:
                 self.own = TaskManager(include_path=str(include_path), include_defaults=False).task_index
 
     def require(self, name: str) -> None:
-        """Refuse an unknown name.
-
-        Raises:
-            UserError: with names that are close.
-        """
+        """Refuse an unknown name by a UserError with names that are close."""
         if name in TASK_NAMES or name in self.own or name in official_index():
             return
         known = [*TASK_NAMES, *suite_names(), *self.own, *official_index()]
@@ -177,7 +184,7 @@ class Definitions:
 def write_local_task(
     name: str, definition: dict[str, Any], definition_path: Path, data_dir: Path, shots: int, folder: Path
 ) -> Path:
-    """Write the YAML file that reads one task's data from a folder.
+    """Write the YAML file that reads one task's data from a mirror.
 
     Splits that only examples in prompts need may be missing where there are no shots.
 
@@ -186,7 +193,7 @@ def write_local_task(
         definition: its resolved definition (the harness's YAML, inclusions merged).
         definition_path: where that YAML is.
         data_dir: the mirror.
-        shots: examples in the prompt.
+        shots: examples in a prompt.
         folder: where to write.
 
     Raises:
@@ -194,11 +201,9 @@ def write_local_task(
     """
     dataset, splits, needed = data_of(name, definition, shots)
     files = {split: file_of(data_dir, dataset, split) for split in splits.values() if split is not None}
-    for split in needed:
-        if not files[split].is_file():
-            raise UserError(f"task {name!r} needs {files[split]}, which does not exist")
-        if not files[split].stat().st_size:
-            raise UserError(f"task {name!r} needs {files[split]}, which is empty")
+    for path in (files[split] for split in needed):
+        if not path.is_file() or not path.stat().st_size:
+            raise UserError(f"task {name!r} needs {path}, which {'is empty' if path.is_file() else 'does not exist'}")
     present = {split: str(path.resolve()) for split, path in files.items() if path.is_file()}
     absent = {key: None for key, split in splits.items() if split is not None and split not in present}
 
@@ -216,12 +221,7 @@ def write_local_task(
 
 
 def data_of(name: str, definition: dict[str, Any], shots: int) -> tuple[Dataset, dict[str, str | None], list[str]]:
-    """Returns the data that a task reads.
-
-    Args:
-        name: the task's name.
-        definition: its resolved definition.
-        shots: examples in the prompt.
+    """Returns the data that a task reads, given its resolved definition and the examples in a prompt.
 
     Returns:
         the data set; the split that each of the definition's entries names; and the splits that are needed: what is
@@ -262,11 +262,8 @@ def _read_suite(path: Path) -> Suite:
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"task suite {path} is not a YAML file: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UserError(
-            f"task suite {path}: {where}: {first['msg']}; it has `tasks`, each a name, shots, metric"
-        ) from error
+        problem = first_problem(error, "the file")
+        raise UserError(f"task suite {path}: {problem}; it has `tasks`, each a name, shots, metric") from error
 
 
 def _check_syntax(folder: Path) -> None:
@@ -277,3 +274,128 @@ def _check_syntax(folder: Path) -> None:
         except (yaml.YAMLError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"include_path {path}: not valid YAML: {reason}") from error
+
+
+def write_embedded_task(name: str, folder: Path) -> Path:
+    """Write the YAML file with which any harness runs an embedded task (`lm_eval --include_path folder`)."""
+    entry = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False).task_index[name]
+    return write_local_task(name, entry.cfg or {}, TASK_FOLDER / f"{name}.yaml", _embedded_data(), 0, folder)
+
+
+@functools.cache
+def _embedded_data() -> Path:
+    return write_embedded_data(embedded_corpus()["validation"])
+
+
+def bpb_documents(documents: Sequence[str], seed: int = 0) -> list[dict]:
+    """Choose texts to measure bits per byte on: the first 4 KiB of documents in random order, 64 KiB in all.
+
+    Returns:
+        rows {"text": str}.
+    """
+    rows, total = [], 0
+    for index in random.Random(seed).sample(range(len(documents)), len(documents)):
+        text = documents[index].encode()[:_BPB_DOCUMENT_BYTES].decode(errors="ignore")
+        size = len(text.encode())
+        if not text.strip() or total + size > _BPB_TOTAL_BYTES:
+            continue
+        rows.append({"text": text})
+        total += size
+    return rows
+
+
+def cloze_items(documents: Sequence[str], seed: int = 0) -> list[dict]:
+    """Cut passages in two and offer the true second half among three from other documents.
+
+    Every choice has 48 bytes, starts with the space before a word and stops at the end of one, so length and
+    word boundaries give nothing away. Documents take turns, so that long ones do not dominate.
+
+    Returns:
+        at most 200 rows {"context": 96 bytes, "choices": four texts, "label": index of the true one}.
+    """
+    rng = random.Random(seed)
+    cuts = {index: found for index, text in enumerate(documents) if (found := _cuts(text))}
+    if len(cuts) < _CLOZE_CHOICES:
+        return []
+    items, used, sources = [], set(), sorted(cuts)
+    while len(items) < _CLOZE_ITEMS:
+        before = len(items)
+        for index in rng.sample(sources, len(sources)):
+            fresh = [cut for cut in cuts[index] if (index, cut) not in used and cut >= _CLOZE_CONTEXT]
+            if not fresh or len(items) == _CLOZE_ITEMS:
+                continue
+            cut = rng.choice(fresh)
+            # Passages of one document must not overlap, or one item would give away another.
+            used |= {(index, other) for other in fresh if abs(other - cut) < _CLOZE_CONTEXT + _CLOZE_CHOICE}
+            others = rng.sample([other for other in sources if other != index], _CLOZE_CHOICES - 1)
+            choices = [_choice(documents[index], cut)]
+            choices += [_choice(documents[other], rng.choice(cuts[other])) for other in others]
+            if len(set(choices)) < _CLOZE_CHOICES:
+                continue
+            true, label = choices[0], rng.randrange(_CLOZE_CHOICES)
+            choices[0], choices[label] = choices[label], true
+            context = documents[index][cut - _CLOZE_CONTEXT : cut]
+            items.append({"context": context, "choices": choices, "label": label})
+        if len(items) == before:
+            break
+    return items
+
+
+def _choice(text: str, cut: int) -> str:
+    return text[cut : cut + _CLOZE_CHOICE]
+
+
+def _cuts(text: str) -> list[int]:
+    """Positions of the spaces where a choice can start: in plain ASCII, so that characters are bytes."""
+    cuts = []
+    for cut in range(1, len(text) - _CLOZE_CHOICE):
+        if text[cut] != " " or text[cut - 1].isspace() or text[cut + 1].isspace():
+            continue
+        stop = cut + _CLOZE_CHOICE
+        whole_words = text[stop].isspace() and not text[stop - 1].isspace()
+        if whole_words and text[max(0, cut - _CLOZE_CONTEXT) : stop].isascii():
+            cuts.append(cut)
+    return cuts
+
+
+def write_embedded_data(documents: Sequence[str], cache_dir: Path | None = None) -> Path:
+    """Write both tasks' data where they are not there already, byte for byte.
+
+    Args:
+        documents: the corpus' validation documents.
+        cache_dir: default the user's cache directory. The harness keeps its own converted copy per path, so a
+            lasting path keeps that from growing with every run. One that cannot be written is replaced by a temporary
+            directory.
+
+    Returns:
+        a folder in the layout of a local mirror: flash_stu/embedded/<bpb or cloze>/validation.jsonl.
+    """
+    files = {
+        f"flash_stu/embedded/{name}/validation.jsonl": "".join(json.dumps(row) + "\n" for row in rows)
+        for name, rows in (("bpb", bpb_documents(documents)), ("cloze", cloze_items(documents)))
+    }
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+    folder = (cache_dir or Path(platformdirs.user_cache_dir("flash_stu")) / "evaluation") / digest
+    try:
+        _complete(folder, files)
+    except WriteError:  # a read-only home
+        folder = Path(_scratch(), digest)
+        _complete(folder, files)
+    return folder
+
+
+def _complete(folder: Path, files: dict[str, str]) -> None:
+    """Write those of the files that are not there as they should be."""
+    for name, text in files.items():
+        with suppress(OSError, DamagedError):
+            if read_regular(folder / name) == text.encode():
+                continue
+        write_text(folder / name, text)
+
+
+@functools.cache
+def _scratch() -> str:
+    """A directory that is removed when this process ends."""
+    path = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path

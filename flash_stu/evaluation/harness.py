@@ -27,10 +27,8 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.tasks import TaskManager
 
-from flash_stu.data import embedded_corpus
 from flash_stu.errors import UserError
-from flash_stu.evaluation.definitions import Definitions, TaskSpec, write_local_task
-from flash_stu.evaluation.embedded import TASK_FOLDER, TASK_NAMES, write_embedded_data
+from flash_stu.evaluation.definitions import TASK_NAMES, Definitions, TaskSpec, write_embedded_task, write_local_task
 from flash_stu.evaluation.language_model import EvaluatedLM
 from flash_stu.evaluation.patches import compiled_templates, quiet
 from flash_stu.evaluation.scoring import Counters
@@ -103,17 +101,6 @@ def load_tasks(
         return loaded
 
 
-def write_embedded_task(name: str, folder: Path) -> Path:
-    """Write the YAML file with which any harness runs an embedded task (`lm_eval --include_path folder`)."""
-    entry = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False).task_index[name]
-    return write_local_task(name, entry.cfg or {}, TASK_FOLDER / f"{name}.yaml", _embedded_data(), 0, folder)
-
-
-@functools.cache
-def _embedded_data() -> Path:
-    return write_embedded_data(embedded_corpus()["validation"])
-
-
 def _manager_for(spec: TaskSpec, definitions: Definitions, data_dir: Path | None, folder: Path) -> TaskManager:
     folder.mkdir()
     with _naming(spec.name, "cannot be loaded"):
@@ -173,45 +160,41 @@ def run_task(lm: LM, task: LoadedTask, limit: int | None = None) -> dict[str, An
         UserError: if the task fails, or reports no number.
     """
     with _naming(task.spec.name, "failed"):
-        return _run_task(lm, task, limit)
+        started = time.perf_counter()
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        members = task.harness["tasks"]
+        for member in members.values():
+            member.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        counters = Counters()
+        if isinstance(lm, EvaluatedLM):
+            lm.counters = counters
+        with quiet(), compiled_templates():
+            outcome: Any = run_harness(lm, task.harness, limit=limit, bootstrap_iters=_BOOTSTRAP_SAMPLES)
 
-
-def _run_task(lm: LM, task: LoadedTask, limit: int | None) -> dict[str, Any]:
-    started = time.perf_counter()
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
-    members = task.harness["tasks"]
-    for member in members.values():
-        member.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    counters = Counters()
-    if isinstance(lm, EvaluatedLM):
-        lm.counters = counters
-    with quiet(), compiled_templates():
-        outcome: Any = run_harness(lm, task.harness, limit=limit, bootstrap_iters=_BOOTSTRAP_SAMPLES)
-
-    metrics = {name: _metrics(row) for name, row in outcome["results"].items()}
-    own = _mean([metrics[name] for name in members]) | metrics.pop(task.spec.name, {})
-    if not own:
-        raise UserError(f"task {task.spec.name!r} reports no number")
-    main = _main_metric(list(own), task.spec.metric)
-    directions = {name: up for member in members.values() for name, up in member.higher_is_better().items()}
-    counts = outcome["n-samples"].values()
-    return {
-        "metric": main,
-        **own[main],
-        "higher_is_better": directions.get(main.partition(",")[0]),
-        "shots": max(member.get_config("num_fewshot") for member in members.values()),
-        "items": sum(count["effective"] for count in counts),
-        "items_available": sum(count["original"] for count in counts),
-        "version": outcome["versions"].get(task.spec.name),
-        "config_hash": task.config_hash,
-        "seconds": time.perf_counter() - started,
-        **dataclasses.asdict(counters),
-        "metrics": own,
-        "members": {name: values for name, values in metrics.items() if values},
-        "samples": [sample for name in members for sample in _samples(name, outcome["samples"][name])],
-    }
+        metrics = {name: _metrics(row) for name, row in outcome["results"].items()}
+        own = _mean([metrics[name] for name in members]) | metrics.pop(task.spec.name, {})
+        if not own:
+            raise UserError(f"task {task.spec.name!r} reports no number")
+        main = _main_metric(list(own), task.spec.metric)
+        directions = {name: up for member in members.values() for name, up in member.higher_is_better().items()}
+        counts = outcome["n-samples"].values()
+        return {
+            "metric": main,
+            **own[main],
+            "higher_is_better": directions.get(main.partition(",")[0]),
+            "shots": max(member.get_config("num_fewshot") for member in members.values()),
+            "items": sum(count["effective"] for count in counts),
+            "items_available": sum(count["original"] for count in counts),
+            "version": outcome["versions"].get(task.spec.name),
+            "config_hash": task.config_hash,
+            "seconds": time.perf_counter() - started,
+            **dataclasses.asdict(counters),
+            "metrics": own,
+            "members": {name: values for name, values in metrics.items() if values},
+            "samples": [sample for name in members for sample in _samples(name, outcome["samples"][name])],
+        }
 
 
 def _samples(task: str, logged: Sequence[dict]) -> list[dict]:

@@ -45,14 +45,7 @@ class EvaluatedLM(_HFLM):
         batch_size: int | None = None,
         world: World | None = None,
     ) -> None:
-        """Wrap a model.
-
-        Args:
-            model: a causal language model, in eval mode.
-            tokenizer: its tokenizer.
-            batch_size: sequences in a forward pass at most; None for as many as a budget of tokens allows.
-            world: the processes that share the work.
-        """
+        """Wrap a causal language model in eval mode; without a batch_size a budget of tokens decides."""
         ours = isinstance(model, FlashSTUForCausalLM)
         self.trained_length = resolve_max_length(model.config, tokenizer)
         self.longest = None if ours and not model.config.uses_stu else self.trained_length
@@ -156,9 +149,9 @@ class EvaluatedLM(_HFLM):
         return found
 
     def score(self, windows: Sequence[Window]) -> list[Score]:
-        """Score windows, given in any way."""
-        settings = self.budget, self.counters, self.progress, self.world, self.journal
-        return score_windows(self.model, windows, *settings)
+        """Returns the scores of windows, cut in any way."""
+        own = self.budget, self.counters, self.progress, self.world, self.journal
+        return score_windows(self.model, windows, *own)
 
     def _count_length(self, length: int) -> None:
         """Note an input that is longer than what the model was trained on."""

@@ -38,14 +38,9 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     for name, text in files.items():
         (folder / name).write_text(text + "\n", encoding="utf-8")
     draw_table(results, folder / PICTURE)
-    for name in {name: None for model in results["models"].values() for name in model["texts"]}:
-        models = {label: model for label, model in results["models"].items() if name in model["texts"]}
-        draw_positions(
-            {label: model["texts"][name] for label, model in models.items()},
-            {label: model["trained_length"] for label, model in models.items()},
-            name,
-            folder / _text_picture(name),
-        )
+    for name, found in _texts_of(results).items():
+        trained = {label: results["models"][label]["trained_length"] for label in found}
+        draw_positions(found, trained, name, folder / _text_picture(name))
 
 
 def average_accuracy(tasks: dict[str, dict]) -> float | None:
@@ -58,6 +53,15 @@ def columns_of(results: dict[str, Any]) -> dict[str, dict]:
     """Returns the tasks that any model has been scored on, in the order asked for, each as one model has it."""
     found = {name: task for model in results["models"].values() for name, task in model["tasks"].items()}
     return {spec["name"]: found[spec["name"]] for spec in results["settings"]["tasks"] if spec["name"] in found}
+
+
+def _texts_of(results: dict[str, Any]) -> dict[str, dict[str, dict]]:
+    """Returns what was found on the texts: by name of the text and label of the model."""
+    found: dict[str, dict[str, dict]] = {}
+    for label, model in results["models"].items():
+        for name, text in model.get("texts", {}).items():
+            found.setdefault(name, {})[label] = text
+    return found
 
 
 def format_report(results: dict[str, Any]) -> str:
@@ -129,10 +133,8 @@ def format_comparisons(results: dict[str, Any]) -> str:
 
 def format_texts(results: dict[str, Any]) -> str:
     """Returns tables of bits per byte and perplexity of texts, and of the loss by position."""
-    texts = {name: None for model in results["models"].values() for name in model.get("texts", {})}
     parts = []
-    for name in texts:
-        found = {label: m["texts"][name] for label, m in results["models"].items() if name in m.get("texts", {})}
+    for name, found in _texts_of(results).items():
         header = ["model", "bits per byte", "perplexity", "tokens", "bytes", "window"]
         rows = [
             [label, f"{t['bits_per_byte']:.4f}", f"{t['perplexity']:.3f}", *(f"{t[k]:,}" for k in header[3:])]
@@ -143,8 +145,8 @@ def format_texts(results: dict[str, Any]) -> str:
         for first, last in spans:
             row = [f"{first:,}" if first == last else f"{first:,} to {last:,}"]
             for text in found.values():
-                cells = [_loss(b) for b in text["positions"] if (b["first"], b["last"]) == (first, last)]
-                row.append(cells[0] if cells else "")
+                buckets = [b for b in text["positions"] if (b["first"], b["last"]) == (first, last)]
+                row.append(_with_error(buckets[0]["loss"], buckets[0]["stderr"]) if buckets else "")
             by_position.append(row)
         lines = [f"{name}:\n", *markdown(header, rows), "", *markdown(["tokens before", *found], by_position)]
         lines.append("\nLoss in nats per token, ± one standard error over windows; perplexity is per token.")
@@ -182,45 +184,30 @@ def summary(label: str, name: str, found: dict, known: bool) -> str:
     if "bits_per_byte" in found:
         figures = f"{found['bits_per_byte']:.4f} bits per byte, perplexity {found['perplexity']:.3f}"
         return f"{label}  {name}  {figures}  ({found['windows']} windows of {found['window']} tokens)"
-    stderr = "" if found["stderr"] is None else f" ± {found['stderr']:.4f}"
     when = "found earlier" if known else f"{found['seconds']:.1f} s"
     items = f"{found['items']} of {found['items_available']} items"
-    return f"{label}  {name}  {found['metric']} {found['value']:.4f}{stderr}  ({items}, {when})"
+    return f"{label}  {name}  {found['metric']} {_with_error(found['value'], found['stderr'])}  ({items}, {when})"
 
 
 def warning(label: str, model: dict, tasks: dict[str, dict]) -> str | None:
     """Returns one line on requests that did not fit the model, or None."""
-    cut, lost, longer, asked = (
-        sum(task[key] for task in tasks.values())
-        for key in ("truncated", "truncated_tokens", "beyond_trained_length", "requests")
-    )
-    trained = f"{model['trained_length']:,} tokens"
+    keys = ("truncated", "truncated_tokens", "beyond_trained_length", "requests")
+    cut, lost, longer, asked = (sum(task[key] for task in tasks.values()) for key in keys)
+    trained, share = f"{model['trained_length']:,} tokens", f"{cut or longer:,} of {asked:,} requests"
     if cut:
         return (
-            f"{label}: {cut:,} of {asked:,} requests were longer than its {trained} "
-            f"and were cut from the left, by {lost:,} tokens together."
+            f"{label}: {share} were longer than its {trained} and were cut from the left, by {lost:,} tokens together."
         )
     if longer:
-        return (
-            f"{label}: {longer:,} of {asked:,} requests were longer than the {trained} "
-            "it was trained on; its state read all of them."
-        )
+        return f"{label}: {share} were longer than the {trained} it was trained on; its state read all of them."
     return None
 
 
-def draw_table(results: dict[str, Any], output: Path) -> bool:
-    """Draw the accuracies as groups of bars, one group per task and one of the averages.
-
-    Args:
-        results: the content of results.json.
-        output: the image to write.
-
-    Returns:
-        whether there was anything to draw.
-    """
+def draw_table(results: dict[str, Any], output: Path) -> None:
+    """Draw the accuracies, if there are any, as groups of bars: one group per task and one of the averages."""
     tasks = [name for name, task in columns_of(results).items() if task["metric"] == "acc"]
     if not tasks:
-        return False
+        return
     bars = []  # label, heights, errors, style
     for index, (label, model) in enumerate(results["models"].items()):
         own = {name: model["tasks"][name] for name in tasks if name in model["tasks"]}
@@ -240,11 +227,9 @@ def draw_table(results: dict[str, Any], output: Path) -> bool:
     for index, (label, heights, errors, style) in enumerate(bars):
         places = [group + (index - (len(bars) - 1) / 2) * width for group in range(len(groups))]
         axes.bar(places, heights, 0.94 * width, label=label, zorder=2, **style)
-        if errors is not None:
-            marked = [(x, y, e) for x, y, e in zip(places, heights, errors, strict=True) if e]
-            if marked:
-                xs, ys, es = zip(*marked, strict=True)
-                axes.errorbar(xs, ys, es, fmt="none", color="black", linewidth=0.9, capsize=1.5, zorder=3)
+        for x, y, error in zip(places, heights, errors or [0.0] * len(places), strict=True):
+            if error:
+                axes.errorbar(x, y, error, fmt="none", color="black", linewidth=0.9, capsize=1.5, zorder=3)
     axes.set_xticks(range(len(groups)), groups, rotation=25, ha="right", rotation_mode="anchor")
     axes.axvline(len(tasks) - 0.5, color="0.7", linewidth=0.8)
     axes.set_ylim(0, max(100 * 0.3, *(1.12 * max(heights) for _, heights, _, _ in bars)))
@@ -256,11 +241,10 @@ def draw_table(results: dict[str, Any], output: Path) -> bool:
         axes.set_title(f"first {limit} items of each task only", fontsize="medium", color="0.3")
     figure.legend(loc="outside upper center", ncols=min(len(bars), 3), frameon=False)
     save_figure(figure, output)
-    return True
 
 
 def draw_positions(found: dict[str, dict], trained: dict[str, int], title: str, output: Path) -> None:
-    """Draw the loss over the number of tokens before, one line per model.
+    """Draw the loss over the number of tokens before.
 
     Args:
         found: per model, what `score_text` returned.
@@ -297,20 +281,17 @@ def _heading(name: str, task: dict) -> str:
 
 
 def _cell(task: dict) -> str:
-    scale, digits = (100, 2) if _is_percentage(task) else (1, 4)
-    stderr = "" if task["stderr"] is None else f" ± {scale * task['stderr']:.{digits}f}"
-    return f"{scale * task['value']:.{digits}f}{stderr}"
+    return _with_error(task["value"], task["stderr"], *((100, 2) if _is_percentage(task) else (1, 4)))
+
+
+def _with_error(value: float, stderr: float | None, scale: int = 1, digits: int = 4) -> str:
+    return f"{scale * value:.{digits}f}" + ("" if stderr is None else f" ± {scale * stderr:.{digits}f}")
 
 
 def _work(task: dict) -> list[str]:
     run, unshared = task["forward_tokens"], task["forward_tokens_unshared"]
     fewer = f" ({unshared / run:.1f}x)" if run else ""
     return [f"{task['seconds']:,.0f}", f"{run:,}", f"{unshared:,}{fewer}"]
-
-
-def _loss(bucket: dict) -> str:
-    stderr = "" if bucket["stderr"] is None else f" ± {bucket['stderr']:.4f}"
-    return f"{bucket['loss']:.4f}{stderr}"
 
 
 def _is_percentage(task: dict) -> bool:

@@ -31,20 +31,13 @@ _KIND, _LABEL = "directory of evaluation results", "output"
 
 
 class Store:
-    """The findings in an output directory.
-
-    Args:
-        folder: the directory; None keeps nothing.
-    """
+    """The findings in an output directory; without one nothing is kept."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def check(self, names: Iterable[str] = ()) -> None:
-        """Refuse a directory that was not created by an evaluation.
-
-        Args:
-            names: files that will be written.
+        """Refuse a directory that was not created by an evaluation, given the files that will be written.
 
         Raises:
             UserError: if it is a file, holds things but no evaluation, or a file of the evaluation was changed.
@@ -57,11 +50,7 @@ class Store:
         return nullcontext() if self.folder is None else growing_directory(self.folder, _KIND, _LABEL, names)
 
     def add(self, write: Callable[[Path], object]) -> None:
-        """Add files to the directory, which is being held; see `adding_files`.
-
-        Args:
-            write: writes them into the directory that it is given.
-        """
+        """Add the files that a function writes into a directory it is given; see `adding_files`."""
         if self.folder is not None:
             with adding_files(self.folder, _LABEL) as temporary:
                 write(temporary)
@@ -106,12 +95,8 @@ class Journal:
     """Scores of one task as they are computed, so that a task that was stopped resumes in the middle.
 
     Every process appends to a file of its own, <path>.<rank>, a line per batch after a first line that names the
-    scores' key. Each line carries its checksum: the scores of one that was cut short or altered are computed again.
-
-    Args:
-        path: without the rank.
-        key: all that decides the scores; files with another key are begun anew.
-        world: the processes that score.
+    scores' key, all that decides them; a file with another key is begun anew. Each line carries its checksum: the
+    scores of one that was cut short or altered are computed again.
     """
 
     def __init__(self, path: Path, key: dict[str, Any], world: World) -> None:
@@ -128,11 +113,9 @@ class Journal:
         """
         self.call += 1
         found = {}
-        if self.world.is_main:
-            for path in self._files():
-                for record in self._scores(path) or []:
-                    if record["call"] == self.call:
-                        found |= {int(row): scores for row, scores in record["rows"].items()}
+        for record in (each for path in self._files() for each in self._scores(path) or []):
+            if record["call"] == self.call:
+                found |= {int(row): scores for row, scores in record["rows"].items()}
         return self.world.gather(found)[0]
 
     def add(self, rows: dict[int, list[tuple[float, bool]]]) -> None:
@@ -148,10 +131,9 @@ class Journal:
         if self._file is not None:
             self._file.close()
         self.world.barrier()
-        if self.world.is_main:
-            for path in self._files():
-                _read(path)  # raises if it is not ours
-                path.unlink()
+        for path in self._files():
+            _read(path)  # raises if it is not ours
+            path.unlink()
 
     def _open(self) -> TextIO:
         path = self.path.with_name(f"{self.path.name}.{self.world.rank}")
@@ -168,8 +150,9 @@ class Journal:
         return records if key == self.key else None
 
     def _files(self) -> list[Path]:
+        """Returns the files of all processes on the main one, none on the others."""
         paths = self.path.parent.glob(f"{glob.escape(self.path.name)}.*")
-        return sorted(path for path in paths if path.suffix[1:].isdecimal())
+        return sorted(path for path in paths if self.world.is_main and path.suffix[1:].isdecimal())
 
 
 def item_file(label: str, name: str) -> str:

@@ -9,7 +9,7 @@ would be 6.6 GB. Batches hold sequences of similar length, as many as a budget o
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -42,15 +42,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Score:
-    """The probabilities of a window's targets.
+    """The probabilities of a window's targets."""
 
-    Attributes:
-        log_probs: of every target in nats, float32; or only their sum, in float64.
-        greedy: whether greedy decoding would have produced them.
-    """
-
-    log_probs: np.ndarray
-    greedy: bool
+    log_probs: np.ndarray  # of every target in nats, float32; or only their sum, in float64
+    greedy: bool  # whether greedy decoding would have produced them
 
     @property
     def log_likelihood(self) -> float:
@@ -70,16 +65,12 @@ class Counters:
     beyond_trained_length: int = 0  # longer requests that the model's state could take
 
 
+@dataclass
 class Budget:
-    """Tokens in a forward pass, padding included, and optionally sequences; less where a GPU's memory is too small.
+    """Tokens in a forward pass, padding included, and optionally sequences; less where a GPU's memory is too small."""
 
-    Attributes:
-        tokens: at most, unless a single sequence is longer.
-        rows: sequences at most; None for any number.
-    """
-
-    def __init__(self, tokens: int, rows: int | None = None) -> None:
-        self.tokens, self.rows = tokens, rows
+    tokens: int  # at most, unless a single sequence is longer
+    rows: int | None = None  # sequences at most; None for any number
 
     @classmethod
     def automatic(cls, device: torch.device, rows: int | None = None) -> "Budget":
@@ -103,35 +94,22 @@ class Budget:
         while start < len(items):
             widest = max(1, weight(items[start]))
             count = max(1, min(len(items) - start, self.tokens // widest, self.rows or len(items)))
-            if self._fits(function, items[start : start + count]):
+            with suppress(torch.OutOfMemoryError):
+                function(items[start : start + count])
                 start += count
-            elif count == 1:
+                continue
+            torch.cuda.empty_cache()  # here, where no traceback holds on to tensors any more
+            if count == 1:
                 raise UserError(f"the GPU's memory does not hold one sequence of {widest} tokens")
-            else:
-                self.tokens = max(1, min(self.tokens, count * widest) // 2)
-
-    @staticmethod
-    def _fits(function: Callable, batch: Sequence) -> bool:
-        try:
-            function(batch)
-            return True
-        except torch.OutOfMemoryError:
-            pass
-        torch.cuda.empty_cache()  # here, where no traceback holds on to tensors any more
-        return False
+            self.tokens = max(1, min(self.tokens, count * widest) // 2)
 
 
 def split_windows(context: Sequence[int], continuation: Sequence[int], max_length: int | None) -> list[Window]:
     """Cut a request into windows that fit the model, each token of the continuation scored exactly once.
 
-    A continuation that fits is one window with as much of the context before it as fits. A longer one is cut
-    into disjoint stretches of max_length tokens, the last window reaching back as far as it can, as the
-    harness's rolling windows do.
-
-    Args:
-        context: at least one token id.
-        continuation: token ids to score.
-        max_length: the longest input, in tokens; None for no limit.
+    A continuation that fits is one window with as much of the context, at least one token, before it as fits. A longer
+    one is cut into disjoint stretches of max_length tokens (None for no limit), the last window reaching back as far as
+    it can, as the harness's rolling windows do.
     """
     stream = (*context, *continuation)
     longest = max_length or max(1, len(stream))
@@ -175,11 +153,16 @@ def score_windows(
         sharing.setdefault(window.inputs, []).append(index)
     inputs, members = list(sharing), list(sharing.values())
     lengths = [len(ids) for ids in inputs]
-    families = _plan(model, inputs, members, windows)
+    if isinstance(model, FlashSTUForCausalLM):
+        scored = [max(len(windows[index].targets) for index in group) for group in members]
+        families = plan_families(inputs, [length - count for length, count in zip(lengths, scored, strict=True)])
+    else:  # only our own models can continue from a state whatever their layers are
+        families = [Family(0, (row,)) for row in range(len(inputs))]
 
     counters.forward_tokens += sum(family.tokens(lengths) for family in families)
     counters.forward_tokens_unshared += sum(len(window.inputs) for window in windows)
-    known = {} if journal is None else {row: _from_journal(some) for row, some in journal.known().items()}
+    noted = {} if journal is None else journal.known()
+    known = {row: [Score(np.array([total]), greedy) for total, greedy in some] for row, some in noted.items()}
     left = [Family(f.prefix, tuple(row for row in f.members if row not in known)) for f in families]
     mine = deal([family for family in left if family.members], lengths, world.size)[world.rank]
     progress.start(sum(family.tokens(lengths) for family in mine))
@@ -193,23 +176,6 @@ def score_windows(
         for row, row_scores in part.items():
             scores |= zip(members[row], row_scores, strict=True)
     return [scores[index] for index in range(len(windows))]
-
-
-def _from_journal(entries: Sequence[tuple[float, bool]]) -> list[Score]:
-    return [Score(np.array([log_likelihood]), greedy) for log_likelihood, greedy in entries]
-
-
-def _plan(
-    model: torch.nn.Module,
-    inputs: Sequence[tuple[int, ...]],
-    members: Sequence[Sequence[int]],
-    windows: Sequence[Window],
-) -> list[Family]:
-    """Returns which inputs to run together; only our own models can continue from a state whatever their layers are."""
-    if not isinstance(model, FlashSTUForCausalLM):
-        return [Family(0, (row,)) for row in range(len(inputs))]
-    scored = [max(len(windows[index].targets) for index in group) for group in members]
-    return plan_families(inputs, [len(ids) - count for ids, count in zip(inputs, scored, strict=True)])
 
 
 @contextmanager
@@ -226,16 +192,7 @@ def _cheapest_state(model: torch.nn.Module) -> Iterator[None]:
 
 
 class _Run:
-    """One process's forward passes.
-
-    Args:
-        model: the model.
-        inputs: distinct token sequences ("rows").
-        targets: per row, the continuations to score after it.
-        budget: how much to run at a time.
-        progress: told about tokens done.
-        journal: told about scores, or None.
-    """
+    """One process's forward passes over distinct inputs ("rows"), each with the continuations to score after it."""
 
     def __init__(
         self,
@@ -252,8 +209,7 @@ class _Run:
 
     def score(self, families: Sequence[Family]) -> dict[int, list[Score]]:
         """Returns the scores of the families' rows, by row."""
-        alone = [row for family in families if not family.prefix for row in family.members]
-        self._score_rows(alone)
+        self._score_rows({row: 0 for family in families if not family.prefix for row in family.members})
         by_prefix: dict[int, list[Family]] = {}
         for family in families:
             if family.prefix:
@@ -269,31 +225,21 @@ class _Run:
         cache = FlashSTUCache(self.model.config.num_hidden_layers)
         self._hidden(ids, cache)
         self.progress.update(ids.numel())
-        self._score_rows(
-            [row for family in families for row in family.members],
-            prefix,
-            cache,
-            {row: place for place, family in enumerate(families) for row in family.members},
-        )
+        places = {row: place for place, family in enumerate(families) for row in family.members}
+        self._score_rows(places, prefix, cache)
 
-    def _score_rows(
-        self,
-        rows: Sequence[int],
-        prefix: int = 0,
-        cache: FlashSTUCache | None = None,
-        places: Mapping[int, int] | None = None,
-    ) -> None:
+    def _score_rows(self, places: Mapping[int, int], prefix: int = 0, cache: FlashSTUCache | None = None) -> None:
         """Score rows, after the states in a cache that hold the first `prefix` tokens of each at its place."""
 
         def run(batch: Sequence[int]) -> None:
             past = None
-            if cache is not None and places is not None:
+            if cache is not None:
                 past = copy.copy(cache)  # selecting makes new states, and leaves the cache to the next batch
                 past.batch_select_indices(torch.tensor([places[row] for row in batch], device=self.model.device))
             self._score_batch(batch, prefix, past)
             self.progress.update(sum(len(self.inputs[row]) - prefix for row in batch))
 
-        ordered = sorted(rows, key=lambda row: len(self.inputs[row]), reverse=True)
+        ordered = sorted(places, key=lambda row: len(self.inputs[row]), reverse=True)
         self.budget.run(ordered, lambda row: len(self.inputs[row]) - prefix + prefix // _PAST_SHARE, run)
 
     def _score_batch(self, batch: Sequence[int], prefix: int, past: FlashSTUCache | None) -> None:
@@ -328,13 +274,10 @@ class _Run:
         """Run the model up to the vocabulary projection, where that projection is known to be all that follows.
 
         Other architectures may scale or cap their logits after the projection; they compute them themselves.
-
-        Args:
-            ids: (rows, width).
-            cache: states to carry on from, extended.
+        The cache's states are carried on from and extended.
 
         Returns:
-            states (rows, width, channels), and the function from states to logits.
+            states (rows, width, channels) of ids (rows, width), and the function from states to logits.
         """
         ids = ids.to(self.model.device)
         if not isinstance(self.model, FlashSTUForCausalLM):
@@ -358,12 +301,8 @@ def _project(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the log-probability of every entry's target and whether it is the likeliest token.
 
-    Args:
-        states: (positions, channels).
-        head: from states to logits, applied to some positions at a time.
-        vocab_size: of the logits.
-        entry_position: per entry, its position.
-        targets: per entry, its token.
+    The head takes states (positions, channels) to logits, some positions at a time; an entry has a position and a
+    target.
     """
     log_probs = torch.empty(len(targets), device=states.device)
     greedy = torch.empty(len(targets), dtype=torch.bool, device=states.device)

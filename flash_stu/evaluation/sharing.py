@@ -17,15 +17,10 @@ _LARGEST_FAMILY = 256  # inputs; larger ones are divided, so that several proces
 
 @dataclass(frozen=True)
 class Family:
-    """Inputs with a common beginning.
+    """Inputs with a common beginning."""
 
-    Attributes:
-        prefix: how many tokens at the beginning of every member are run once; 0 for a single input.
-        members: indices of the inputs.
-    """
-
-    prefix: int
-    members: tuple[int, ...]
+    prefix: int  # how many tokens at the beginning of every member are run once; 0 for a single input
+    members: tuple[int, ...]  # indices of the inputs
 
     def tokens(self, lengths: Sequence[int]) -> int:
         """Tokens that must be run for inputs of these lengths, by index."""
@@ -82,17 +77,11 @@ def deal(families: Sequence[Family], lengths: Sequence[int], hands: int) -> list
 
 @dataclass
 class _Node:
-    """Inputs that share their first `depth` tokens.
-
-    Attributes:
-        depth: tokens.
-        loose: those in no family yet.
-        families: (prefix, inputs) of the others.
-    """
+    """Inputs that share their first `depth` tokens."""
 
     depth: int
-    loose: list[int]
-    families: list[tuple[int, list[int]]]
+    loose: list[int]  # inputs in no family yet
+    families: list[tuple[int, list[int]]]  # (prefix, inputs) of the others
 
     def take(self, child: "_Node") -> "_Node":
         self.loose += child.loose

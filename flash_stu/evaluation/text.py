@@ -5,7 +5,6 @@ windows. Every token is scored once, after as many tokens as come before it in i
 measured on the same mixture of documents.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -21,12 +20,6 @@ from flash_stu.evaluation.scoring import Score, Window
 from flash_stu.reading import read_text
 
 _LARGEST = 1 << 40  # bytes; all of a text is in memory
-
-
-def file_hash(path: Path) -> str:
-    """Returns a short hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def score_text(
@@ -53,7 +46,7 @@ def score_text(
     length = length or 2 * lm.trained_length
     if lm.longest is not None:
         length = min(length, lm.longest)
-    windows, share, num_bytes = [], 1.0, 0
+    share, num_bytes = 1.0, 0
     stream, total = [lm.prefix_token_id], 0
     wanted = math.inf if limit is None else limit * length
     for ids, size in _documents(lm, path, column):
@@ -65,9 +58,8 @@ def score_text(
     if not total:
         raise UserError(f"text {path} holds no text")
     stream = stream[: int(min(wanted, total)) + 1]
-    for start in range(0, len(stream) - 1, length):
-        piece = stream[start : start + length + 1]
-        windows.append(Window(tuple(piece[:-1]), tuple(piece[1:])))
+    pieces = [stream[start : start + length + 1] for start in range(0, len(stream) - 1, length)]
+    windows = [Window(tuple(piece[:-1]), tuple(piece[1:])) for piece in pieces]
     scores = lm.score(windows)
 
     tokens = len(stream) - 1

@@ -11,11 +11,11 @@ optimizer that has no state yet.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -85,7 +85,7 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, _: type | None, error: BaseException | None, *__: object) -> None:
         try:
             self.wait()
         except UserError as failure:
@@ -96,10 +96,7 @@ class Checkpointer:
             self._thread.shutdown()
 
     def save(self, state: RunState) -> None:
-        """Begin to write the checkpoint of a step; returns when everything is copied.
-
-        Args:
-            state: the run's. A checkpoint of the same step is replaced.
+        """Begin to write the checkpoint of a step, replacing one that is there; returns when everything is copied.
 
         Raises:
             UserError: if the checkpoint before could not be written; those before that one are intact.
@@ -153,7 +150,8 @@ class Checkpointer:
                 f"{self.folder}: none of its {len(steps)} checkpoints is intact; remove them to start again"
             )
         self._on_main(lambda: [files.set_aside(path) for path in damaged])
-        self._load(path)
+        with _naming(f"the checkpoint {path} cannot be loaded"):
+            self._read(path)
         return state
 
     def _moments(self) -> dict[str, torch.Tensor]:
@@ -168,19 +166,14 @@ class Checkpointer:
 
     def _write(self, state: RunState, copies: dict[str, torch.Tensor], layout: dict[str, int]) -> None:
         """Write a checkpoint; runs in the thread."""
-        try:
-            with ExitStack() as stack:
-                begin = checkpoint_folder.begin
-                path = self._on_main(lambda: begin(self.folder, state.step, stack, self._report))
-                writer = _Writer(str(path), layout, save_distributed=True)
-                save(copies, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-                parts = self._everywhere(lambda: {name: reading.describe(path / name) for name in writer.written})
-                written = {name: entry for part in parts for name, entry in part.items()}
-                self._on_main(lambda: self._complete(stack, path, state, written))
-        except UserError:
-            raise
-        except (Exception, CheckpointException) as error:
-            raise UserError(f"{self.folder / f'step-{state.step}'} cannot be written: {_reason(error)}") from error
+        with _naming(f"{self.folder / f'step-{state.step}'} cannot be written"), ExitStack() as stack:
+            begin = checkpoint_folder.begin
+            path = self._on_main(lambda: begin(self.folder, state.step, stack, self._report))
+            writer = _Writer(str(path), layout, save_distributed=True)
+            save(copies, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            parts = self._everywhere(lambda: {name: reading.describe(path / name) for name in writer.written})
+            written = {name: entry for part in parts for name, entry in part.items()}
+            self._on_main(lambda: self._complete(stack, path, state, written))
 
     def _complete(self, stack: ExitStack, path: Path, state: RunState, written: dict[str, dict[str, int]]) -> None:
         checkpoint_folder.complete(path, state, written)
@@ -193,21 +186,15 @@ class Checkpointer:
         self._everywhere(lambda: files.verify(path, names[self.world.rank :: self.world.size]))
         return state
 
-    def _load(self, path: Path) -> None:
-        try:
-            self._read(path)
-        except UserError:
-            raise
-        except (Exception, CheckpointException) as error:
-            raise UserError(f"the checkpoint {path} cannot be loaded: {_reason(error)}") from error
-
     def _read(self, path: Path) -> None:
         weights, parameters = checkpoint_folder.own_tensors(self.model), dict(self.model.named_parameters())
         states: dict[str, dict[str, torch.Tensor]] = {}  # of each parameter
         moments: dict[str, torch.Tensor] = {}  # of all, by their names on disk
+        readers: list[HuggingFaceStorageReader] = []
 
-        def prepare() -> HuggingFaceStorageReader:
+        def prepare() -> None:
             reader, saved = checkpoint_folder.open_reader(path)
+            readers.append(reader)
             checkpoint_folder.check_weights(path, saved, weights)
             for name, entry in saved.items():
                 if name.startswith("optimizer."):
@@ -215,21 +202,14 @@ class Checkpointer:
                     if owner not in parameters or entry.size not in (parameters[owner].shape, torch.Size()):
                         raise UserError(f"the checkpoint {path} is another model's: they differ in {name}")
                     moments[name] = states.setdefault(owner, {})[key] = _room(entry, parameters[owner])
-            return reader
 
-        reader = self._here(prepare)
-        load(weights | moments, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+        self._everywhere(prepare)
+        load(weights | moments, storage_reader=readers[0], process_group=self._group, no_dist=self._group is None)
         names = {parameter: name for name, parameter in parameters.items()}
         for optimizer in self.optimizers:
             owners = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
             state = {index: states[owner] for index, owner in enumerate(owners) if owner in states}
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-
-    def _here(self, work: Callable[[], T]) -> T:
-        """Run something on every process; returns its result on this one, or raises as `_everywhere`."""
-        results = []
-        self._everywhere(lambda: results.append(work()))
-        return results[0]
 
     def _on_main(self, work: Callable[[], T]) -> T:
         """Run something on the main process alone; returns its result on every process, or raises as `_everywhere`."""
@@ -276,12 +256,8 @@ class _Writer(HuggingFaceStorageWriter):
 
 def _assign_files(tensors: dict[str, torch.Tensor], size: int) -> dict[str, int]:
     """Returns the number of each tensor's file, from 1 on, so that a file is about `size` bytes."""
-    numbers: dict[str, int] = {}
-    total = 0
-    for name, tensor in tensors.items():
-        numbers[name] = 1 + total // size
-        total += tensor.nbytes
-    return numbers
+    before = accumulate((tensor.nbytes for tensor in tensors.values()), initial=0)
+    return {name: 1 + start // size for name, start in zip(tensors, before, strict=False)}
 
 
 def _use(device: torch.device) -> None:
@@ -297,6 +273,13 @@ def _room(entry: TensorStorageMetadata, parameter: nn.Parameter) -> torch.Tensor
     return torch.empty(entry.size, dtype=entry.properties.dtype)
 
 
-def _reason(error: BaseException) -> str:
-    """Returns the cause of an error in one line; of a failed checkpoint, that of its first process."""
-    return reason(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)
+@contextmanager
+def _naming(failure: str) -> Iterator[None]:
+    """Turn any error into one line with its cause; of a failed checkpoint, that of its first process."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise UserError(f"{failure}: {reason(cause)}") from error

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from flash_stu import files, reading
 from flash_stu.errors import UserError, writing
 from flash_stu.reading import DamagedError
+from flash_stu.settings import first_problem
 
 KIND = "checkpoint"
 STATE = "state.json"
@@ -66,9 +67,7 @@ def read_state(path: Path) -> RunState:
     try:
         state = RunState.model_validate_json((path / STATE).read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        key, problem = ".".join(map(str, first["loc"])), " ".join(first["msg"].split())
-        raise DamagedError(f"{STATE} is not a run state: {key and key + ': '}{problem}") from None
+        raise DamagedError(f"{STATE} is not a run state: {first_problem(error)}") from None
     if path.name != f"step-{state.step}":
         raise DamagedError(f"{STATE} is of step {state.step}")
     return state
@@ -115,13 +114,10 @@ def check_weights(path: Path, saved: dict[str, TensorStorageMetadata], expected:
     Raises:
         UserError: if they differ.
     """
-    for name in sorted(expected.keys() | {name for name in saved if name.startswith("model.")}):
-        if (
-            name not in saved
-            or name not in expected
-            or saved[name].size != expected[name].shape
-            or saved[name].properties.dtype != expected[name].dtype
-        ):
+    there = {name: (e.size, e.properties.dtype) for name, e in saved.items() if name.startswith("model.")}
+    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
+    for name in sorted(there.keys() | wanted.keys()):
+        if there.get(name) != wanted.get(name):
             raise UserError(f"the checkpoint {path} is another model's: they differ in {name}")
 
 
@@ -143,12 +139,9 @@ def begin(folder: Path, step: int, stack: ExitStack, report: Callable[[str], Non
 
 
 def complete(path: Path, state: RunState, written: dict[str, dict[str, int]]) -> None:
-    """Write the run state and the manifest.
+    """Write the run state and the manifest into what `begin` returned.
 
-    Args:
-        path: what `begin` returned.
-        state: the run's.
-        written: `reading.describe` of each file of tensors by its name; they are on disk already.
+    The files of tensors, which `written` describes (`reading.describe`) by their names, are on disk already.
 
     Raises:
         OSError: if that is not possible, or a file that another process wrote is not here.
@@ -159,13 +152,7 @@ def complete(path: Path, state: RunState, written: dict[str, dict[str, int]]) ->
 
 
 def prune(folder: Path, keep: int, keep_every: int | None) -> None:
-    """Delete old checkpoints, except those with a file in them that this program did not write there.
-
-    Args:
-        folder: where they are.
-        keep: how many of the newest stay.
-        keep_every: those whose step is divisible by it stay too.
-    """
+    """Delete checkpoints but the newest `keep`, multiples of keep_every, and those with a file that is not ours."""
     for step in list_steps(folder)[:-keep]:
         if keep_every is None or step % keep_every:
             files.delete_directory(folder / f"step-{step}", KIND, contents=False)
@@ -180,8 +167,6 @@ def _manifest(path: Path) -> dict[str, dict[str, int]]:
 
 def _has_parts(path: Path) -> bool:
     """Returns whether a directory has some file of a checkpoint; True if it cannot be read."""
-    try:
-        names = os.listdir(path)
-    except OSError:
-        return True
-    return any(name in (files.MANIFEST, STATE) or name.endswith(".safetensors") for name in names)
+    with suppress(OSError):
+        return any(name in (files.MANIFEST, STATE) or name.endswith(".safetensors") for name in os.listdir(path))
+    return True

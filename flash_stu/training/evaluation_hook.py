@@ -65,10 +65,7 @@ class ValidationWindows:
     def losses(self, model: nn.Module, world: World, mark: Callable[[str], object] = unwatched) -> tuple[float, float]:
         """Returns the mean loss over the windows in nats per token and in bits per byte; for all processes alike.
 
-        Args:
-            model: as `parallelize` returned it; in eval mode afterwards.
-            world: the processes.
-            mark: called before each batch.
+        The model, as `parallelize` returned it, is in eval mode afterwards; `mark` is called before each batch.
         """
         model.eval()
         nats, windows = torch.zeros((), device=world.device), 0
@@ -85,18 +82,12 @@ class ValidationWindows:
     def try_forward(self, model: nn.Module, world: World) -> None:
         """Run one forward pass, so that a back end that cannot run here raises before anything is written."""
         model.eval()
-        batch, _ = next(self.batches(world))
-        token_loss(model, batch, world.device)
+        token_loss(model, next(self.batches(world))[0], world.device)
         free_gathered(model)
 
 
 class TaskEvaluation:
     """The tasks of a run, loaded before it starts.
-
-    Args:
-        config: the run's evaluation section.
-        world: the processes.
-        tokenizer: the run's.
 
     Raises:
         UserError: for unknown tasks, or data that is not available.
@@ -110,7 +101,8 @@ class TaskEvaluation:
         from flash_stu.evaluation.definitions import resolve_tasks  # takes seconds to import
         from flash_stu.evaluation.harness import load_tasks
 
-        folders = {key: getattr(config, key) and Path(getattr(config, key)) for key in ("data_dir", "include_path")}
+        given = {"data_dir": config.data_dir, "include_path": config.include_path}
+        folders = {key: None if path is None else Path(path) for key, path in given.items()}
         for key, folder in folders.items():
             if folder is not None and not folder.is_dir():
                 raise UserError(f"evaluation.{key} is '{folder}', which is not a directory")
@@ -126,11 +118,7 @@ class TaskEvaluation:
         return bool(self.tasks) and step % self.config.every == 0
 
     def scores(self, model: nn.Module, mark: Callable[[str], object] = unwatched) -> dict[str, float]:
-        """Run the tasks; to be called by all processes alike.
-
-        Args:
-            model: as parallelize returned it.
-            mark: called now and then with what is being done.
+        """Run the tasks on a model as parallelize returned it; `mark` is called now and then with what is being done.
 
         Returns:
             "evaluation/<task>/<metric>": value, the same on every process.
@@ -153,12 +141,9 @@ class TaskEvaluation:
 
 @torch.no_grad()
 def whole_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> FlashSTUForCausalLM:
-    """Returns a plain model with the weights of one in training; to be called by all processes alike.
+    """Returns a plain model with the weights of one in training, sharded, wrapped or neither.
 
-    Args:
-        model: as parallelize returned it: sharded, wrapped or neither.
-        device: where to put the copy.
-        dtype: of the copy; what must stay float32 does.
+    To be called by all processes alike. What must stay float32 does, whatever the dtype.
     """
     source = cast(FlashSTUForCausalLM, model.module if isinstance(model, DistributedDataParallel) else model)
     copy = build_model(deepcopy(source.config))

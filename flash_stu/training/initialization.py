@@ -29,13 +29,7 @@ def build_model(config: FlashSTUConfig) -> FlashSTUForCausalLM:
 
 @torch.no_grad()
 def initialize(model: FlashSTUForCausalLM, device: torch.device, seed: int) -> None:
-    """Give a model on the meta device its initial weights.
-
-    Args:
-        model: on the meta device, its parameters sharded by FSDP2 or not; changed in place.
-        device: this process's.
-        seed: of the run.
-    """
+    """Give a model on the meta device, sharded by FSDP2 or not, its initial weights, in place."""
 
     def fill(module: nn.Module, name: str) -> None:
         torch.manual_seed(_module_seed(seed, name))
@@ -58,11 +52,7 @@ def check_initial_weights(directory: str | Path) -> dict[str, StoredTensor]:
 
 @torch.no_grad()
 def read_initial_weights(model: FlashSTUForCausalLM, device: torch.device, directory: str | Path) -> None:
-    """Give a model on the meta device the weights of a transformers directory, one module at a time.
-
-    Args:
-        model, device: see `initialize`.
-        directory: a model directory or a finished training run, in safetensors.
+    """Give a model on the meta device the weights of a model directory or finished run, one module at a time.
 
     Raises:
         UserError: if a weight is missing there, has another shape or is not finite.
@@ -72,10 +62,10 @@ def read_initial_weights(model: FlashSTUForCausalLM, device: torch.device, direc
     def fill(module: nn.Module, name: str) -> None:
         for key, tensor in _own_tensors(module):
             weight = f"{name}.{key}"
+            if weight not in stored and model.may_be_missing(weight):
+                tensor.zero_()  # as they are in a distilled model that is made trainable
+                continue
             if weight not in stored:
-                if model.may_be_missing(weight):
-                    tensor.zero_()  # as they are in a distilled model that is made trainable
-                    continue
                 raise UserError(f"train.initial_weights {directory} has no weight {weight}")
             with safe_open(stored[weight].file, framework="pt") as file:
                 value = file.get_tensor(weight)

@@ -5,27 +5,31 @@ import json
 import math
 import os
 import resource
+import shutil
 import statistics
 import sys
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import requests
 import torch
 
+from flash_stu import files, reading
 from flash_stu.errors import UserError, writing
 from flash_stu.network import is_reachable
 from flash_stu.progress import Progress
-from flash_stu.training.metrics_file import StepRecord, keep_lines_up_to, read_metrics
 from flash_stu.training.run_config import RunConfig
 
 if TYPE_CHECKING:
     import wandb
 
+# Differ between two equal runs; all else is the same to the last bit on a CPU.
+MEASURED = ("tokens_per_second", "mfu", "memory_gib", "data_wait", "time")
+_LARGEST = 1 << 63  # integers from here on are no values of ours, and too large for a float or a plot
 _SERVER = "https://api.wandb.ai"
 _INIT_SECONDS = 60
 _CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
@@ -34,15 +38,29 @@ _FEWEST = 20
 _SPIKE = 6.0  # standard deviations
 
 
-class Metrics:
-    """The log of a run, written by the main process alone; a context manager.
+@dataclass(frozen=True)
+class StepRecord:
+    """The line of one optimizer step in metrics.jsonl.
 
-    Args:
-        config: the run's.
-        folder: the run directory; see flash_stu.training.metrics_file for what is written there.
-        steps: length of the run.
-        enabled: whether this is the main process.
+    Besides, there is one line per validation, {"step", "validation_loss" (nats per token),
+    "validation_bits_per_byte"}, and one per loss spike, {"step", "loss_spike" (the loss), "usual_loss" (the mean of the
+    100 before)}. Where tasks are run during training, {"step", "evaluation/<task>/<metric>", ...}.
     """
+
+    step: int  # 1 for the first
+    loss: float  # nats per token; null in the file where it was not finite
+    learning_rate: float  # of this step
+    grad_norm: float  # before clipping; null in the file where it was not finite
+    skipped: int  # steps of the run so far that were left out because loss or gradient was not finite
+    tokens_per_second: float  # of all processes
+    mfu: float | None  # model FLOPs (flash_stu.training.flops) over the GPUs' peak; None where that is not known
+    memory_gib: float  # the most this process has held: of GPU memory, or resident on the CPU
+    data_wait: float  # seconds this process waited for its batch
+    time: float  # seconds of training so far
+
+
+class Metrics:
+    """The log of a run, in its directory, written by the main process alone; a context manager."""
 
     def __init__(self, config: RunConfig, folder: Path, steps: int, enabled: bool) -> None:
         self.config, self.path = config, folder / "metrics.jsonl"
@@ -54,14 +72,10 @@ class Metrics:
         self.failure: OSError | None = None  # of the first line that could not be written; all later ones are dropped
 
     def open(self, start: int, run_id: str) -> None:
-        """Open the log on the main process.
-
-        Args:
-            start: steps done before; later lines, of steps that are trained again, are dropped.
-            run_id: wandb's name for the run, the same after a restart.
+        """Open the log on the main process; lines after step `start`, which are trained again, are dropped.
 
         Raises:
-            UserError: if it cannot be written, or wandb does not start.
+            UserError: if it cannot be written, or wandb, whose name for the run is run_id, does not start.
         """
         keep_lines_up_to(self.path, start)
         self.spikes = SpikeDetector(record["loss"] for record in read_metrics(self.path) if "loss" in record)
@@ -138,21 +152,13 @@ class Metrics:
 
 
 class SpikeDetector:
-    """Notices losses far above those of the last 100 steps: more than 6 standard deviations.
-
-    Args:
-        losses: of the steps so far.
-    """
+    """Notices losses far above those of the last 100 steps: more than 6 standard deviations."""
 
     def __init__(self, losses: Iterable[float | None] = ()) -> None:
         self.recent = deque((loss for loss in losses if loss is not None), maxlen=_WINDOW)
 
     def check(self, loss: float) -> float | None:
-        """Take in the next step's loss.
-
-        Returns:
-            the usual loss, the mean of the last 100, if this one is a spike.
-        """
+        """Take in the next step's loss; returns the usual one, the mean of the last 100, if this one is a spike."""
         if not math.isfinite(loss):
             return None
         usual = None
@@ -218,3 +224,40 @@ def start_wandb(config: RunConfig, folder: Path, run_id: str) -> "wandb.Run | No
     except (wandb.Error, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"wandb.mode is {mode!r}, but a run cannot be started: {reason}; or use 'disabled'") from None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a metrics.jsonl, each with its step, if there is one; other lines are left out."""
+    return reading.read_records(path, _is_record)[0]
+
+
+def keep_lines_up_to(path: Path, step: int) -> None:
+    """Drop the records of later steps from a metrics.jsonl; of all, if step is 0.
+
+    A last line that was cut short is dropped. With any other unreadable line the file is kept as metrics.jsonl.damaged,
+    and a line says so.
+
+    Raises:
+        UserError: if that is not possible.
+    """
+    with writing(path):
+        records, unreadable = reading.read_records(path, _is_record)
+        if unreadable and unreadable != [len(path.read_bytes().split(b"\n"))]:
+            copy = files.damaged_name(path)
+            with files.replacing_file(copy) as temporary:
+                shutil.copyfile(path, temporary)
+            print(f"{path}: {len(unreadable)} lines cannot be read; the file as it was is {copy.name}", flush=True)
+        kept = [json.dumps(record) + "\n" for record in records if 0 < step >= record["step"]]
+        files.write_text(path, "".join(kept))
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Returns whether something is a record of metrics.jsonl: a step, and numbers or null."""
+    step = record.get("step")
+    return type(step) is int and step >= 0 and all(map(_is_value, record.values()))
+
+
+def _is_value(value: object) -> bool:
+    if type(value) is int:
+        return abs(value) < _LARGEST
+    return value is None or (isinstance(value, float) and math.isfinite(value))

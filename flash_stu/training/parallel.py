@@ -1,14 +1,15 @@
-"""The parallel strategy of a run: sharding, replicas, and the synchronisation of gradients.
+"""What is done to a model for training, from outside: recomputation, compilation, precision, sharding, replicas.
 
-The model is written for one device. `parallelize` applies, from outside and in this order, the transformations of the
-blocks (see recompute), mixed precision, and the strategy: fully_shard (FSDP2) per block and then for the rest, or
+The model is written for one device. `parallelize` applies in this order activation checkpointing and compilation of the
+blocks, mixed precision, and the strategy: fully_shard (FSDP2) per block and then for the rest, or
 DistributedDataParallel, or nothing. With several replicas the processes form a grid (HSDP): each row of it shards one
 whole model, and the rows average their gradients.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +18,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flash_stu.distributed import World, join, local_device, world_size
 from flash_stu.errors import UserError
 from flash_stu.model.layers import InputOutputTaps
 from flash_stu.model.modeling import FlashSTUForCausalLM
+from flash_stu.ops import kept
 from flash_stu.training.initialization import initialize, read_initial_weights
-from flash_stu.training.recompute import transform_blocks
-from flash_stu.training.run_config import ParallelConfig, RunConfig
+from flash_stu.training.run_config import ParallelConfig, RunConfig, TrainConfig
 
 _KEPT_BYTES = 8 << 30  # of gathered parameters: a tenth of an H100's memory
 _DDP_LIMIT = 10**9  # parameters; with their gradients and AdamW's moments, 16 GB in float32
@@ -87,7 +89,7 @@ def parallelize(model: FlashSTUForCausalLM, config: RunConfig, world: World) -> 
     """
     strategy = resolve_strategy(config.parallel, world.size, model.num_parameters())
     bfloat16 = config.train.dtype == "bfloat16"
-    transform_blocks(model, config.train)
+    _transform_blocks(model, config.train)
     if strategy == "fsdp":
         _shard(model, config, world)
     if config.train.initial_weights is None:
@@ -102,16 +104,34 @@ def parallelize(model: FlashSTUForCausalLM, config: RunConfig, world: World) -> 
     return model
 
 
+def _transform_blocks(model: FlashSTUForCausalLM, config: TrainConfig) -> None:
+    """Apply train.activation_checkpointing and then train.compile to every block, in place."""
+    for block in model.model.layers:
+        if config.activation_checkpointing != "none":
+            block.forward = _recomputed(block.forward, config.activation_checkpointing)
+        if config.compile:  # the function, not the module: FSDP's hooks stay outside
+            block.forward = torch.compile(block.forward)
+
+
+def _recomputed(forward: Callable[..., torch.Tensor], mode: str) -> Callable[..., torch.Tensor]:
+    """Returns a function that keeps only its inputs, and if selective its products, and recomputes the rest."""
+    options: dict[str, Any] = {}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, kept.policy)
+
+    def run(*inputs: Any) -> torch.Tensor:  # a function of its own: torch.compile skips a partial of checkpoint
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
+
+    return run
+
+
 def _shard(model: FlashSTUForCausalLM, config: RunConfig, world: World) -> None:
     replicas = config.parallel.replicas
     if world.size % replicas:
         raise UserError(f"parallel.replicas is {replicas}; it must divide the {world.size} processes")
-    if replicas > 1:
-        mesh = init_device_mesh(
-            world.device.type, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard")
-        )
-    else:
-        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    shape, names = (replicas, world.size // replicas), ("replicate", "shard")
+    first = 0 if replicas > 1 else 1
+    mesh = init_device_mesh(world.device.type, shape[first:], mesh_dim_names=names[first:])
     # The filters are an input of every block and must stay float32, so inputs are not cast to bfloat16;
     # the activations are bfloat16 already, since the embedding's weights are.
     precision = MixedPrecisionPolicy(
@@ -119,19 +139,18 @@ def _shard(model: FlashSTUForCausalLM, config: RunConfig, world: World) -> None:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
-    options["reshard_after_forward"] = resolve_resharding(config, model.num_parameters())
-    # Coefficients of a recurrence stay float32 too, see flash_stu.model.layers.taps.
-    unrounded: dict[str, Any] = {
-        **options,
-        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": resolve_resharding(config, model.num_parameters()),
     }
+    # Coefficients of a recurrence stay float32 too, see flash_stu.model.layers.taps.
+    unrounded = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
         for module in block.modules():
             if isinstance(module, InputOutputTaps) and module.M_y is not None:
-                fully_shard(module, **unrounded)
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+                fully_shard(module, mp_policy=unrounded, **options)
+        fully_shard(block, mp_policy=precision, **options)
+    fully_shard(model, mp_policy=precision, **options)
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool, config: RunConfig) -> None:

@@ -14,8 +14,17 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from flash_stu.data import DataConfig
 from flash_stu.errors import UserError
 from flash_stu.model.config import LARGEST_LENGTH, FlashSTUConfig
-from flash_stu.paths import ExpandedPath
-from flash_stu.settings import LARGEST_SEED, Count, CountOrZero, Section, describe, flatten, override, read_yaml
+from flash_stu.settings import (
+    LARGEST_SEED,
+    Count,
+    CountOrZero,
+    ExpandedPath,
+    Section,
+    describe,
+    flatten,
+    override,
+    read_yaml,
+)
 
 _LARGEST_BATCH = 2**40  # tokens
 _Beta = Annotated[float, Field(ge=0, lt=1)]

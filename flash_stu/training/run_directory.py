@@ -1,7 +1,7 @@
 """The directory of a run: its files, whether it is finished, and what may change between two starts.
 
 - config.yaml: the resolved config
-- metrics.jsonl: one record per step and per validation, see flash_stu.training.metrics_file
+- metrics.jsonl: one record per step and per validation, see flash_stu.training.metrics
 - checkpoints/step-N/: see flash_stu.training.checkpoint_folder
 - final/: the trained model, a transformers directory
 - .lock: held by the main process as long as it trains
@@ -15,8 +15,9 @@ from pathlib import Path
 from flash_stu import files, reading
 from flash_stu.arguments import why_not_writable
 from flash_stu.errors import UserError, reason
-from flash_stu.training.checkpoint_export import export_checkpoint
-from flash_stu.training.metrics_file import read_metrics
+from flash_stu.locks import holding
+from flash_stu.training.metrics import read_metrics
+from flash_stu.training.model_source import export_checkpoint
 from flash_stu.training.run_config import RunConfig, changed_keys, load_config
 
 # Settings that do not change what is computed, up to rounding; a run may be continued with others.
@@ -78,13 +79,12 @@ class RunDirectory:
                 f"output_dir {self.path} holds a run whose config.yaml is damaged or of another version: "
                 f"{reason(error)}"
             ) from None
-        free = _FREE | ({"train.steps", "train.epochs"} if self.config.optimizer.schedule == "constant" else set())
-        changed = [
-            key for key in changed_keys(before, self.config) if key not in free and not key.startswith(_FREE_SECTIONS)
-        ]
-        if changed:
+        free = (*_FREE, "train.steps", "train.epochs") if self.config.optimizer.schedule == "constant" else _FREE
+        changed = [key for key in changed_keys(before, self.config) if key not in free]
+        fixed = ", ".join(key for key in changed if not key.startswith(_FREE_SECTIONS))
+        if fixed:
             raise UserError(
-                f"output_dir {self.path} holds a run with other settings ({', '.join(changed)}); "
+                f"output_dir {self.path} holds a run with other settings ({fixed}); "
                 f"choose another output_dir, or remove it"
             )
 
@@ -109,32 +109,25 @@ class RunDirectory:
             UserError: if another process holds it, final/ was not created by this program, it cannot be written, or as
                 `check`.
         """
-        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         is_new = files.is_empty(self.path)
-        try:
-            with files.holding(self.path, "output_dir"):
-                try:
-                    self.check()
-                    files.check_output(self.final, "model", _FINAL_LABEL)  # not after days of training
-                    files.sweep_directory(self.path)
-                    files.write_text(self.config_file, self.config.to_yaml())
-                    yield
-                except BaseException:
-                    if is_new and not any(record["step"] for record in read_metrics(self.metrics_file)):
-                        self._remove()
-                    raise
-        except BaseException:
-            with suppress(OSError):  # the first that is not empty ends it
-                for path in missing:
-                    path.rmdir()
-            raise
+        with holding(self.path, "output_dir"):
+            try:
+                self.check()
+                files.check_output(self.final, "model", _FINAL_LABEL)  # not after days of training
+                files.sweep_directory(self.path)
+                files.write_text(self.config_file, self.config.to_yaml())
+                yield
+            except BaseException:
+                if is_new and not any(record["step"] for record in read_metrics(self.metrics_file)):
+                    self._remove()
+                raise
 
     def _remove(self) -> None:
         """Remove what a start writes before the first step."""
         shutil.rmtree(self.path / "wandb", ignore_errors=True)
         with suppress(OSError):
-            for path in (self.config_file, self.metrics_file, self.path / files.LOCK):
-                path.unlink(missing_ok=True)
+            self.config_file.unlink(missing_ok=True)
+            self.metrics_file.unlink(missing_ok=True)
             self.checkpoints.rmdir()
 
     def export(self, checkpoint: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from tabulate import tabulate
 
 from flash_stu.distributed import World
 from flash_stu.errors import UserError
@@ -40,9 +41,7 @@ def describe(config: RunConfig, processes: int) -> str:
         + ", ".join(f"{name} {size / 2**30:.1f}" for name, size in memory.items())
         + ")",
     }
-    width = max(map(len, rows))
-    summary = "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
-    return f"{config.to_yaml()}\n{summary}"
+    return f"{config.to_yaml()}\n{tabulate(rows.items(), tablefmt='plain', disable_numparse=True)}"
 
 
 def check_size(config: RunConfig, world: World) -> None:

@@ -16,18 +16,14 @@ from flash_stu.training.run_config import RunConfig
 class StepResult(NamedTuple):
     """Results of one step, the same on every process.
 
-    Attributes:
-        loss: nats per token, the mean over the global batch.
-        grad_norm: norm of all gradients before clipping.
-        taken: whether the weights were updated. A step whose loss or gradient is not finite is skipped: it uses up its
-            batch and its place in the schedule, and leaves weights and moments as they were.
-        sums: of the values that the processes passed to `train_step`.
+    A step whose loss or gradient is not finite is skipped: it uses up its batch and its place in the schedule, and
+    leaves weights and moments as they were.
     """
 
-    loss: float
-    grad_norm: float
-    taken: bool
-    sums: list[float]
+    loss: float  # nats per token, the mean over the global batch
+    grad_norm: float  # norm of all gradients before clipping
+    taken: bool  # whether the weights were updated
+    sums: list[float]  # of the values that the processes passed to `train_step`
 
 
 def unwatched(_mark: str) -> None:
@@ -72,11 +68,7 @@ def accumulate_gradients(
     device: torch.device,
     mark: Callable[[str], object] = unwatched,
 ) -> torch.Tensor:
-    """Add up the gradients of this process's part of a global batch; arguments as `train_step`.
-
-    Returns:
-        its mean loss in nats per token, without gradient.
-    """
+    """Add up the gradients of this process's part of a global batch; returns its mean loss in nats per token."""
     model.train()
     micro_batches = batch.split(config.train.micro_batch_size)
     total = torch.zeros((), device=device)

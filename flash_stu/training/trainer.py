@@ -18,13 +18,12 @@ from flash_stu.data import BatchLoader, TokenDataset, load_tokenizer, prepare
 from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.training.checkpoint import Checkpointer
-from flash_stu.training.checkpoint_export import find_checkpoint
 from flash_stu.training.checkpoint_folder import RunState
 from flash_stu.training.evaluation_hook import TaskEvaluation, ValidationWindows
 from flash_stu.training.flops import peak_flops, train_flops
 from flash_stu.training.initialization import build_model, check_initial_weights
-from flash_stu.training.metrics import Metrics, check_wandb, peak_memory
-from flash_stu.training.metrics_file import StepRecord
+from flash_stu.training.metrics import Metrics, StepRecord, check_wandb, peak_memory
+from flash_stu.training.model_source import find_checkpoint
 from flash_stu.training.optimizer import build_optimizers, learning_rate, set_learning_rate
 from flash_stu.training.parallel import parallelize
 from flash_stu.training.run_config import RunConfig

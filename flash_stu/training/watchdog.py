@@ -32,12 +32,7 @@ class Post(NamedTuple):
 
 
 class Watchdog:
-    """Watches one process of several; a context manager. Alone, a process is not watched.
-
-    Args:
-        world: the processes.
-        timeout: seconds without a mark after which the job ends.
-    """
+    """Ends the job after `timeout` seconds without a mark; a context manager. Alone, a process is not watched."""
 
     def __init__(self, world: World, timeout: float) -> None:
         self.world, self.timeout = world, timeout
@@ -103,16 +98,11 @@ class Watchdog:
 def describe_stall(posts: dict[int, Post], silent: list[int], timeout: float, size: int) -> str:
     """Returns a line that names the processes that hold up the others.
 
-    Args:
-        posts: what each process posted last; a process that never did is missing.
-        silent: processes whose heartbeat has stopped.
-        timeout: seconds.
-        size: number of processes.
+    It is told what each process posted last, if it ever did, and which heartbeats have stopped.
     """
     head = f"error: training has stood still for {timeout:g} s; this ends it. "
     if silent:
-        who = "; ".join(f"process {r} of {size}{_where(posts.get(r))} does not respond" for r in silent)
-        return head + who
+        return head + "; ".join(f"process {r} of {size}{_where(posts.get(r))} does not respond" for r in silent)
     furthest = max(post.marks for post in posts.values())
     behind = {rank: post for rank, post in posts.items() if post.marks < furthest}
     if behind:

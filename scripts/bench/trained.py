@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from flash_stu.errors import UserError
-from flash_stu.training.metrics_file import read_metrics
+from flash_stu.training.metrics import read_metrics
 
 CONFIG = "configs/quickstart.yaml"
 STRETCH = 20  # steps that a point of the loss curve is the mean of

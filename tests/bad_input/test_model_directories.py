@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flash_stu import UserError
-from flash_stu.evaluation.models import check_model_dir
+from flash_stu.evaluation.runner import check_model_dir
 from flash_stu.files import MANIFEST, seal
 from flash_stu.model.loading import load_model
 

@@ -118,9 +118,8 @@ def own_tasks(tmp_path_factory):
 @pytest.fixture
 def embedded_data(documents, tmp_path, monkeypatch):
     """The embedded tasks' data made from the small documents, put where the harness looks for them."""
-    from flash_stu.evaluation import harness
-    from flash_stu.evaluation.embedded import write_embedded_data
+    from flash_stu.evaluation import definitions
 
-    folder = write_embedded_data(documents, tmp_path / "embedded")
-    monkeypatch.setattr(harness, "_embedded_data", lambda: folder)
+    folder = definitions.write_embedded_data(documents, tmp_path / "embedded")
+    monkeypatch.setattr(definitions, "_embedded_data", lambda: folder)
     return folder

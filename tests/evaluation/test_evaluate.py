@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 import evaluate as door
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.evaluation import evaluate, harness, language_model
-from flash_stu.evaluation.definitions import official_index, write_local_task
-from flash_stu.evaluation.harness import write_embedded_task
+from flash_stu.evaluation.definitions import official_index, write_embedded_task, write_local_task
 from flash_stu.evaluation.report import format_csv, format_report, format_table
 from flash_stu.model.loading import load_model
 

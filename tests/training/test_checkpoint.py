@@ -15,8 +15,8 @@ from toy_checkpoints import alter, assert_equal, build, checkpointer, save, stat
 from flash_stu import UserError
 from flash_stu.files import read_manifest
 from flash_stu.training import checkpoint, checkpoint_folder
-from flash_stu.training.checkpoint_export import load_weights
 from flash_stu.training.checkpoint_folder import list_steps
+from flash_stu.training.model_source import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

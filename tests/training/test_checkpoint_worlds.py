@@ -11,7 +11,7 @@ from toy_checkpoints import alter, assert_equal, build, checkpointer, state, tra
 from flash_stu import UserError, reading
 from flash_stu.distributed import World
 from flash_stu.training import checkpoint
-from flash_stu.training.checkpoint_export import load_weights
+from flash_stu.training.model_source import load_weights
 
 
 def join() -> World:

@@ -10,7 +10,7 @@ from processes import Child
 from safetensors.torch import load_file
 
 from flash_stu.training import Trainer, join_world, load_config
-from flash_stu.training.metrics_file import MEASURED, read_metrics
+from flash_stu.training.metrics import MEASURED, read_metrics
 
 STEPS = 40
 

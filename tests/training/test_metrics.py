@@ -6,8 +6,7 @@ import json
 import pytest
 
 from flash_stu import UserError
-from flash_stu.training.metrics import check_wandb
-from flash_stu.training.metrics_file import keep_lines_up_to, read_metrics
+from flash_stu.training.metrics import check_wandb, keep_lines_up_to, read_metrics
 
 
 def test_lines_of_steps_that_are_trained_again_are_dropped(tmp_path):

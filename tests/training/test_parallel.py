@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from flash_stu import UserError
 from flash_stu.training import Trainer, join_world
 from flash_stu.training.initialization import build_model
-from flash_stu.training.metrics_file import read_metrics
+from flash_stu.training.metrics import read_metrics
 from flash_stu.training.parallel import parallelize, resolve_resharding, resolve_strategy, set_gradient_sync
 from flash_stu.training.run_config import ParallelConfig, load_config
 

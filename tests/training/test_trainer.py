@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash_stu import UserError
 from flash_stu.training import Trainer, join_world, step
-from flash_stu.training.checkpoint_export import load_checkpoint
-from flash_stu.training.metrics_file import MEASURED, read_metrics
+from flash_stu.training.metrics import MEASURED, read_metrics
+from flash_stu.training.model_source import load_checkpoint
 from flash_stu.training.step import accumulate_gradients, dropout_seed
 
 

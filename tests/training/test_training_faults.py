@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from tiny_run import training_settings
 from toy_checkpoints import alter, truncate
 
-from flash_stu import files, orphans, reading
+from flash_stu import distributed, files, reading
 from flash_stu.errors import UserError
+from flash_stu.locks import holding
 from flash_stu.training import Trainer, join_world, load_config, metrics
 from flash_stu.training.checkpoint_folder import list_steps
-from flash_stu.training.metrics_file import MEASURED, read_metrics
+from flash_stu.training.metrics import MEASURED, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -559,7 +560,7 @@ def test_a_finished_run_whose_model_was_damaged_is_not_called_finished(name, sta
 
 def test_a_second_start_names_who_has_the_run_and_destroys_nothing(start, run, whole):
     before = content(run)
-    with files.holding(run, "output_dir"):
+    with holding(run, "output_dir"):
         one_error(start(), str(run), "in use", f"process {os.getpid()}", f"host {socket.gethostname()}")
     assert content(run) == before
     assert start()[0] == 0
@@ -567,7 +568,7 @@ def test_a_second_start_names_who_has_the_run_and_destroys_nothing(start, run, w
 
 
 def test_a_second_start_while_the_first_makes_its_directory(start, tmp_path):
-    with files.holding(tmp_path / "run", "output_dir"):
+    with holding(tmp_path / "run", "output_dir"):
         one_error(start(), "in use")
     assert sorted(os.listdir(tmp_path / "run")) == []
     assert start()[0] == 0  # the lock is free, and no reason to refuse the directory
@@ -593,7 +594,7 @@ def start_one_of_several(config_file: Path) -> str:
 
 def test_a_second_start_with_several_processes_ends_on_all_of_them(config_file, run):
     before = content(run)
-    with files.holding(run, "output_dir"):
+    with holding(run, "output_dir"):
         main, other = run_processes(2, start_one_of_several, config_file)
     assert "in use by process" in main and other == "SystemExit(2)"
     assert content(run) == before
@@ -657,7 +658,7 @@ def test_workers_end_when_torchrun_is_killed(config_file, tmp_path):
 
 def is_free(directory: Path) -> bool:
     try:
-        with files.holding(directory, "output_dir"):
+        with holding(directory, "output_dir"):
             return True
     except UserError:
         return False
@@ -679,10 +680,10 @@ def is_running(process: int) -> bool:
 
 def test_a_process_that_torchrun_did_not_start_is_not_watched(monkeypatch):
     started = []
-    monkeypatch.setattr(orphans.threading.Thread, "start", lambda thread: started.append(thread))
+    monkeypatch.setattr(distributed.threading.Thread, "start", lambda thread: started.append(thread))
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    orphans.end_with_launcher()
+    distributed.end_with_launcher()
     assert started == []
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    orphans.end_with_launcher()
+    distributed.end_with_launcher()
     assert len(started) == 1 and started[0].daemon
