@@ -72,9 +72,9 @@ class FlashSTUCache(Cache):
 
 
 def state_tensors(state: tuple[Any, ...]) -> Iterator[torch.Tensor]:
-    """Yields all tensors in one layer's state, in the order of its fields."""
+    """Yields all tensors in one layer's state, and in the states in it, in the order of the fields."""
     for field in state:
         if isinstance(field, torch.Tensor):
             yield field
         elif isinstance(field, tuple):
-            yield from field
+            yield from state_tensors(field)

@@ -35,6 +35,8 @@ BOUNDS = {  # of every number of a model, both ends allowed; far outside what an
     "dropout": (0, 0.999),
     "initializer_range": (0, 100),
     "num_filters": (1, 2**14),
+    "stu_input_taps": (0, 256),
+    "stu_output_taps": (0, 256),
     "lds_state_dim": (2, 2**14),
 }
 CHOICES = {
@@ -79,6 +81,9 @@ class FlashSTUConfig(PreTrainedConfig):
         filter_basis: "hankel" or "hankel_l", see flash_stu.filters.spectral.
         stu_type: "tensordot" or "full", see flash_stu.model.layers.stu.
         stu_branches: "shared", "separate" or "positive", see flash_stu.model.layers.stu.
+        stu_input_taps: k_u, newest inputs that an STU layer, distilled or not, adds to its outputs with weights of
+            their own; 0 as Flash STU publishes, 3 as Spectral SSM. See flash_stu.model.layers.taps.
+        stu_output_taps: k_y, last outputs that it feeds back (AR-STU of Spectral SSM, with 2 or 32); 0 for none.
         lds_state_dim: state dimension of the LDS layers of a distilled model, even; None for STU layers.
         lds_trainable: train the decays of the LDS layers too, see flash_stu.model.layers.lds.
         lds_state_dtype: "float32" or "float64", of the states that generation carries from token to token.
@@ -119,6 +124,8 @@ class FlashSTUConfig(PreTrainedConfig):
     filter_basis: str = "hankel"
     stu_type: str = "tensordot"
     stu_branches: str = "shared"
+    stu_input_taps: int = 0
+    stu_output_taps: int = 0
     lds_state_dim: int | None = None
     lds_trainable: bool = False
     lds_state_dtype: str = "float32"
@@ -249,6 +256,7 @@ class FlashSTUConfig(PreTrainedConfig):
             linear += states * (1 + (hidden if tensordot else filters)) * (2 if self.lds_trainable else 1)
         elif tensordot:
             linear += filters * hidden
+        linear += (self.stu_input_taps + self.stu_output_taps) * hidden * (1 if tensordot else hidden)
         block = 2 * hidden + 3 * hidden * inner + bias * (2 * inner + hidden)
         layers = sum(block + (linear if kind == "linear_attention" else attention) for kind in self.block_types)
         ends = self.vocab_size * (hidden + bias + (0 if self.tie_word_embeddings else hidden)) + hidden

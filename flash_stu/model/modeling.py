@@ -21,7 +21,7 @@ from flash_stu.files import MANIFEST
 from flash_stu.filters.spectral import spectral_filters
 from flash_stu.model.cache import FlashSTUCache
 from flash_stu.model.config import FlashSTUConfig
-from flash_stu.model.layers import LDS, STU, GatedMLP, SlidingWindowAttention
+from flash_stu.model.layers import LDS, STU, GatedMLP, InputOutputTaps, SlidingWindowAttention
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.exact import SpectralFilters
 from flash_stu.model.layers.linear import DepthScaledLinear
@@ -30,7 +30,8 @@ from flash_stu.model.saving import add_remote_code
 from flash_stu.ops.cross_entropy import linear_cross_entropy
 from flash_stu.ops.positions import rotary_angles
 
-OPTIONAL_TENSORS = [r"_change$"]  # patterns; a distilled model that is loaded to be trained has none of them
+# patterns; a distilled model that is loaded to be trained, or a model that gets taps, has none of them
+OPTIONAL_TENSORS = [r"_change$", r"\.taps\.M_[uy]$"]
 
 
 class Block(nn.Module):
@@ -82,7 +83,7 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]
     _is_stateful = True
     # see flash_stu.model.layers.exact
-    _keep_in_fp32_modules_strict = {"readout", "readout_change", "decay", "log_rate_change", "phi"}
+    _keep_in_fp32_modules_strict = {"readout", "readout_change", "decay", "log_rate_change", "phi", "M_y"}
     _keys_to_ignore_on_load_missing = OPTIONAL_TENSORS
 
     @torch.no_grad()
@@ -96,7 +97,7 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
             hf_init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm):
             hf_init.ones_(module.weight)
-        elif isinstance(module, STU | LDS):
+        elif isinstance(module, STU | LDS | InputOutputTaps):
             module.reset_parameters(hf_init)
         elif isinstance(module, SpectralFilters):
             self._fill_filters(module)

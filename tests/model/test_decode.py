@@ -110,7 +110,8 @@ def test_half_precision_inputs(backend):
     z, state = steps(half, context, x[:, 200:].bfloat16(), state)
     assert (y.dtype, z.dtype) == (torch.bfloat16, torch.bfloat16)
     assert (torch.cat([y, z], 1) - exact).norm() <= 1e-2 * exact.norm()
-    kept = state.slots[0] if backend == "lds" else state.inputs if backend == "naive" else state.pending
+    core = state.core
+    kept = core.slots[0] if backend == "lds" else core.inputs if backend == "naive" else core.pending
     assert kept.dtype == (torch.bfloat16 if backend == "naive" else torch.float32)
 
 
@@ -123,7 +124,7 @@ def test_the_choice_is_read_at_every_prefill(tiny_model):
     for backend in STU_BACKENDS:
         model.config.decode_backend = backend
         out = model(ids[:, :7], use_cache=True)
-        units.append(out.past_key_values.states[0].unit)
+        units.append(out.past_key_values.states[0].core.unit)
         y = [model(ids[:, t : t + 1], past_key_values=out.past_key_values).logits for t in range(7, 15)]
         torch.testing.assert_close(torch.cat(y, 1), whole[:, 7:], atol=1e-5, rtol=1e-5)
     assert len(set(units)) == 3

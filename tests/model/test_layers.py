@@ -126,7 +126,7 @@ def test_lds_state_does_not_grow(tiny_config):
     _, state = layer.prefill(torch.randn(1, 9, 32), SequenceContext())
     for _ in range(5):
         _, state = layer.step(torch.randn(1, 1, 32), SequenceContext(), state)
-    assert [tuple(slot.shape) for slot in state.slots] == [(1, 6, 32)] * 2  # 12 state variables per channel
+    assert [tuple(slot.shape) for slot in state.core.slots] == [(1, 6, 32)] * 2  # 12 state variables per channel
 
 
 def test_mlp_formula(tiny_config):

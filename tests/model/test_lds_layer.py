@@ -34,7 +34,7 @@ def test_token_by_token_over_the_filters_length(tiny_model, dtype, bound):
     assert (token_by_token(layer, x) - whole).norm() <= bound * whole.norm()
     y, state = layer.prefill(x, CONTEXT)
     assert (y - whole).norm() <= 1e-6 * whole.norm()
-    assert state.slots[0].dtype == getattr(torch, dtype)
+    assert state.core.slots[0].dtype == getattr(torch, dtype)
 
 
 @torch.no_grad()

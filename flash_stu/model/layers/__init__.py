@@ -5,5 +5,6 @@ from flash_stu.model.layers.attention import SlidingWindowAttention
 from flash_stu.model.layers.lds import LDS
 from flash_stu.model.layers.mlp import GatedMLP
 from flash_stu.model.layers.stu import STU
+from flash_stu.model.layers.taps import InputOutputTaps
 
-__all__ = ["LDS", "STU", "GatedMLP", "SlidingWindowAttention"]
+__all__ = ["LDS", "STU", "GatedMLP", "InputOutputTaps", "SlidingWindowAttention"]

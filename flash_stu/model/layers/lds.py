@@ -7,6 +7,8 @@ Constant time and memory per token. With shared branches the STU only has even l
     tensordot:  y[t, d] = sum_j readout[j, d] S[t][j, d]        u = M_inputs x
     full:       y[t] = sum_f M_f (sum_j readout[j, f] S[t][j])  u = x, f over the filters of all branches
 
+Taps of inputs and of outputs are those of the STU layer, see flash_stu.model.layers.taps.
+
 Decays and readout are constants of the fit, exact in float32. If config.lds_trainable, the layer learns changes of
 them: a factor on each rate -log|decay| and a term added to the readout. Zeros are the distilled layer itself, and no
 change makes it unstable. The terms of a fitted sum are a hundred times larger than the sum, and an optimizer's step on
@@ -28,6 +30,7 @@ from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.exact import KeepFloat32
 from flash_stu.model.layers.linear import DepthScaledLinear
 from flash_stu.model.layers.state import LDSState
+from flash_stu.model.layers.taps import InputOutputTaps, TappedState
 from flash_stu.ops.conv.choice import any_filter_backend, causal_conv
 from flash_stu.ops.lds import State, final_state, free_response, lds_advance, lds_chunked, scale_rates, zero_state
 
@@ -39,7 +42,8 @@ class LDS(KeepFloat32):
 
     Args:
         config: hidden_size, lds_state_dim, lds_trainable, num_filters, num_hidden_layers, max_position_embeddings,
-            stu_type, stu_branches and conv_backend are read; decode_backend and lds_state_dtype at every prefill.
+            stu_type, stu_branches, stu_input_taps, stu_output_taps and conv_backend are read; decode_backend and
+            lds_state_dtype at every prefill.
     """
 
     exact = ("decay", "readout")
@@ -62,6 +66,7 @@ class LDS(KeepFloat32):
         else:
             columns = config.num_filters * (2 if config.stu_branches == "separate" else 1)
             self.M_phi = nn.Parameter(torch.empty(columns, size, size))
+        self.taps = InputOutputTaps(config)
         self.register_buffer("decay", torch.zeros(states, dtype=torch.float32))
         self.register_buffer("readout", torch.zeros(states, columns, dtype=torch.float32))
         self.trainable = config.lds_trainable
@@ -111,31 +116,37 @@ class LDS(KeepFloat32):
 
     def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Run over a whole sequence (batch, length, channels) from the zero state, by convolution."""
-        return self._convolve(self._inputs(x, context), *self.system(), None)[0].to(x.dtype)
+        inputs = self._inputs(x, context)
+        return self.taps(self._convolve(inputs, *self.system(), None)[0], inputs).to(x.dtype)
 
     def prefill(
-        self, x: torch.Tensor, context: SequenceContext, state: LDSState | None = None
-    ) -> tuple[torch.Tensor, LDSState]:
+        self, x: torch.Tensor, context: SequenceContext, state: TappedState | None = None
+    ) -> tuple[torch.Tensor, TappedState]:
         """Run over a sequence after `state`, as matrix products."""
         inputs = self._inputs(x, context)
-        state = self._start(inputs) if state is None else state
+        state = self.taps.start(self._start(inputs), inputs) if state is None else state
+        core: LDSState = state.core
         with torch.autocast(x.device.type, enabled=False):
             if self.tensordot:
-                y, slots = lds_chunked(inputs, state.decay, state.readout, state.slots)
+                y, slots = lds_chunked(inputs, core.decay, core.readout, core.slots)
             else:
-                y, slots = self._convolve(inputs, state.decay, state.readout, state.slots)
-        return y.to(x.dtype), state._replace(slots=slots)
+                y, slots = self._convolve(inputs, core.decay, core.readout, core.slots)
+        y, state = self.taps.proceed(y, inputs, state, core._replace(slots=slots))
+        return y.to(x.dtype), state
 
-    def step(self, x: torch.Tensor, context: SequenceContext, state: LDSState) -> tuple[torch.Tensor, LDSState]:
+    def step(self, x: torch.Tensor, context: SequenceContext, state: TappedState) -> tuple[torch.Tensor, TappedState]:
         """One more token x (batch, 1, channels), in constant time."""
-        slots = lds_advance(self._inputs(x, context)[:, 0], state.decay, state.slots)
+        inputs = self._inputs(x, context)
+        core: LDSState = state.core
+        slots = lds_advance(inputs[:, 0], core.decay, core.slots)
         with torch.autocast(x.device.type, enabled=False):
             if self.tensordot:
-                y = slots[-1].to(torch.float64, copy=True).mul_(state.readout).sum(dim=1)
+                y = slots[-1].to(torch.float64, copy=True).mul_(core.readout).sum(dim=1)
             else:
-                features = state.readout.t() @ slots[-1].double()
+                features = core.readout.t() @ slots[-1].double()
                 y = features.to(self.M_phi.dtype).flatten(1) @ self.M_phi.flatten(0, 1)
-        return y[:, None].to(x.dtype), state._replace(slots=slots)
+        y, state = self.taps.proceed(y[:, None], inputs, state, core._replace(slots=slots))
+        return y.to(x.dtype), state
 
     def _inputs(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         x = context.without_padding(x)

@@ -8,6 +8,7 @@ Features U+_k = phi_k * u and U-_k = ((-1)^t phi_k) * u of the inputs u; the out
 
 Branches: "separate" learns M+ and M-; "shared" sets M- = M+ as the published models do, and then f vanishes on odd
 lags: the layer never mixes tokens an odd distance apart, and costs half; "positive" drops the minus branch.
+Taps of inputs and of outputs may come on top, see flash_stu.model.layers.taps.
 
 Source: Agarwal et al. 2023 (arXiv 2312.06837), eq. 5; Liu et al. 2024, Flash STU (arXiv 2409.10489), section 3.2.
 """
@@ -20,6 +21,7 @@ from torch import nn
 from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.linear import DepthScaledLinear
+from flash_stu.model.layers.taps import InputOutputTaps, TappedState
 from flash_stu.ops.conv.choice import any_filter_backend, causal_conv, spectral_conv
 from flash_stu.ops.futurefill import ConvState, Taps
 
@@ -28,8 +30,8 @@ class STU(nn.Module):
     """One STU layer: (batch, length, hidden_size) to the same, causal.
 
     Args:
-        config: hidden_size, num_filters, num_hidden_layers, stu_type, stu_branches and conv_backend are read;
-            decode_backend at every prefill.
+        config: hidden_size, num_filters, num_hidden_layers, stu_type, stu_branches, stu_input_taps, stu_output_taps
+            and conv_backend are read; decode_backend at every prefill.
     """
 
     def __init__(self, config: FlashSTUConfig) -> None:
@@ -48,6 +50,7 @@ class STU(nn.Module):
             self.M_filters = nn.Parameter(torch.empty(learned, filters, size))
         else:
             self.M_phi = nn.Parameter(torch.empty(learned, filters, size, size))
+        self.taps = InputOutputTaps(config)
 
     def reset_parameters(self, init: ModuleType) -> None:
         """Draw this module's own weights; one factor of each output carries the residual (2 layers)^-1/2.
@@ -79,7 +82,7 @@ class STU(nn.Module):
         # with shared coefficients U+ and U- add up: twice phi on even lags, nothing on odd ones
         return 2 * filters if self.branches == "shared" else filters
 
-    def taps(self, filters: torch.Tensor) -> torch.Tensor:
+    def kernel(self, filters: torch.Tensor) -> torch.Tensor:
         """Returns the filters this layer convolves with: (lags, channels) for tensordot, the features for full."""
         features = self.features(filters)
         if not self.tensordot:
@@ -95,29 +98,35 @@ class STU(nn.Module):
             return spectral_conv(inputs, features, weights, self.backend, self.dilation, self.oscillating)
 
         if self.tensordot:
-            return convolve(features, self.M_filters.flatten(0, 1))
+            return self.taps(convolve(features, self.M_filters.flatten(0, 1)), inputs)
         outputs, same = inputs.new_zeros(()), features.new_ones(1, inputs.shape[-1])
         # one feature at a time: all of them at once is `features` times the memory
         for k, matrix in enumerate(self.M_phi.flatten(0, 1)):
             outputs = outputs + convolve(features[:, k : k + 1], same) @ matrix
-        return outputs
+        return self.taps(outputs, inputs)
 
     def prefill(
-        self, x: torch.Tensor, context: SequenceContext, state: ConvState | None = None
-    ) -> tuple[torch.Tensor, ConvState]:
+        self, x: torch.Tensor, context: SequenceContext, state: TappedState | None = None
+    ) -> tuple[torch.Tensor, TappedState]:
         """Convolve a sequence after the tokens in `state`, whose buffers the state returned takes over."""
         inputs = self._inputs(x, context)
-        if state is None:
-            taps = Taps(self.taps(context.spectral_filters()), None if self.tensordot else self.M_phi.flatten(0, 1))
-            state = ConvState.empty(inputs, taps, self.dilation, self.config.resolve_decode_backend())
-        state = state.extend(inputs)
-        y = self._convolve(state.seen(), state.taps.reversed.flip(0))
-        return y[:, -x.shape[1] :], state
+        state = self.taps.start(self._start(inputs, context), inputs) if state is None else state
+        core = state.core.extend(inputs)
+        y = self._convolve(core.seen(), core.taps.reversed.flip(0))[:, -x.shape[1] :]
+        y, state = self.taps.proceed(y, inputs, state, core)
+        return y.to(x.dtype), state
 
-    def step(self, x: torch.Tensor, context: SequenceContext, state: ConvState) -> tuple[torch.Tensor, ConvState]:
+    def step(self, x: torch.Tensor, context: SequenceContext, state: TappedState) -> tuple[torch.Tensor, TappedState]:
         """One more token x (batch, 1, channels); `state` is taken over."""
-        y, state = state.step(self._inputs(x, context)[:, 0])
-        return y[:, None].to(x.dtype), state
+        inputs = self._inputs(x, context)
+        y, core = state.core.step(inputs[:, 0])
+        y, state = self.taps.proceed(y[:, None], inputs, state, core)
+        return y.to(x.dtype), state
+
+    def _start(self, inputs: torch.Tensor, context: SequenceContext) -> ConvState:
+        """Returns the convolution before the first token."""
+        taps = Taps(self.kernel(context.spectral_filters()), None if self.tensordot else self.M_phi.flatten(0, 1))
+        return ConvState.empty(inputs, taps, self.dilation, self.config.resolve_decode_backend())
 
     def _inputs(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         x = context.without_padding(x)
