@@ -3,8 +3,8 @@
     python scripts/experiments/recall.py [--quick | --full] [--output results/experiments]
 
 Small models learn one synthetic task each from fresh random sequences; the loss is that of the answers alone, and the
-accuracy is theirs on sequences not seen before. Pure models have STU layers only, hybrids alternate them with attention.
-A training ends early once all answers of a check are right. Two trainings run beside each other, on one thread each.
+accuracy is theirs on sequences not seen before. Pure models have STU layers only, in hybrids attention follows. A
+training ends early once all answers of a check are right. Two trainings run beside each other, on one thread each.
 
 Source: tasks after Arora et al. 2023 (arXiv 2312.04927; MQAR), Olsson et al. 2022 (2209.11895; induction) and Gu and
 Dao 2023 (2312.00752; selective copying); input taps: Agarwal et al. 2023 (2312.06837), eq. 4.
@@ -30,7 +30,11 @@ FIRST, MIDDLE = 2, 33  # of the symbols, and of the values that MQAR looks up
 Sequences = tuple[torch.Tensor, torch.Tensor]  # inputs and answers, (batch, length); IGNORED where none is wanted
 
 ATTENTION = "attention alone"
-STU_KINDS = {"shared": {"stu_branches": "shared"}, "separate": {"stu_branches": "separate"}}
+STU_KINDS = {
+    "shared": {"stu_branches": "shared"},
+    "separate": {"stu_branches": "separate"},
+    "shared + 3 taps": {"stu_branches": "shared", "stu_input_taps": 3},
+}
 MODELS = {
     **{f"pure, {kind}": {**STU_KINDS[kind], "layer_types": ["linear_attention"] * 2} for kind in STU_KINDS},
     **{f"hybrid, {kind}": STU_KINDS[kind] for kind in STU_KINDS},
@@ -38,18 +42,18 @@ MODELS = {
 }
 SHAPE = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
+    "hidden_size": 48,
+    "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_filters": 24,
     "max_position_embeddings": 32,
     "sliding_window": 32,
 }
-RATE, WARMUP, BATCH, CHECK = 3e-3, 50, 32, 50  # the learning rate's peak, its first steps; steps between checks
+RATE, WARMUP, BATCH, CHECK = 4e-3, 50, 32, 50  # the learning rate's peak, its first steps; steps between checks
 SIZES = {
     "quick": {"seeds": 1, "steps": 3, "tests": 32, "processes": 1},
-    "default": {"seeds": 3, "steps": 1000, "tests": 1024, "processes": 2},
+    "default": {"seeds": 3, "steps": 800, "tests": 512, "processes": 2},
     "full": {"seeds": 5, "steps": 10_000, "tests": 4096, "processes": 2},
 }
 
@@ -102,9 +106,9 @@ def _answers_last(answers: torch.Tensor, before: int) -> torch.Tensor:
 
 
 TASKS: dict[str, tuple[Callable[[int, int, torch.Generator], Sequences], int]] = {
-    "copy, lag 15": (copy, 15),
-    "copy, lag 16": (copy, 16),
-    "reverse copy": (reverse_copy, 16),
+    "copy, lag 11": (copy, 11),
+    "copy, lag 12": (copy, 12),
+    "reverse copy": (reverse_copy, 12),
     "MQAR, 8 pairs": (mqar, 8),
     "induction": (induction, 16),
     "selective copy": (selective_copy, 8),
@@ -186,8 +190,8 @@ def render(results: dict) -> str:
         parameters = next(row["parameters"] for row in results["rows"] if row["model"] == model)
         rows.append([model, *(spread(samples(results, task, model), 1) for task in tasks), f"{parameters:,}"])
     what = (
-        f"Accuracy on {results['tests']:,} fresh sequences, {results['seeds']} seeds; at most {results['steps']:,} steps "
-        f"of {BATCH} sequences, fewer once all answers of a check were right."
+        f"Accuracy on {results['tests']:,} fresh sequences; seeds: {results['seeds']}. At most {results['steps']:,} "
+        f"steps of {BATCH} sequences, fewer once all answers of a check were right."
     )
     return page(results, what, table(["model", *tasks, "parameters"], rows))
 
