@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
+from flash_stu.errors import run_cli
 from flash_stu.figures import save_figure
 from flash_stu.results import environment, experiment_parser, finish, page, panels, spread, table
 
@@ -52,8 +53,8 @@ SHAPE = {
 }
 RATE, WARMUP, BATCH, CHECK = 4e-3, 50, 32, 50  # the learning rate's peak, its first steps; steps between checks
 SIZES = {
-    "quick": {"seeds": 1, "steps": 3, "tests": 32, "processes": 1},
-    "default": {"seeds": 3, "steps": 800, "tests": 512, "processes": 2},
+    "quick": {"seeds": 1, "steps": 2, "tests": 16, "processes": 1},
+    "default": {"seeds": 3, "steps": 1200, "tests": 512, "processes": 2},
     "full": {"seeds": 5, "steps": 10_000, "tests": 4096, "processes": 2},
 }
 
@@ -156,6 +157,7 @@ def accuracy(model: FlashSTUForCausalLM, inputs: torch.Tensor, answers: torch.Te
 def main() -> None:
     args = experiment_parser(__doc__, "recall").parse_args()
     size = SIZES[args.size]
+    torch.set_num_threads(1)
     runs = [
         (task, model, seed, size["steps"], size["tests"])
         for task, model, seed in itertools.product(TASKS, MODELS, range(size["seeds"]))
@@ -166,11 +168,7 @@ def main() -> None:
         with ProcessPoolExecutor(size["processes"], get_context("spawn")) as pool:
             rows = []
             for row in pool.map(train, *zip(*runs, strict=True)):
-                print(
-                    f"{row['task']}, {row['model']}, seed {row['seed']}: {row['accuracy']:.3f}, {row['steps']} steps",
-                    f"{row['seconds']:.0f} s",
-                    flush=True,
-                )
+                print("{task}, {model}, seed {seed}: {accuracy:.3f} after {steps} steps".format(**row), flush=True)
                 rows.append(row)
     results = {"environment": environment(torch.device("cpu")), "size": args.size, **size, "rows": rows}
     finish("recall", results, render, plot, args.output)
@@ -217,6 +215,4 @@ def plot(results: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    from flash_stu.errors import run_cli
-
     raise SystemExit(run_cli(main))

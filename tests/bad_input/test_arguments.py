@@ -73,7 +73,6 @@ TABLE = [
     ("scripts/quickstart.py", [], "--config", ["", LONG, "absent.yaml", "a\nb", "/dev/zero"]),
 ]
 BENCHMARKS = {
-    "branches": {"--steps": [*NUMBERS, "0"], "--runs": PLACES, "--output": PLACES},
     "conv": {
         **dict.fromkeys(("--lengths", "--channels", "--batch", "--repeats"), [*NUMBERS, "0"]),
         **{"--seconds": NUMBERS, "--direct-up-to": NUMBERS, "--dtype": ["int8"], "--output": PLACES},
@@ -115,7 +114,10 @@ BENCHMARKS = {
     "tables": {"--results": NOT_FOLDERS, "--page": MISSING},
     "training": {"--config": MISSING, "--repeats": [*NUMBERS, "0"], "--output": PLACES},
 }
-EXPERIMENTS: dict[str, dict[str, list]] = {}
+EXPERIMENTS = {
+    "recall": {"--output": PLACES},
+    "text": {"--runs": PLACES, "--output": PLACES},
+}
 TABLE += [
     (f"scripts/{folder}/{name}.py", [], option, values)
     for folder, scripts in {"bench": BENCHMARKS, "experiments": EXPERIMENTS}.items()
