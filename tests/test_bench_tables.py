@@ -117,10 +117,6 @@ def results(scripts):
             "rows": [{"variant": name, "tokens": 4, "seconds": [0.1], "bytes": 2**20, "loss": 1.0, **more}
                      for name, more in {"plain": {}, "chunked": {"differences": [0.0, 1e-7, 1e-7]}}.items()],
         },
-        "branches": {
-            "steps": 40,
-            "rows": [{"model": kind, "branches": "shared", **training} for kind in scripts["branches"].KINDS],
-        },
         "optimizers": {
             "steps": 40, "sweep_steps": 20,
             "rows": [{"optimizer": name, "sweep": [[1e-3, 3.0], [1e-2, 2.9]], "best": 1e-2, **training}
@@ -155,7 +151,6 @@ def test_figures_of_a_table(scripts, results):
     assert "| STU layers: convolution" in scripts["training"].render(results["training"])
     row = next(line for line in scripts["lds"].render(results["lds"]).splitlines() if line.startswith("| step "))
     assert row.endswith("1.0x |")
-    assert re.search(r"\| hybrid, shared +\| +2.7500 \| +2.5000 \|", scripts["branches"].render(results["branches"]))
     generation = scripts["generation"].render(results["generation"])
     assert re.search(r" 25.0 \(20.0-30.0\) \| +90 \| +28% \|", generation)
     assert re.search(r"fewest states, float32 \|\s+\d+ \|\s+- \|", scripts["fits"].render(results["fits"]))

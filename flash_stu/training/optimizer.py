@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from flash_stu.model.modeling import Block
+from flash_stu.training.muon import Muon
 from flash_stu.training.run_config import OptimizerConfig
 
 
@@ -53,13 +54,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         optimizers.append(
-            torch.optim.Muon(
-                matrices,
-                lr=config.learning_rate,
-                weight_decay=config.weight_decay,
-                momentum=config.momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
+            Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay, momentum=config.momentum)
         )
     if others:
         optimizers.append(

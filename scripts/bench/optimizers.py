@@ -11,14 +11,14 @@ again.
 from argparse import Namespace
 from pathlib import Path
 
-from trained import CONFIG, train
-
 from flash_stu.arguments import integer, number, output_directory
 from flash_stu.devices import default_device
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.figures import save_figure
 from flash_stu.results import environment, finish, page, panels, table
+from flash_stu.training.trial import run_trial
 
+CONFIG = "configs/quickstart.yaml"
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -27,7 +27,7 @@ def compare(args: Namespace) -> list[dict]:
 
     def run(name: str, rate: float, steps: int) -> dict:
         folder = Path(args.runs) / f"{name}-{rate:g}-{steps}"
-        return train(folder, steps, {"optimizer.name": name, "optimizer.learning_rate": rate})
+        return run_trial(CONFIG, folder, steps, [f"optimizer.name={name}", f"optimizer.learning_rate={rate:g}"])
 
     rows = []
     for name in OPTIMIZERS:

@@ -99,7 +99,6 @@ TABLE = [
     ("scripts/quickstart.py", [], "--config", ["", LONG, "absent.yaml", "a\nb", "/dev/zero"]),
 ]
 BENCHMARKS = {
-    "branches": {"--steps": [*NUMBERS, "0"], "--runs": PLACES, "--output": PLACES},
     "conv": {
         **dict.fromkeys(("--lengths", "--channels", "--batch", "--repeats"), [*NUMBERS, "0"]),
         **{"--seconds": NUMBERS, "--direct-up-to": NUMBERS, "--dtype": ["int8"], "--output": PLACES},
@@ -142,11 +141,12 @@ BENCHMARKS = {
     "training": {"--config": MISSING, "--repeats": [*NUMBERS, "0"], "--output": PLACES},
 }
 EXPERIMENTS: dict[str, dict[str, list]] = {
-    **{name: {"--output": PLACES} for name in ("futurefill", "length_generalisation", "theorem_1")},
+    **{name: {"--output": PLACES} for name in ("futurefill", "length_generalisation", "recall", "theorem_1")},
     "loss_landscape": {
         "--model": ["", LONG, "absent", "taken", "/dev/null", "folder"],
         **{"--text": MISSING, "--runs": PLACES, "--output": PLACES},
     },
+    "text": {"--runs": PLACES, "--output": PLACES},
 }
 TABLE += [
     (f"scripts/{folder}/{name}.py", [], option, values)

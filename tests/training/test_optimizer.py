@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM
+from flash_stu.training.muon import Muon, orthogonalize
 from flash_stu.training.optimizer import build_optimizers, learning_rate, set_learning_rate
 from flash_stu.training.run_config import OptimizerConfig
 
@@ -98,6 +99,37 @@ def test_a_step_of_muon_is_a_near_rotation_as_large_as_a_step_of_adamw(tiny_mode
     assert singular.min() > 0.5 and singular.max() < 1.3
     assert (update * weight.grad).sum() > 0  # against the gradient
     assert update.square().mean().sqrt() == pytest.approx(0.01 * 0.2, rel=0.2)  # the usual size of AdamW's
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
+def test_newton_schulz_is_a_polynomial_of_the_singular_values(shape):
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / s.square().sum().sqrt()
+    for _ in range(5):
+        s = (15 * s - 10 * s**3 + 3 * s**5) / 8
+    found = orthogonalize(matrix.float(), (15 / 8, -10 / 8, 3 / 8), 5, 1e-7)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), u * s @ v, rtol=0, atol=1e-5)
+    assert not orthogonalize(torch.zeros(shape), (15 / 8, -10 / 8, 3 / 8), 5, 1e-7).any()
+
+
+def test_muon_on_a_cpu_is_pytorchs_but_for_the_rounding():
+    weights = [torch.nn.Parameter(torch.eye(6, 4)) for _ in range(2)]
+    settings = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9}
+    optimizers = [
+        Muon(weights[:1], **settings),
+        torch.optim.Muon(weights[1:], **settings, adjust_lr_fn="match_rms_adamw"),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        grad = torch.randn(6, 4, generator=generator)
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = grad.clone()
+            optimizer.step()
+    ours, theirs = (weight.detach() - torch.eye(6, 4) for weight in weights)
+    assert (ours - theirs).norm() < 0.05 * theirs.norm()  # bfloat16 has 8 bits, and a step several products
+    torch.testing.assert_close(*(o.state[w]["momentum_buffer"] for o, w in zip(optimizers, weights, strict=True)))
 
 
 SIZES = {
