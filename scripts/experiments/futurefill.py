@@ -103,7 +103,8 @@ def generate(
     """Step through inputs (1, tokens, width).
 
     Returns:
-        processor seconds at each of the lengths, from an empty state; outputs as the inputs; the state at the end.
+        processor seconds at each of the lengths, from an empty state; outputs as the inputs; the state at the end,
+        without taps.
     """
     step: Callable = layer.step  # of a state of the layer's own kind
     _, state = layer.prefill(x[:, :0], context)
@@ -115,7 +116,7 @@ def generate(
             outputs[:, t : t + 1], state = step(x[:, t : t + 1], context, state)
         times.append(time.process_time() - start)
         done = length
-    return times, outputs, state
+    return times, outputs, state.core
 
 
 def extrapolate(seconds: list[float], work: list[float]) -> list[float]:
