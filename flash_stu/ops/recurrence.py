@@ -4,7 +4,8 @@ Inside chunks the recurrence is solved by doubling: of two neighbouring stretche
 second lacks its response to the last outputs of the first, which is one matrix product with a map that all stretches
 share. From chunk to chunk the same product runs in order. A map from the last k outputs to the next s is found by
 doubling too. So the result is the recurrence itself, whatever its poles: nothing is truncated and no power of a pole
-is divided out. Cost is O(length k log chunk) per channel, and memory beyond the outputs does not grow with the length.
+is divided out. Sums are in float64: with two poles near 1 a response is the difference of terms as large as a chunk is
+long. Cost is O(length k log chunk) per channel.
 
 The gradient of v is the same recurrence, run from the end with the matrices transposed.
 
@@ -42,7 +43,8 @@ def recurrence(v: torch.Tensor, taps: torch.Tensor, past: torch.Tensor | None = 
     if past is not None:
         reached = min(len(taps), v.shape[1])
         known = pad(past.to(wide), (0, 0, 0, reached - 1))
-        v = torch.cat([add_taps(v[:, :reached], known, taps), v[:, reached:]], dim=1)
+        with torch.autocast(v.device.type, enabled=False):
+            v = torch.cat([add_taps(v[:, :reached], known, taps), v[:, reached:]], dim=1)
         if v.shape[1] == 1:
             return v
     return torch.ops.flash_stu.recurrence(v, taps)
@@ -50,43 +52,53 @@ def recurrence(v: torch.Tensor, taps: torch.Tensor, past: torch.Tensor | None = 
 
 @kept_op("flash_stu::recurrence")
 def _solve(v: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
-    # groups that do not mix come first: every channel is one, or all channels together are
     batch, length, channels = v.shape
-    matrices = taps.t()[:, :, None, None] if taps.ndim == 2 else taps[None]
-    groups, lags, size, _ = matrices.shape
-    longest = min(_LONGEST, max(length // (4 * lags), 1), max(_MAP // (taps.numel() * size), 1))
-    chunk = 1 << (longest.bit_length() - 1)
-    y = v.new_zeros((groups, batch, -(-length // chunk) * chunk * size))
-    y.view(groups, batch, -1, size)[:, :, :length] = v.view(batch, length, groups, size).permute(2, 0, 1, 3)
-    with torch.autocast(v.device.type, enabled=False):
-        free = _free_response(matrices, chunk).to(v.dtype)[:, None]
-        span = size
-        while span < chunk * size:
-            stretches = y.view(groups, batch, -1, 2 * span)
-            last = min(lags * size, span)
-            stretches[..., span:] += stretches[..., span - last : span] @ free[:, :, -last:, :span]
-            span *= 2
-        for start in range(span, y.shape[-1], span):
-            last = min(lags * size, start)
-            y[..., start : start + span] += (y[..., None, start - last : start] @ free[:, :, -last:])[..., 0, :]
-    return y.view(groups, batch, -1, size)[:, :, :length].permute(1, 2, 0, 3).reshape(v.shape).contiguous()
+    lags = len(taps)
+    mixed = lags * (1 if taps.ndim == 2 else channels)  # numbers that an output is a combination of
+    # to find the map over a chunk must not take longer than to apply it, nor fill the memory
+    longest = min(_LONGEST, batch * length // (4 * mixed), _MAP // taps.numel())
+    chunk = 1 << (max(longest, 1).bit_length() - 1)
+    y = v.new_zeros((batch, -(-length // chunk) * chunk, channels), dtype=torch.float64)
+    y[:, :length] = v
+    free, span = _free_response(taps.double(), chunk), 1
+    while span < chunk:
+        stretches = y.view(batch, -1, 2 * span, channels)
+        _respond(stretches[:, :, span:], stretches[:, :, max(span - lags, 0) : span], free)
+        span *= 2
+    for start in range(chunk, y.shape[1], chunk):
+        _respond(y[:, None, start : start + chunk], y[:, None, max(start - lags, 0) : start], free)
+    return y[:, :length].to(v.dtype).contiguous()
 
 
-def _free_response(matrices: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Returns the maps from the last outputs to the next `chunk` without new inputs, both oldest first.
+def _respond(onto: torch.Tensor, last: torch.Tensor, free: torch.Tensor) -> None:
+    """Add to outputs (batch, stretches, span, channels) what the last ones before, likewise, give to them."""
+    free = free[-last.shape[2] :].narrow(-2, 0, onto.shape[2])
+    if free.ndim == 3:
+        for known, response in zip(last.unbind(2), free, strict=True):
+            onto.addcmul_(known[:, :, None], response)
+    else:
+        onto += (last.flatten(2) @ free.flatten(2).flatten(0, 1)).view(onto.shape)
+
+
+def _free_response(taps: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Returns what each of the last outputs, oldest first, gives to the next `chunk`, a power of two.
 
     Args:
-        matrices: of the lags 1, 2, ..., (groups, lags, size, size).
-        chunk: a power of two.
+        taps: (lags, channels) or (lags, channels, channels).
 
     Returns:
-        (groups, lags * size, chunk * size), float64.
+        (lags, chunk, channels) or (lags, channels, chunk, channels).
     """
-    free = matrices.double().flip(1).flatten(1, 2)
-    known = torch.eye(free.shape[1], dtype=free.dtype, device=free.device).expand(len(free), -1, -1)
-    while free.shape[2] < chunk * matrices.shape[2]:
-        last = torch.cat([known, free], dim=2)[:, :, -known.shape[2] :]
-        free = torch.cat([free, last @ free], dim=2)
+    lags, channels = taps.shape[:2]
+    free = taps.flip(0).unsqueeze(-2)
+    if taps.ndim == 2:
+        form, one = "jrd,rsd->jsd", torch.eye(lags).to(taps)[:, :, None].expand(-1, -1, channels)
+    else:
+        form, one = "jirm,rmso->jiso", torch.eye(lags * channels).to(taps).unflatten(1, (lags, -1))
+        one = one.unflatten(0, (lags, channels))
+    while free.shape[-2] < chunk:
+        last = torch.cat([one, free], dim=-2).narrow(-2, free.shape[-2], lags)
+        free = torch.cat([free, torch.einsum(form, last, free)], dim=-2)
     return free
 
 

@@ -23,6 +23,9 @@ These two terms belong to a call, not to a sequence, and are counted as in a cal
 "full" convolves every channel with each of F filters and multiplies the results by F matrices: F times the convolution,
 with one filter's transform for all channels, and 2 F D^2 for the projections.
 
+Taps of inputs and outputs, k of them together, cost 2 k D, counted with the convolution; 2 k D^2 where they are
+matrices ("full"), counted with the projections.
+
 A training step counts three times the forward pass: once forward, twice for the gradients of inputs and weights.
 Recomputation (activation checkpointing, spectra in backward) is not counted, nor are norms, gates, biases, the softmax,
 positions and the optimizer: they are the price of a method, and MFU would reward it.
@@ -70,7 +73,7 @@ def forward_flops(config: FlashSTUConfig, length: int) -> dict[str, float]:
     linear_layers = config.num_hidden_layers - attention_layers
     grouped = (config.num_key_value_heads or config.num_attention_heads) / config.num_attention_heads
     full = config.stu_type == "full"
-    matrices = _features(config) if full else 1
+    matrices = _features(config) + _taps(config) if full else 1
     return {
         "projections": 2.0 * size**2 * (attention_layers * (2 + 2 * grouped) + linear_layers * matrices),
         "conv": linear_layers * _convolution(config, length),
@@ -95,6 +98,10 @@ def _features(config: FlashSTUConfig) -> int:
     return config.num_filters * (2 if config.stu_branches == "separate" else 1)
 
 
+def _taps(config: FlashSTUConfig) -> int:
+    return config.stu_input_taps + config.stu_output_taps
+
+
 def _convolution(config: FlashSTUConfig, length: int) -> float:
     """Returns the FLOPs per token of one layer's convolution and filters."""
     size, dilation = config.hidden_size, config.stu_dilation
@@ -109,7 +116,7 @@ def _convolution(config: FlashSTUConfig, length: int) -> float:
         filters = 0 if states is None else 2 * taps * states * features
         return (features * (convolved + transform) + filters) / length
     filters = 2 * taps * (_features(config) if states is None else states) * size
-    return (convolved + size * transform + filters) / length
+    return (convolved + size * transform + filters) / length + 2 * size * _taps(config)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -36,8 +36,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
 
     Parameters of two or more dimensions decay, norms and biases do not. With "muon", Muon takes the weight matrices of
     the blocks' linear layers and AdamW the rest: embedding and head, whose rows are used one at a time, the STU's
-    coefficients, which are no maps between features, and vectors. Muon's updates are scaled to the size of AdamW's, so
-    that one learning rate and one weight decay serve both.
+    coefficients and taps, which are no maps between features, and vectors. Muon's updates are scaled to the size of
+    AdamW's, so that one learning rate and one weight decay serve both.
 
     Call it after the parallel strategy was applied, since sharding replaces the parameters.
 

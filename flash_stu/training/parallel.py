@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flash_stu.distributed import World, join, local_device, world_size
 from flash_stu.errors import UserError
+from flash_stu.model.layers import InputOutputTaps
 from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.training.initialization import initialize, read_initial_weights
 from flash_stu.training.recompute import transform_blocks
@@ -120,7 +121,15 @@ def _shard(model: FlashSTUForCausalLM, config: RunConfig, world: World) -> None:
     )
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
     options["reshard_after_forward"] = resolve_resharding(config, model.num_parameters())
+    # Coefficients of a recurrence stay float32 too, see flash_stu.model.layers.taps.
+    unrounded: dict[str, Any] = {
+        **options,
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+    }
     for block in model.model.layers:
+        for module in block.modules():
+            if isinstance(module, InputOutputTaps) and module.M_y is not None:
+                fully_shard(module, **unrounded)
         fully_shard(block, **options)
     fully_shard(model, **options)
 

@@ -73,8 +73,8 @@ def estimate_memory(model: FlashSTUForCausalLM, config: RunConfig, strategy: str
     of the whole model where weights stay gathered or gradients are accumulated. For each token a block keeps about 7.5
     vectors of hidden_size (in bfloat16 if the residual stream is, which takes FSDP, else float32) and 4 of
     intermediate_size in compute precision; an attention block besides queries, keys, values and outputs, as its GPU
-    kernels do. With checkpointing it keeps its input, if selective also the results of its products, and one block at
-    a time the rest.
+    kernels do, an STU block with output taps its outputs before rounding. With checkpointing it keeps its input, if
+    selective also the results of its products, and one block at a time the rest.
     """
     train, shape = config.train, config.model
     parameters = model.num_parameters()
@@ -93,11 +93,16 @@ def estimate_memory(model: FlashSTUForCausalLM, config: RunConfig, strategy: str
     tokens = train.micro_batch_size * train.sequence_length
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     attends = [kind == "sliding_attention" for kind in shape["layer_types"]]
-    blocks = [tokens * (7.5 * residual * hidden + size * (4 * inner + 4 * hidden * attention)) for attention in attends]
+    solved = 4 * hidden * bool(model.config.stu_output_taps)
+    blocks = [
+        tokens * (7.5 * residual * hidden + size * 4 * inner + (size * 4 * hidden if attention else solved))
+        for attention in attends
+    ]
     kept = {
         "none": 0,
         "selective": sum(
-            tokens * (residual * hidden + size * (2 * inner + hidden * (6 if attention else 3)))
+            tokens
+            * (residual * hidden + size * (2 * inner + hidden * (6 if attention else 3)) + solved * (not attention))
             for attention in attends
         ),
         "full": len(blocks) * tokens * residual * hidden,

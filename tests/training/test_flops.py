@@ -76,6 +76,14 @@ def test_lds_layers_count_their_states_as_filters(tiny_config):
     assert forward_flops(tiny_config(lds_state_dim=32), 64)["conv"] - lds["conv"] == 2 * 2 * 8 * 32 / 2
 
 
+def test_taps_are_products_of_channels_or_matrices(tiny_config):
+    for kind, part, each in (("tensordot", "conv", 32), ("full", "projections", 32**2)):
+        taps = {"stu_type": kind, "stu_input_taps": 3, "stu_output_taps": 2}
+        plain, tapped = forward_flops(tiny_config(stu_type=kind), 64), forward_flops(tiny_config(**taps), 64)
+        added = {key: tapped[key] - plain[key] for key in plain if tapped[key] != plain[key]}
+        assert added == {part: pytest.approx(2 * 2 * (3 + 2) * each)}  # two layers, a product and a sum each
+
+
 @pytest.mark.parametrize(("length", "window"), [(1, 5), (4, 5), (5, 5), (13, 5), (64, 1)])
 def test_mean_keys(length, window):
     assert mean_keys(length, window) == pytest.approx(sum(min(t + 1, window) for t in range(length)) / length)

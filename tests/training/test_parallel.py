@@ -87,6 +87,23 @@ def test_the_results_are_those_of_one_process(alone, long_config, tmp_path, proc
     assert_same_results(tmp_path / "run", alone)
 
 
+def coefficients_in_use(config_file: str, *overrides: str) -> list[torch.dtype]:
+    """Dtypes of a layer's taps of outputs and of its in_proj, while the model runs."""
+    config = load_config(config_file, list(overrides))
+    with join_world(config) as world:
+        model = parallelize(build_model(config.architecture()), config, world)
+        mixer, found = model.model.layers[0].mixer, []
+        mixer.taps.register_forward_pre_hook(lambda taps, _: found.extend([taps.M_y.dtype, mixer.in_proj.weight.dtype]))
+        model(torch.zeros(1, 8, dtype=torch.long), labels=torch.zeros(1, 8, dtype=torch.long)).loss.backward()
+        assert mixer.taps.M_y.grad.dtype == torch.float32
+        return found
+
+
+def test_a_recurrence_has_float32_coefficients_in_bfloat16(config_file):
+    overrides = ["parallel.strategy=fsdp", "train.dtype=bfloat16", "model.stu_output_taps=2"]
+    assert run_processes(1, coefficients_in_use, str(config_file), *overrides) == [[torch.float32, torch.bfloat16]]
+
+
 def collectives(config_file: str, *overrides: str) -> Counter:
     """How often a step of four micro batches gathers parameters and reduces gradients."""
     config = load_config(config_file, list(overrides))

@@ -2,12 +2,12 @@
 
     y[t] = sum_{i=1..k_u} M_u[i] u[t + 1 - i] + sum_{i=1..k_y} M_y[i] y[t - i] + the layer without taps
 
-With config.stu_type "tensordot" M_u and M_y are diagonal and u is M_inputs x, as everywhere in such a layer; with "full"
-they are matrices (rows are inputs) and u is x. They begin at zero: the layer then is the one without taps. The paper
+With stu_type "tensordot" M_u and M_y are diagonal and u is M_inputs x, as everywhere in such a layer; with "full" they
+are matrices, whose rows are inputs, and u is x. They begin at zero: the layer then is the one without taps. The paper
 lets its spectral features begin two tokens late, where its taps end; here they begin at the token itself, as in Flash
-STU. With shared branches the taps are all that an STU layer sees at odd lags.
+STU. With shared branches M_u is all that an STU layer sees of the inputs at odd lags.
 
-M_y stays in float32 like the decays of an LDS layer: of an eigenvalue near 1, half precision would leave none or 1.
+M_y stays in float32 like the decays of an LDS layer: half precision would round an eigenvalue of 0.999 to 1.
 
 Source: Agarwal et al. 2023, Spectral State Space Models (arXiv 2312.06837), eq. 4 for M^u, eq. 6 for M^y.
 """
