@@ -8,6 +8,7 @@ A padded position has the result of the last token before it: the last column al
 from typing import Any, NamedTuple
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from flash_stu.errors import UserError
 from flash_stu.model.cache import FlashSTUCache
@@ -93,6 +94,18 @@ def _check_continuation(real: torch.Tensor, past: int, known: torch.Tensor | Non
         before[:, : known.shape[1]] = known
     if not torch.equal(real[:, :past], before):
         raise UserError("attention_mask hides other tokens of the cache than the call that read them did")
+
+
+def restored(outputs: BaseModelOutputWithPast, alignment: Alignment) -> BaseModelOutputWithPast:
+    """Returns a model's outputs with everything in the order in which the tokens came, attention weights included."""
+    outputs.last_hidden_state = alignment.restore(outputs.last_hidden_state)
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(alignment.restore(hidden) for hidden in outputs.hidden_states)
+    if outputs.attentions is not None:
+        places = alignment.order.argsort(dim=1)
+        by_query = (_take(weights.transpose(1, 2), places) for weights in outputs.attentions)
+        outputs.attentions = tuple(_take(w.transpose(1, 3), places).permute(0, 2, 3, 1) for w in by_query)
+    return outputs
 
 
 def _take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

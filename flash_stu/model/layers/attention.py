@@ -3,16 +3,65 @@
 import torch
 from torch import nn
 
+from flash_stu.errors import UserError
 from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.linear import DepthScaledLinear
+from flash_stu.model.layers.mixer import Mixer
 from flash_stu.model.layers.state import WindowState
+from flash_stu.ops import backends
 from flash_stu.ops.attention.choice import sliding_window_attention
-from flash_stu.ops.attention.dense import attend_to_window
+from flash_stu.ops.attention.dense import attend_to_window, attention_weights
 from flash_stu.ops.positions import alibi_slopes, rotate
 
+# what transformers calls our back ends
+_IMPLEMENTATIONS = {
+    "eager": "banded",
+    "sdpa": "sdpa",
+    "flex_attention": "flex_attention",
+    "flash_attention_2": "flash_attn",
+}
 
-class SlidingWindowAttention(nn.Module):
+
+def check_implementation(name: str | None, config: FlashSTUConfig) -> None:
+    """Check an attn_implementation of transformers; None leaves the choice to attention_backend.
+
+    Raises:
+        UserError: for one that there is none of here, or that this model cannot use.
+    """
+    if name is None:
+        return
+    if name not in _IMPLEMENTATIONS:
+        raise UserError(f"attn_implementation is {name!r}; allowed: {', '.join(_IMPLEMENTATIONS)}, or None")
+    if name == "sdpa" and config.attn_logit_softcapping is not None:
+        raise UserError(
+            f"attn_implementation is 'sdpa', which has no softcap; this model's attn_logit_softcapping is "
+            f"{config.attn_logit_softcapping}: use another, or None"
+        )
+    if name in ("flex_attention", "flash_attention_2"):
+        backends.require("attention", _IMPLEMENTATIONS[name])
+
+
+class AttentionWeights(nn.Module):
+    """The weights of an attention layer, worked out beside its outputs for those who look at them.
+
+    A module, so that transformers' hooks find its results.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        window: int,
+        softcap: float | None,
+        slopes: torch.Tensor | None,
+        key_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Returns (batch, heads, queries, keys); see flash_stu.ops.attention.dense."""
+        return attention_weights(query, key, window, softcap, slopes, key_mask)
+
+
+class SlidingWindowAttention(Mixer):
     """Self-attention over the last `sliding_window` tokens: (batch, length, hidden_size) to the same.
 
     Args:
@@ -24,6 +73,7 @@ class SlidingWindowAttention(nn.Module):
 
     def __init__(self, config: FlashSTUConfig) -> None:
         super().__init__()
+        self.config = config
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads or self.heads
         self.head_dim = config.hidden_size // self.heads
@@ -31,16 +81,22 @@ class SlidingWindowAttention(nn.Module):
         self.softcap = config.attn_logit_softcapping
         self.alibi_scale = config.alibi_scale if config.position_embedding == "alibi" else None
         self.dropout = config.dropout
-        self.backend = config.attention_backend
         inner = self.heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.bias)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.bias)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.bias)
         self.o_proj = DepthScaledLinear(inner, config.hidden_size, bias=config.bias)
+        self.weights = AttentionWeights()
 
-    def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+    @property
+    def backend(self) -> str:
+        """The attention back end in use: what attn_implementation asks for, else config.attention_backend."""
+        name = self.config._attn_implementation  # noqa: SLF001 - transformers has no public name for it
+        return self.config.attention_backend if name is None else _IMPLEMENTATIONS[name]
+
+    def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Attend over a whole sequence."""
-        return self._attend(*self._heads(x, context), context.mask)
+        return self._attend(*self._heads(x, context), context.mask, context.weights)
 
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: WindowState | None = None
@@ -54,7 +110,7 @@ class SlidingWindowAttention(nn.Module):
             key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
             real = torch.cat([past_real, real], dim=1)
             mask = None if bool(real.all()) else real
-        return self._attend(query, key, value, mask), WindowState.of(key, value, real, self.window)
+        return self._attend(query, key, value, mask, context.weights), WindowState.of(key, value, real, self.window)
 
     def step(self, x: torch.Tensor, context: SequenceContext, state: WindowState) -> tuple[torch.Tensor, WindowState]:
         """One more token x (batch, 1, channels): the cost is the window's. The ring in `state` is changed in place."""
@@ -65,6 +121,9 @@ class SlidingWindowAttention(nn.Module):
         if slopes is not None:
             distance = (now - torch.arange(self.window, device=x.device)) % self.window
             bias = -slopes[:, None] * distance
+        if context.weights:
+            keys, _, real = state.in_order()
+            self.weights(query, keys, self.window, self.softcap, slopes, real)
         y = attend_to_window(query, state.keys, state.values, state.real, self.softcap, bias)
         return self.o_proj(y.flatten(1)[:, None]), state
 
@@ -81,8 +140,10 @@ class SlidingWindowAttention(nn.Module):
         return None if self.alibi_scale is None else alibi_slopes(self.heads, self.alibi_scale, device)
 
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, weights: bool
     ) -> torch.Tensor:
+        if weights:
+            self.weights(query, key, self.window, self.softcap, self._slopes(query.device), mask)
         y = sliding_window_attention(
             query,
             key,

@@ -27,6 +27,7 @@ from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.exact import KeepFloat32
 from flash_stu.model.layers.linear import DepthScaledLinear
+from flash_stu.model.layers.mixer import Mixer
 from flash_stu.model.layers.state import LDSState
 from flash_stu.ops.conv.choice import any_filter_backend, causal_conv
 from flash_stu.ops.lds import State, final_state, free_response, lds_advance, lds_chunked, scale_rates, zero_state
@@ -34,7 +35,7 @@ from flash_stu.ops.lds import State, final_state, free_response, lds_advance, ld
 _CHUNK = 8192  # tokens convolved at a time: bounds the memory of a long input
 
 
-class LDS(KeepFloat32):
+class LDS(KeepFloat32, Mixer):
     """One LDS layer: (batch, length, hidden_size) to the same, causal, of any length.
 
     Args:
@@ -109,7 +110,7 @@ class LDS(KeepFloat32):
             readout = readout + self.readout_change.double() * (share / gain)[:, None]
         return decay, readout
 
-    def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+    def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Run over a whole sequence (batch, length, channels) from the zero state, by convolution."""
         return self._convolve(self._inputs(x, context), *self.system(), None)[0].to(x.dtype)
 
