@@ -34,7 +34,8 @@ def refuse_unknown(keywords: dict[str, Any]) -> None:
             if bool((value != 0).any()):
                 raise UserError("token_type_ids has other values than 0; a Flash STU model has no token types")
         else:
-            raise UserError(f"{name} is not an argument of a Flash STU model; it was passed as {shown(value)}")
+            what = shown(value) if isinstance(value, bool | int | float | str) else f"a {type(value).__name__}"
+            raise UserError(f"{name} is {what}, but a Flash STU model has no such argument: leave it out")
 
 
 def document_numbers(

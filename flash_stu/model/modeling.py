@@ -236,7 +236,8 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         weights = bool(wanted.get("output_attentions", self.config.output_attentions))
         if weights and documents is not None:
             raise UserError("output_attentions is True; that is not done for several documents in a row")
-        outputs = self._run(self.dropout(x), context._replace(documents=documents, weights=weights), cache, **wanted)
+        context = context._replace(documents=documents, weights=past + x.shape[1] if weights else None)
+        outputs = self._run(self.dropout(x), context, cache, return_dict=True, **wanted)
         return outputs if alignment is None else restored(outputs, alignment)
 
     @capture_outputs
@@ -360,7 +361,7 @@ class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
     ) -> bool:
         # generate() would build transformers' own cache, whose layers cannot hold our states
         kind = generation_config.cache_implementation
-        if kind is not None:
+        if kind not in (None, "dynamic"):
             raise UserError(f"cache_implementation is {kind!r}; a Flash STU model has one kind of cache: leave it out")
         past = model_kwargs.get("past_key_values")
         if past is not None and not isinstance(past, FlashSTUCache):

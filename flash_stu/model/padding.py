@@ -100,7 +100,9 @@ def restored(outputs: BaseModelOutputWithPast, alignment: Alignment) -> BaseMode
     """Returns a model's outputs with everything in the order in which the tokens came, attention weights included."""
     outputs.last_hidden_state = alignment.restore(outputs.last_hidden_state)
     if outputs.hidden_states is not None:
-        outputs.hidden_states = tuple(alignment.restore(hidden) for hidden in outputs.hidden_states)
+        outputs.hidden_states = tuple(
+            None if hidden is None else alignment.restore(hidden) for hidden in outputs.hidden_states
+        )
     if outputs.attentions is not None:
         places = alignment.order.argsort(dim=1)
         by_query = (_take(weights.transpose(1, 2), places) for weights in outputs.attentions)

@@ -164,7 +164,7 @@ class Bench:
         captured = []
         hook = model.model.layers[0].register_forward_pre_hook(lambda _, inputs: captured.append(inputs))
         with torch.no_grad():
-            model(input_ids=self.tokens[: self.shape[0], :-1])
+            model(input_ids=self.tokens[: self.shape[0], :-1], use_cache=False)
         hook.remove()
         ((x, context, *_),) = captured
         compiled = torch.compile if self.config.train.compile else lambda function: function

@@ -1,7 +1,10 @@
 """Causal sliding-window attention with RoPE, ALiBi or no positions, grouped heads and a softcap."""
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.nn import functional
 
 from flash_stu.errors import UserError
 from flash_stu.model.config import FlashSTUConfig
@@ -43,7 +46,7 @@ def check_implementation(name: str | None, config: FlashSTUConfig) -> None:
 
 
 class AttentionWeights(nn.Module):
-    """The weights of an attention layer, worked out beside its outputs for those who look at them.
+    """The weights of an attention layer, where somebody wants to look at them.
 
     A module, so that transformers' hooks find its results.
     """
@@ -52,13 +55,15 @@ class AttentionWeights(nn.Module):
         self,
         query: torch.Tensor,
         key: torch.Tensor,
-        window: int,
-        softcap: float | None,
-        slopes: torch.Tensor | None,
+        columns: int,
         key_mask: torch.Tensor | None,
+        options: dict[str, Any],
+        dropout: float,
     ) -> torch.Tensor:
-        """Returns (batch, heads, queries, keys); see flash_stu.ops.attention.dense."""
-        return attention_weights(query, key, window, softcap, slopes, key_mask)
+        """Returns (batch, heads, queries, columns), the keys last; see flash_stu.ops.attention.dense."""
+        weights = attention_weights(query, key, key_mask=key_mask, **options)
+        weights = functional.dropout(weights, dropout) if dropout else weights
+        return functional.pad(weights, (columns - key.shape[2], 0))
 
 
 class SlidingWindowAttention(Mixer):
@@ -96,7 +101,7 @@ class SlidingWindowAttention(Mixer):
 
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Attend over a whole sequence."""
-        return self._attend(*self._heads(x, context), context.mask, context.weights)
+        return self._attend(*self._heads(x, context), context.mask, context)
 
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: WindowState | None = None
@@ -110,7 +115,7 @@ class SlidingWindowAttention(Mixer):
             key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
             real = torch.cat([past_real, real], dim=1)
             mask = None if bool(real.all()) else real
-        return self._attend(query, key, value, mask, context.weights), WindowState.of(key, value, real, self.window)
+        return self._attend(query, key, value, mask, context), WindowState.of(key, value, real, self.window)
 
     def step(self, x: torch.Tensor, context: SequenceContext, state: WindowState) -> tuple[torch.Tensor, WindowState]:
         """One more token x (batch, 1, channels): the cost is the window's. The ring in `state` is changed in place."""
@@ -121,9 +126,8 @@ class SlidingWindowAttention(Mixer):
         if slopes is not None:
             distance = (now - torch.arange(self.window, device=x.device)) % self.window
             bias = -slopes[:, None] * distance
-        if context.weights:
-            keys, _, real = state.in_order()
-            self.weights(query, keys, self.window, self.softcap, slopes, real)
+        if context.weights is not None:
+            return self._attend(query, *state.in_order(), context), state
         y = attend_to_window(query, state.keys, state.values, state.real, self.softcap, bias)
         return self.o_proj(y.flatten(1)[:, None]), state
 
@@ -140,19 +144,22 @@ class SlidingWindowAttention(Mixer):
         return None if self.alibi_scale is None else alibi_slopes(self.heads, self.alibi_scale, device)
 
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, weights: bool
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        context: SequenceContext,
     ) -> torch.Tensor:
-        if weights:
-            self.weights(query, key, self.window, self.softcap, self._slopes(query.device), mask)
-        y = sliding_window_attention(
-            query,
-            key,
-            value,
-            window=self.window,
-            softcap=self.softcap,
-            slopes=self._slopes(query.device),
-            key_mask=mask,
-            dropout=self.dropout if self.training else 0.0,
-            backend=self.backend,
-        )
+        options = {"window": self.window, "softcap": self.softcap, "slopes": self._slopes(query.device)}
+        dropout = self.dropout if self.training else 0.0
+        if context.weights is not None:
+            length = query.shape[2]  # one step: its own place in the window is taken; else the window comes before
+            past = min(context.weights - length, self.window if length > 1 else self.window - 1)
+            weights = self.weights(query, key, past + length, mask, options, dropout)[..., -key.shape[2] :]
+            y = weights @ value.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        else:
+            y = sliding_window_attention(
+                query, key, value, key_mask=mask, dropout=dropout, backend=self.backend, **options
+            )
         return self.o_proj(y.transpose(1, 2).flatten(2))

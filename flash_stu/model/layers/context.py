@@ -15,14 +15,14 @@ class SequenceContext(NamedTuple):
         rotary: cosines and sines (batch, 1, length, head_dim / 2) of this call's positions; None without RoPE.
         mask: (batch, length), False where a token of this call is padding; None when none is.
         documents: in the rows of this call, kept apart by every mixer; None if each row is one.
-        weights: whether attention layers are to work out their weights, for those who look at them.
+        weights: of attention layers are wanted: the tokens of this call and before it; None if they are not.
     """
 
     filters: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     mask: torch.Tensor | None = None
     documents: Documents | None = None
-    weights: bool = False
+    weights: int | None = None
 
     def spectral_filters(self) -> torch.Tensor:
         """Returns `filters`, for a layer that cannot do without."""
