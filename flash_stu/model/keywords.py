@@ -11,8 +11,8 @@ from flash_stu.settings import shown
 
 RECORDED = ("output_hidden_states", "output_attentions")
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
-# said of the batch a second time, or to the loss
-_NOT_NEEDED = ("max_length_q", "max_length_k", "num_items_in_batch")
+# says something of the batch a second time, is for the loss, or was read by generate, which hands it on
+_NOT_NEEDED = ("max_length_q", "max_length_k", "num_items_in_batch", "tokenizer", "assistant_tokenizer")
 
 
 def refuse_unknown(keywords: dict[str, Any]) -> None:

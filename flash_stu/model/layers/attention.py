@@ -35,7 +35,8 @@ def check_implementation(name: str | None, config: FlashSTUConfig) -> None:
     if name is None:
         return
     if name not in _IMPLEMENTATIONS:
-        raise UserError(f"attn_implementation is {name!r}; allowed: {', '.join(_IMPLEMENTATIONS)}, or None")
+        allowed = ", ".join(_IMPLEMENTATIONS)
+        raise UserError(f'Specified `attn_implementation="{name}"` is not supported; allowed: {allowed}, or None')
     if name == "sdpa" and config.attn_logit_softcapping is not None:
         raise UserError(
             f"attn_implementation is 'sdpa', which has no softcap; this model's attn_logit_softcapping is "
