@@ -169,7 +169,7 @@ class LDS(KeepFloat32, Mixer):
         self, inputs: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, slots: State | None
     ) -> torch.Tensor:
         length = inputs.shape[1]
-        kernel = powers(decay, -(-length // self.dilation))
+        kernel = powers(decay, (length + self.dilation - 1) // self.dilation)
         taps = (kernel @ readout).float()
         if self.tensordot:
             y = causal_conv(inputs.float(), taps, self.backend, self.dilation)
