@@ -76,7 +76,7 @@ def _flatten(cache: FlashSTUCache) -> tuple[list[Any], int]:
     return [cache.states, cache.padding], cache.seq_length
 
 
-def _flatten_with_keys(cache: FlashSTUCache) -> tuple[list[tuple[MappingKey, Any]], int]:
+def _flatten_with_keys(cache: FlashSTUCache) -> tuple[list[tuple[Any, Any]], int]:
     return [(MappingKey("states"), cache.states), (MappingKey("padding"), cache.padding)], cache.seq_length
 
 

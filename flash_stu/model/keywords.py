@@ -41,7 +41,7 @@ def refuse_unknown(keywords: dict[str, Any]) -> None:
 def document_numbers(
     keywords: dict[str, Any],
     position_ids: torch.Tensor | None,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     alignment: Alignment | None,
 ) -> torch.Tensor | None:
     """Read where documents begin in packed rows, as flash-attention's and transformers' collators say it.
@@ -77,7 +77,7 @@ def document_numbers(
     return numbers if alignment is None else torch.where(alignment.mask, numbers, -1)
 
 
-def _told(keywords: dict[str, Any], shape: tuple[int, int]) -> torch.Tensor | None:
+def _told(keywords: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor | None:
     """Returns the documents' numbers that the keyword arguments tell, None if they tell none."""
     queries, keys, numbers = (keywords.get(name) for name in DOCUMENTS)
     ends = keys if queries is None else queries

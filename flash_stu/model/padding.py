@@ -8,7 +8,6 @@ A padded position has the result of the last token before it: the last column al
 from typing import Any, NamedTuple
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from flash_stu.errors import UserError
 from flash_stu.model.cache import FlashSTUCache
@@ -96,7 +95,7 @@ def _check_continuation(real: torch.Tensor, past: int, known: torch.Tensor | Non
         raise UserError("attention_mask hides other tokens of the cache than the call that read them did")
 
 
-def restored(outputs: BaseModelOutputWithPast, alignment: Alignment) -> BaseModelOutputWithPast:
+def restored(outputs: Any, alignment: Alignment) -> Any:
     """Returns a model's outputs with everything in the order in which the tokens came, attention weights included."""
     outputs.last_hidden_state = alignment.restore(outputs.last_hidden_state)
     if outputs.hidden_states is not None:

@@ -93,7 +93,7 @@ class Bench:
         if name == TWO_BRANCH:
             for module in model.modules():
                 if isinstance(module, STU):
-                    module.forward = partial(_two_branch_forward, module)
+                    module.whole = partial(_two_branch_forward, module)
         model = cast(FlashSTUForCausalLM, parallelize(model, config, self.world))  # of one process: not wrapped
         return model.train(), build_optimizers(model, config.optimizer)
 

@@ -1,6 +1,5 @@
 """Every argument that transformers' models take is honoured, or refused in one line."""
 
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, pad

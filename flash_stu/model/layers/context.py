@@ -36,7 +36,7 @@ class SequenceContext(NamedTuple):
             return x
         return x * self.mask[:, -x.shape[1] :, None].to(x.dtype)
 
-    def at(self, places: torch.Tensor, shape: tuple[int, int]) -> "SequenceContext":
+    def at(self, places: torch.Tensor, shape: tuple[int, ...]) -> "SequenceContext":
         """Returns the context of one document a row.
 
         Args:

@@ -57,6 +57,7 @@ class Documents:
         back = start_of_result[of_document] + within
         return cls(tuple(groups), back, int(sizes.max()))
 
+    @torch.compiler.disable(recursive=True)  # the documents' lengths are different in every batch
     def apply(self, x: torch.Tensor, context: Any, run: Callable[[torch.Tensor, Any], torch.Tensor]) -> torch.Tensor:
         """Run a causal function over every document of x (batch, length, channels) alone.
 

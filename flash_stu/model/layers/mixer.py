@@ -27,7 +27,9 @@ class Mixer(nn.Module):
             index: this layer's place.
         """
         if states is None:
-            return self.whole(x, context) if context.documents is None else self._by_document(x, context)
+            if context.documents is not None:
+                return context.documents.apply(x, context, self.whole)
+            return self.whole(x, context)
         if states[index] is not None and x.shape[1] == 1:
             y, states[index] = self.step(x, context, states[index])
         else:
@@ -45,9 +47,3 @@ class Mixer(nn.Module):
     def step(self, x: torch.Tensor, context: SequenceContext, state: Any) -> tuple[torch.Tensor, Any]:
         """Returns output and state after one more token, (batch, 1, channels)."""
         raise NotImplementedError
-
-    @torch.compiler.disable  # the documents' lengths are different in every batch
-    def _by_document(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
-        if context.documents is None:
-            raise ValueError("documents is None")
-        return context.documents.apply(x, context, self.whole)
