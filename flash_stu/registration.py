@@ -1,4 +1,4 @@
-"""Makes the model known to transformers' automatic classes as soon as those are loaded, and not before.
+"""Makes the model known to transformers' automatic classes and to PEFT as soon as those are loaded, and not before.
 
 Importing them takes seconds, which a command line that is wrong, or asks for help, should not have to wait for.
 """
@@ -10,15 +10,17 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-# Once the module of transformers on the left is loaded, the one of ours on the right registers its classes.
+# Once the module of transformers or PEFT on the left is loaded, the one of ours on the right registers what it has.
 _REGISTRARS = {
     "transformers.models.auto.configuration_auto": "flash_stu.model.config",
     "transformers.models.auto.modeling_auto": "flash_stu.model.modeling",
+    "transformers.cli.serving.model_manager": "flash_stu.model.serving",
+    "peft.utils.constants": "flash_stu.model.adapters",
 }
 
 
 def install() -> None:
-    """Register what can be registered now, and the rest when its module of transformers is loaded."""
+    """Register what can be registered now, and the rest when the module that wants it is loaded."""
     for auto, registrar in _REGISTRARS.items():
         if auto in sys.modules:
             import_module(registrar)

@@ -34,7 +34,7 @@ def compare_models(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
     losses = {"before": 0.0, "after": 0.0}
     for window in Progress("comparing", "window", unit_scale=False, line_every=math.inf).over(windows):
         ids, targets = window[None, :-1].to(device), window[1:].to(device)
-        hidden = [model.model(ids).last_hidden_state[0] for model in (original, distilled)]
+        hidden = [model.model(ids, use_cache=False).last_hidden_state[0] for model in (original, distilled)]
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
             before = original.lm_head(hidden[0][part]).float()

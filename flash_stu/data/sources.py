@@ -65,6 +65,11 @@ class DataConfig(Section):
         default="bytes",
         description="bytes, tiktoken:NAME such as tiktoken:o200k_base, or name or folder of a Hugging Face tokenizer",
     )
+    separate_documents: bool = Field(
+        default=False,
+        description="keep the documents that share a sequence apart: no layer carries anything from one to the next; "
+        "each begins at the end-of-text token before it. The published models are trained without",
+    )
     cache_dir: ExpandedPath | None = Field(
         default=None, description="where token shards are kept; null: the user's cache directory"
     )

@@ -25,6 +25,15 @@ END_OF_TEXT = "<|endoftext|>"
 # tiktoken's \s, Unicode's White_Space; Python's has four separators more
 _BLANK = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 _LONG_RUN = 2**17  # blanks; the regular expressions of tiktoken fail at about a million
+# A chat as plain text, which a model without tokens for turns can read too; an answer ends the text.
+_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ message['role'] | capitalize }}: {% if message['role'] == 'assistant' -%}
+{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}
+{%- else %}{{ message['content'] }}{{ '\n\n' }}{% endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}Assistant:{{ ' ' }}{% endif -%}
+"""
 
 
 class Tokenizer(ABC):
@@ -374,6 +383,7 @@ def byte_level_tokenizer(
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
+        chat_template=_CHAT_TEMPLATE,
     )
 
 

@@ -27,7 +27,7 @@ def powers(decay: torch.Tensor, lags: torch.Tensor | int) -> torch.Tensor:
         decay: (states,); may be negative at whole lags.
         lags: (lags,), or their number for 0, 1, 2, ...
     """
-    if isinstance(lags, int):
+    if not isinstance(lags, torch.Tensor):
         lags = torch.arange(lags, dtype=torch.float64, device=decay.device)
     return decay.double() ** lags[:, None]
 

@@ -4,10 +4,11 @@ The only file that touches transformers' Cache, whose own layers assume keys and
 Ours are defined by the layers (flash_stu.model.layers.state): the cache only stores them and picks rows of the batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._pytree import MappingKey, register_pytree_node
 from transformers import Cache
 
 
@@ -69,6 +70,31 @@ class FlashSTUCache(Cache):
 
     def _tensor(self) -> torch.Tensor:
         return next(state_tensors(self.states[0]))
+
+
+def _flatten(cache: FlashSTUCache) -> tuple[list[Any], int]:
+    return [cache.states, cache.padding], cache.seq_length
+
+
+def _flatten_with_keys(cache: FlashSTUCache) -> tuple[list[tuple[Any, Any]], int]:
+    return [(MappingKey("states"), cache.states), (MappingKey("padding"), cache.padding)], cache.seq_length
+
+
+def _unflatten(parts: Iterable[Any], seq_length: int) -> FlashSTUCache:
+    states, padding = parts
+    cache = FlashSTUCache(len(states))
+    cache.states, cache.padding, cache.seq_length = list(states), padding, seq_length
+    return cache
+
+
+# so that torch.export and FSDP's hooks find the tensors in a cache
+register_pytree_node(
+    FlashSTUCache,
+    _flatten,
+    _unflatten,
+    serialized_type_name="flash_stu.FlashSTUCache",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
 
 
 def state_tensors(state: tuple[Any, ...]) -> Iterator[torch.Tensor]:

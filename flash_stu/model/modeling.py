@@ -12,20 +12,38 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as hf_init
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from flash_stu.errors import UserError
 from flash_stu.files import MANIFEST
 from flash_stu.filters.spectral import spectral_filters
 from flash_stu.model.cache import FlashSTUCache
 from flash_stu.model.config import FlashSTUConfig
+from flash_stu.model.keywords import RECORDED, document_numbers, refuse_unknown
 from flash_stu.model.layers import LDS, STU, GatedMLP, InputOutputTaps, SlidingWindowAttention
+from flash_stu.model.layers.attention import AttentionWeights, check_implementation
 from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.layers.documents import Documents
 from flash_stu.model.layers.exact import SpectralFilters
 from flash_stu.model.layers.linear import DepthScaledLinear
-from flash_stu.model.padding import read_mask
+from flash_stu.model.padding import read_mask, restored
 from flash_stu.model.saving import add_remote_code
 from flash_stu.ops.cross_entropy import linear_cross_entropy
 from flash_stu.ops.positions import rotary_angles
@@ -34,7 +52,7 @@ from flash_stu.ops.positions import rotary_angles
 OPTIONAL_TENSORS = [r"_change$", r"\.taps\.M_[uy]$"]
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then x + mlp(norm(x)).
 
     Args:
@@ -53,24 +71,22 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: torch.Tensor, context: SequenceContext, cache: FlashSTUCache | None = None, index: int = 0
+        self,
+        x: torch.Tensor,
+        context: SequenceContext,
+        past_key_values: FlashSTUCache | None = None,
+        index: int = 0,
     ) -> torch.Tensor:
         """Run over x (batch, length, hidden_size); with a cache, after the tokens it has seen.
 
         Args:
             x: residual stream.
             context: what all layers share in this call.
-            cache: read and written at `index` if given.
+            past_key_values: the cache, read and written at `index` if given; gradient checkpointing knows this name.
             index: this block's place in the model.
         """
-        mixed = self.mixer_norm(x)
-        if cache is None:
-            mixed = self.mixer(mixed, context)
-        elif cache.states[index] is not None and x.shape[1] == 1:
-            mixed, cache.states[index] = self.mixer.step(mixed, context, cache.states[index])
-        else:
-            mixed, cache.states[index] = self.mixer.prefill(mixed, context, cache.states[index])
-        x = x + self.dropout(mixed)
+        states = None if past_key_values is None else past_key_values.states
+        x = x + self.dropout(self.mixer(self.mixer_norm(x), context, states, index))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -79,11 +95,21 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
 
     config: FlashSTUConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _is_stateful = True
-    # see flash_stu.model.layers.exact
-    _keep_in_fp32_modules_strict = {"readout", "readout_change", "decay", "log_rate_change", "phi", "M_y"}
+    _can_record_outputs = {"hidden_states": Block, "attentions": AttentionWeights}
+    # patterns, searched for in names; see flash_stu.model.layers.exact
+    _keep_in_fp32_modules_strict = {
+        r"\.readout$",
+        r"\.readout_change$",
+        r"\.decay$",
+        r"\.log_rate_change$",
+        r"filters\.phi$",
+        r"\.taps\.M_y$",
+    }
     _keys_to_ignore_on_load_missing = OPTIONAL_TENSORS
 
     @torch.no_grad()
@@ -115,11 +141,16 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
 
     def stays_float32(self, name: str) -> bool:
         """Returns whether a tensor of the model is float32 in a model of another dtype."""
-        return name.rpartition(".")[2] in (self._keep_in_fp32_modules_strict or ())
+        return any(re.search(pattern, name) for pattern in self._keep_in_fp32_modules_strict or ())
 
     def may_be_missing(self, name: str) -> bool:
         """Returns whether a stored model may lack a tensor, which is zero then."""
         return any(re.search(pattern, name) for pattern in self._keys_to_ignore_on_load_missing or ())
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *_: Any, **__: Any) -> Any:
+        # None stays None: config.attention_backend decides
+        check_implementation(attn_implementation, self.config)
+        return attn_implementation
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the directory also loads where nothing of ours is imported (trust_remote_code=True)."""
@@ -144,8 +175,10 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         self.filters = SpectralFilters(config.max_position_embeddings, config.num_filters) if config.uses_stu else None
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.block_types)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -154,7 +187,7 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         past_key_values: FlashSTUCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **_: Any,
+        **keywords: Any,
     ) -> BaseModelOutputWithPast:
         """Run the blocks.
 
@@ -162,37 +195,63 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
             input_ids: (batch, length); or inputs_embeds instead.
             attention_mask: (batch, tokens in the cache + length), 0 at padding, which may be anywhere in the first call
                 of a cache and nowhere after it; see flash_stu.model.padding.
-            position_ids: (batch, length); by default counted from the cache.
+            position_ids: (batch, length); by default counted from the cache. Where they do not count on, another
+                document begins: see flash_stu.model.keywords.
             past_key_values: cache to continue from.
             inputs_embeds: (batch, length, hidden_size).
-            use_cache: return a cache; by default only if one was given.
+            use_cache: return a cache; by default what config.use_cache says where a model in eval mode reads rows that
+                are one document each.
+            keywords: cu_seq_lens_q, cu_seq_lens_k, seq_idx: documents in packed rows; output_hidden_states and
+                output_attentions: see transformers. Weights of attention layers are (batch, heads, length, keys), of
+                the keys in the window where there is a cache.
 
         Raises:
-            UserError: for a sequence longer than the spectral filters of a model with STU layers, or an invalid mask.
+            UserError: for a sequence longer than the spectral filters of a model with STU layers, an invalid mask, or
+                an argument that the model does not have.
         """
+        refuse_unknown(keywords)
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("the model takes exactly one of input_ids and inputs_embeds")
         cache = past_key_values
-        if cache is None and use_cache:
-            cache = FlashSTUCache(len(self.layers))
         if cache is not None and not isinstance(cache, FlashSTUCache):
             raise UserError(f"past_key_values is a {type(cache).__name__}; a Flash STU model takes a FlashSTUCache")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = 0 if cache is None else cache.seq_length
-        self._check_length(past + x.shape[1])
         alignment = read_mask(attention_mask, x.shape[0], x.shape[1], cache)
+        documents = None
+        if (numbers := document_numbers(keywords, None if past else position_ids, x.shape[:2], alignment)) is not None:
+            documents = Documents.of(numbers)
+        self._check_length(past + x.shape[1] if documents is None else documents.longest)
+        if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
+            raise UserError("a cache cannot be used in training with gradient checkpointing: set use_cache to False")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and documents is None
+        if documents is not None and (use_cache or cache is not None):
+            raise UserError("a cache holds one document a row, and this batch has more: set use_cache to False")
+        if cache is None and use_cache:
+            cache = FlashSTUCache(len(self.layers))
         if alignment is not None:
             x = alignment.align(x)
             position_ids = None if position_ids is None else alignment.align(position_ids)
         context = self.context(x, past, None if alignment is None else alignment.mask, position_ids)
+        wanted = {name: keywords[name] for name in RECORDED if keywords.get(name) is not None}
+        weights = bool(wanted.get("output_attentions", self.config.output_attentions))
+        if weights and documents is not None:
+            raise UserError("output_attentions is True; that is not done for several documents in a row")
+        context = context._replace(documents=documents, weights=past + x.shape[1] if weights else None)
+        outputs = self._run(self.dropout(x), context, cache, return_dict=True, **wanted)
+        return outputs if alignment is None else restored(outputs, alignment)
 
-        x = self.dropout(x)
+    @capture_outputs
+    def _run(
+        self, x: torch.Tensor, context: SequenceContext, cache: FlashSTUCache | None, **_: Any
+    ) -> BaseModelOutputWithPast:
+        """Run the blocks and the norm over embeddings whose padding comes first in every row."""
         for index, block in enumerate(self.layers):
-            x = block(x, context, cache, index)
+            x = block(x, context, past_key_values=cache, index=index)
         if cache is not None:
-            cache.seq_length = past + x.shape[1]
-        x = self.norm(x) if alignment is None else alignment.restore(self.norm(x))
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
+            cache.seq_length += x.shape[1]
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
 
     def _check_length(self, length: int) -> None:
         if self.filters is not None and length > self.config.max_position_embeddings:
@@ -232,6 +291,7 @@ class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -240,24 +300,32 @@ class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
         past_key_values: FlashSTUCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
-        **_: Any,
+        **keywords: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and the loss if labels are given.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: see FlashSTUModel.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds: see FlashSTUModel.
             labels: (batch, length), aligned with input_ids and shifted here; -100 does not count.
-            shift_labels: (batch, length), the next token of every position, already shifted.
+            use_cache: see FlashSTUModel; by default there is no cache where there is a loss.
             logits_to_keep: project only the last so many positions (0: all), or the positions in a 1-D tensor.
             skip_logits: return no logits, only the loss: what training wants with a large vocabulary.
+            keywords: shift_labels: (batch, length), the next token of every position, instead of labels;
+                num_items_in_batch: labels that count in all micro batches of a step, of which this may be one. The
+                rest as in FlashSTUModel.
 
         Returns:
-            loss: mean cross entropy in nats, float32; logits (batch, kept positions, vocab_size); the cache.
+            loss: cross entropy in nats, float32, the sum over the labels that count divided by num_items_in_batch, by
+                default by their number; logits (batch, kept positions, vocab_size); the cache; and what else was asked.
         """
+        shift_labels = keywords.pop("shift_labels", None)
+        if labels is not None and shift_labels is None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        if use_cache is None and shift_labels is not None:
+            use_cache = False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -265,24 +333,41 @@ class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
+            **keywords,
         )
         hidden = outputs.last_hidden_state
-        if labels is not None and shift_labels is None:
-            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         loss = logits = None
         if shift_labels is not None:
             loss = linear_cross_entropy(
-                hidden, self.lm_head.weight, shift_labels, self.lm_head.bias, self.config.loss_backend
+                hidden,
+                self.lm_head.weight,
+                shift_labels.to(hidden.device),
+                self.lm_head.bias,
+                self.config.loss_backend,
+                keywords.get("num_items_in_batch"),
             )
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: Any, **__: Any
     ) -> bool:
         # generate() would build transformers' own cache, whose layers cannot hold our states
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise UserError(f"cache_implementation is {kind!r}; a Flash STU model has one kind of cache: leave it out")
+        past = model_kwargs.get("past_key_values")
+        if past is not None and not isinstance(past, FlashSTUCache):
+            raise UserError(f"past_key_values is a {type(past).__name__}; a Flash STU model takes a FlashSTUCache")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = FlashSTUCache(self.config.num_hidden_layers)
             return True
@@ -298,5 +383,22 @@ class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
         return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-AutoModel.register(FlashSTUConfig, FlashSTUModel, exist_ok=True)
-AutoModelForCausalLM.register(FlashSTUConfig, FlashSTUForCausalLM, exist_ok=True)
+class FlashSTUForSequenceClassification(GenericForSequenceClassification, FlashSTUPreTrainedModel):
+    """A linear classifier of texts on the hidden state of each row's last token."""
+
+    accepts_loss_kwargs = False  # the mean is over this batch's rows: accumulation has to divide it
+
+
+class FlashSTUForTokenClassification(GenericForTokenClassification, FlashSTUPreTrainedModel):
+    """A linear classifier of tokens on their hidden states."""
+
+    accepts_loss_kwargs = False
+
+
+for _auto, _model in (
+    (AutoModel, FlashSTUModel),
+    (AutoModelForCausalLM, FlashSTUForCausalLM),
+    (AutoModelForSequenceClassification, FlashSTUForSequenceClassification),
+    (AutoModelForTokenClassification, FlashSTUForTokenClassification),
+):
+    _auto.register(FlashSTUConfig, _model, exist_ok=True)

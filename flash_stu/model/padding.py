@@ -95,6 +95,20 @@ def _check_continuation(real: torch.Tensor, past: int, known: torch.Tensor | Non
         raise UserError("attention_mask hides other tokens of the cache than the call that read them did")
 
 
+def restored(outputs: Any, alignment: Alignment) -> Any:
+    """Returns a model's outputs with everything in the order in which the tokens came, attention weights included."""
+    outputs.last_hidden_state = alignment.restore(outputs.last_hidden_state)
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(
+            None if hidden is None else alignment.restore(hidden) for hidden in outputs.hidden_states
+        )
+    if outputs.attentions is not None:
+        places = alignment.order.argsort(dim=1)
+        by_query = (_take(weights.transpose(1, 2), places) for weights in outputs.attentions)
+        outputs.attentions = tuple(_take(w.transpose(1, 3), places).permute(0, 2, 3, 1) for w in by_query)
+    return outputs
+
+
 def _take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     places = places.view(*places.shape, *[1] * (x.ndim - 2))
     return x.expand(len(places), *x.shape[1:]).gather(1, places.expand(-1, -1, *x.shape[2:]))

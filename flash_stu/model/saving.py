@@ -12,11 +12,14 @@ _MODULE = "modeling_flash_stu"
 _SOURCE = '''"""Loads this directory with trust_remote_code=True; the flash_stu package must be installed."""
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM, FlashSTUModel  # noqa: F401
+from flash_stu.model.modeling import FlashSTUForSequenceClassification, FlashSTUForTokenClassification  # noqa: F401
 '''
 _AUTO_MAP = {
     "AutoConfig": f"{_MODULE}.FlashSTUConfig",
     "AutoModel": f"{_MODULE}.FlashSTUModel",
     "AutoModelForCausalLM": f"{_MODULE}.FlashSTUForCausalLM",
+    "AutoModelForSequenceClassification": f"{_MODULE}.FlashSTUForSequenceClassification",
+    "AutoModelForTokenClassification": f"{_MODULE}.FlashSTUForTokenClassification",
 }
 
 

@@ -24,6 +24,7 @@ def linear_cross_entropy(
     labels: torch.Tensor,
     bias: torch.Tensor | None = None,
     backend: str = "auto",
+    items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """Mean cross entropy of softmax(hidden @ weight^T + bias).
 
@@ -36,16 +37,19 @@ def linear_cross_entropy(
         labels: token ids, (batch, length); -100 marks a position that does not count.
         bias: (vocab_size,) or None.
         backend: one of BACKENDS; "auto" takes liger on a GPU that has it, else chunked.
+        items: what the sum is divided by; by default the number of positions that count, here.
 
     Returns:
         the mean loss over the counted positions in nats, scalar, float32 (float64 for float64 weights); NaN if none
-        counts, as in PyTorch.
+        counts, as in PyTorch, and 0 if none counts but items are given.
 
     Raises:
         UserError: if the back end is unknown or not available.
     """
     run = _liger if _choose(backend, hidden, weight) == "liger" else _chunked
-    return run(hidden.flatten(0, -2), weight, labels.flatten(), bias, _product_dtype(weight))
+    labels = labels.flatten()
+    count = (labels != IGNORED).sum() if items is None else torch.as_tensor(items, device=labels.device)
+    return run(hidden.flatten(0, -2), weight, labels, bias, count, _product_dtype(weight))
 
 
 def _choose(backend: str, hidden: torch.Tensor, weight: torch.Tensor) -> str:
@@ -81,11 +85,12 @@ def _chunked(
     weight: torch.Tensor,
     labels: torch.Tensor,
     bias: torch.Tensor | None,
+    count: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     if torch.is_grad_enabled():
-        return _ChunkedLoss.apply(hidden, weight, labels, bias, dtype)
-    return _sweep(hidden, weight, labels, bias, dtype, wanted=(False, False, False))[0]
+        return _ChunkedLoss.apply(hidden, weight, labels, bias, count, dtype)
+    return _sweep(hidden, weight, labels, bias, count, dtype, wanted=(False, False, False))[0]
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -96,12 +101,13 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: torch.Tensor,
         labels: torch.Tensor,
         bias: torch.Tensor | None,
+        count: torch.Tensor,
         dtype: torch.dtype,
     ) -> torch.Tensor:
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         ctx.again = (dtype, wanted)
-        ctx.save_for_backward(hidden, weight, labels, bias)
-        loss, ctx.gradients = _sweep(hidden, weight, labels, bias, dtype, wanted)
+        ctx.save_for_backward(hidden, weight, labels, bias, count)
+        loss, ctx.gradients = _sweep(hidden, weight, labels, bias, count, dtype, wanted)
         return loss
 
     @staticmethod
@@ -113,7 +119,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # a second backward through a retained graph works it out again.
         gradients, ctx.gradients = ctx.gradients or _sweep(*ctx.saved_tensors, *ctx.again)[1], None
         hidden, weight, bias = (None if g is None else g.mul_(grad_outputs[0]) for g in gradients)
-        return hidden, weight, None, bias, None
+        return hidden, weight, None, bias, None, None
 
 
 @torch.no_grad()
@@ -122,6 +128,7 @@ def _sweep(
     weight: torch.Tensor,
     labels: torch.Tensor,
     bias: torch.Tensor | None,
+    count: torch.Tensor,
     dtype: torch.dtype,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor, Gradients]:
@@ -132,6 +139,7 @@ def _sweep(
         weight: (vocab_size, hidden_size).
         labels: (tokens,).
         bias: (vocab_size,) or None.
+        count: what sums over the tokens are divided by, a scalar.
         dtype: of the matrix products.
         wanted: which of the gradients of hidden, weight and bias are wanted.
     """
@@ -147,7 +155,7 @@ def _sweep(
     matrix = weight.to(dtype)
     losses = hidden.new_empty(tokens, dtype=wide)
     counted = labels != IGNORED
-    share = (counted.to(wide) / counted.sum()).nan_to_num_()  # of a token in the mean; 0 / 0 if none counts
+    share = (counted.to(wide) / count).nan_to_num_()  # of a token in the mean; 0 / 0 if none counts
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
     grad_bias = torch.zeros_like(weight[:, 0], dtype=wide) if wanted[2] else None
@@ -187,7 +195,7 @@ def _sweep(
             else:
                 torch.addmm(grad_weight, logits.t(), inputs.to(wide), out=grad_weight)
 
-    loss = torch.where(counted, losses, 0).sum() / counted.sum()
+    loss = torch.where(counted, losses, 0).sum() / count
     return loss, Gradients(
         grad_hidden,
         None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -200,6 +208,7 @@ def _liger(
     weight: torch.Tensor,
     labels: torch.Tensor,
     bias: torch.Tensor | None,
+    count: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports] - optional
@@ -220,4 +229,4 @@ def _liger(
         accum_dtype=torch.float32,
         chunk_mem_const=max(1, rows * vocabulary // (tokens * size)),
     )
-    return total / (labels != IGNORED).sum()
+    return total / count

@@ -31,10 +31,17 @@ from flash_stu.training.step import token_loss, unwatched
 
 
 class ValidationWindows:
-    """The same windows at every validation, evenly spread over the split."""
+    """The same windows at every validation, evenly spread over the split.
 
-    def __init__(self, dataset: TokenDataset, config: RunConfig) -> None:
+    Args:
+        dataset: the validation split.
+        config: the run's.
+        end_of_text: as `token_loss` takes it.
+    """
+
+    def __init__(self, dataset: TokenDataset, config: RunConfig, end_of_text: int | None) -> None:
         self.dataset = dataset
+        self.end_of_text = end_of_text
         self.length = config.train.sequence_length
         self.batch_size = config.train.micro_batch_size
         available = (len(dataset) - 1) // self.length
@@ -71,7 +78,8 @@ class ValidationWindows:
         nats, windows = torch.zeros((), device=world.device), 0
         for batch, counted in self.batches(world):
             mark("validation")
-            nats = nats + token_loss(model, batch, world.device, counted or None) * counted  # of none: finite times 0
+            loss = token_loss(model, batch, world.device, counted or None, self.end_of_text)
+            nats = nats + loss * counted  # of none: finite times 0
             windows += counted
         free_gathered(model)
         total_nats, total_windows = world.sum(nats, windows)
@@ -82,7 +90,8 @@ class ValidationWindows:
     def try_forward(self, model: nn.Module, world: World) -> None:
         """Run one forward pass, so that a back end that cannot run here raises before anything is written."""
         model.eval()
-        token_loss(model, next(self.batches(world))[0], world.device)
+        batch, _ = next(self.batches(world))
+        token_loss(model, batch, world.device, end_of_text=self.end_of_text)
         free_gathered(model)
 
 

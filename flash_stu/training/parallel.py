@@ -119,8 +119,9 @@ def _recomputed(forward: Callable[..., torch.Tensor], mode: str) -> Callable[...
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, kept.policy)
 
-    def run(*inputs: Any) -> torch.Tensor:  # a function of its own: torch.compile skips a partial of checkpoint
-        return checkpoint(forward, *inputs, use_reentrant=False, **options)
+    # a function of its own: torch.compile skips a partial of checkpoint
+    def run(*inputs: Any, **named: Any) -> torch.Tensor:
+        return checkpoint(forward, *inputs, use_reentrant=False, **options, **named)
 
     return run
 

@@ -38,6 +38,7 @@ def train_step(
     world: World,
     values: Iterable[float] = (),
     mark: Callable[[str], object] = unwatched,
+    end_of_text: int | None = None,
 ) -> StepResult:
     """Take one optimizer step; to be called by all processes alike.
 
@@ -49,8 +50,9 @@ def train_step(
         world: the processes.
         values: summed over all processes in the same exchange as the loss.
         mark: called with the name of each micro batch before it begins.
+        end_of_text: see `token_loss`.
     """
-    loss = accumulate_gradients(model, batch, config, world.device, mark)
+    loss = accumulate_gradients(model, batch, config, world.device, mark, end_of_text)
     norm = clip_gradients(model, config.train.max_grad_norm)
     mean_loss, *sums = world.sum(loss / world.size, *values)
     taken = math.isfinite(mean_loss) and math.isfinite(norm)
@@ -67,6 +69,7 @@ def accumulate_gradients(
     config: RunConfig,
     device: torch.device,
     mark: Callable[[str], object] = unwatched,
+    end_of_text: int | None = None,
 ) -> torch.Tensor:
     """Add up the gradients of this process's part of a global batch; returns its mean loss in nats per token."""
     model.train()
@@ -75,22 +78,36 @@ def accumulate_gradients(
     for index, windows in enumerate(micro_batches):
         mark(f"micro batch {index + 1} of {len(micro_batches)}")
         set_gradient_sync(model, index == len(micro_batches) - 1, config)
-        loss = token_loss(model, windows, device) / len(micro_batches)
+        loss = token_loss(model, windows, device, end_of_text=end_of_text) / len(micro_batches)
         loss.backward()
         total += loss.detach()
     return total
 
 
 def token_loss(
-    model: nn.Module, windows: torch.Tensor, device: torch.device, counted: int | None = None
+    model: nn.Module,
+    windows: torch.Tensor,
+    device: torch.device,
+    counted: int | None = None,
+    end_of_text: int | None = None,
 ) -> torch.Tensor:
-    """Returns the mean nats per token of windows (sequences, sequence_length + 1), of the first `counted` if given."""
+    """Returns the mean nats per token of windows of text.
+
+    Args:
+        model: as `parallelize` returned it.
+        windows: (sequences, sequence_length + 1), token ids.
+        device: of the model.
+        counted: how many sequences count, the first; None for all.
+        end_of_text: the token at which a document begins that is to see nothing before it; None if all see all. That
+            token ends the document before it too: as the label of its last position.
+    """
     windows = windows.to(device, non_blocking=True)
-    labels = windows[:, 1:]
+    inputs, labels = windows[:, :-1], windows[:, 1:]
     if counted is not None:
         labels = labels.clone()
         labels[counted:] = -100
-    return model(input_ids=windows[:, :-1], shift_labels=labels, skip_logits=True).loss
+    documents = None if end_of_text is None else (inputs == end_of_text).cumsum(dim=1)
+    return model(input_ids=inputs, seq_idx=documents, shift_labels=labels, skip_logits=True, use_cache=False).loss
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -66,7 +66,8 @@ class Trainer:
         self.evaluation = TaskEvaluation(config.evaluation, world, self.tokenizer)
         data = prepare(config.data, progress=world.is_main)
         self.loader = BatchLoader(data.train, train.sequence_length, sequences, config.seed, world.rank, world.size)
-        self.validation = ValidationWindows(data.validation, config)
+        self.end_of_text = self.tokenizer.eos_token_id if config.data.separate_documents else None
+        self.validation = ValidationWindows(data.validation, config, self.end_of_text)
         self.steps = config.count_steps(len(data.train))
         self.step = 0  # optimizer steps done, with the one in progress
         self.seconds = 0.0  # spent on them
@@ -132,7 +133,9 @@ class Trainer:
         rate = learning_rate(self.step, self.config.optimizer, self.steps)
         set_learning_rate(self.optimizers, rate)
         flags = float(self.terminated), float(self.metrics.failure is not None)
-        result = train_step(self.model, self.optimizers, batch, self.config, self.world, flags, self._mark)
+        result = train_step(
+            self.model, self.optimizers, batch, self.config, self.world, flags, self._mark, self.end_of_text
+        )
         terminated, unwritten = result.sums
         if unwritten:
             self.world.on_main(self.metrics.sync)  # raises

@@ -94,7 +94,7 @@ class Bench:
         if name == TWO_BRANCH:
             for module in model.modules():
                 if isinstance(module, STU):
-                    module.forward = partial(_two_branch_forward, module)
+                    module.whole = partial(_two_branch_forward, module)
         model = cast(FlashSTUForCausalLM, parallelize(model, config, self.world))  # of one process: not wrapped
         return model.train(), build_optimizers(model, config.optimizer)
 
@@ -165,7 +165,7 @@ class Bench:
         captured = []
         hook = model.model.layers[0].register_forward_pre_hook(lambda _, inputs: captured.append(inputs))
         with torch.no_grad():
-            model(input_ids=self.tokens[: self.shape[0], :-1])
+            model(input_ids=self.tokens[: self.shape[0], :-1], use_cache=False)
         hook.remove()
         ((x, context, *_),) = captured
         compiled = torch.compile if self.config.train.compile else lambda function: function

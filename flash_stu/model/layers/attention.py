@@ -1,18 +1,73 @@
 """Causal sliding-window attention with RoPE, ALiBi or no positions, grouped heads and a softcap."""
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.nn import functional
 
+from flash_stu.errors import UserError
 from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.linear import DepthScaledLinear
+from flash_stu.model.layers.mixer import Mixer
 from flash_stu.model.layers.state import WindowState
+from flash_stu.ops import backends
 from flash_stu.ops.attention.choice import sliding_window_attention
-from flash_stu.ops.attention.dense import attend_to_window
+from flash_stu.ops.attention.dense import attend_to_window, attention_weights
 from flash_stu.ops.positions import alibi_slopes, rotate
 
+# what transformers calls our back ends
+_IMPLEMENTATIONS = {
+    "eager": "banded",
+    "sdpa": "sdpa",
+    "flex_attention": "flex_attention",
+    "flash_attention_2": "flash_attn",
+}
 
-class SlidingWindowAttention(nn.Module):
+
+def check_implementation(name: str | None, config: FlashSTUConfig) -> None:
+    """Check an attn_implementation of transformers; None leaves the choice to attention_backend.
+
+    Raises:
+        UserError: for one that there is none of here, or that this model cannot use.
+    """
+    if name is None:
+        return
+    if name not in _IMPLEMENTATIONS:
+        allowed = ", ".join(_IMPLEMENTATIONS)
+        raise UserError(f'Specified `attn_implementation="{name}"` is not supported; allowed: {allowed}, or None')
+    if name == "sdpa" and config.attn_logit_softcapping is not None:
+        raise UserError(
+            f"attn_implementation is 'sdpa', which has no softcap; this model's attn_logit_softcapping is "
+            f"{config.attn_logit_softcapping}: use another, or None"
+        )
+    if name in ("flex_attention", "flash_attention_2"):
+        backends.require("attention", _IMPLEMENTATIONS[name])
+
+
+class AttentionWeights(nn.Module):
+    """The weights of an attention layer, where somebody wants to look at them.
+
+    A module, so that transformers' hooks find its results.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        columns: int,
+        key_mask: torch.Tensor | None,
+        options: dict[str, Any],
+        dropout: float,
+    ) -> torch.Tensor:
+        """Returns (batch, heads, queries, columns), the keys last; see flash_stu.ops.attention.dense."""
+        weights = attention_weights(query, key, key_mask=key_mask, **options)
+        weights = functional.dropout(weights, dropout) if dropout else weights
+        return functional.pad(weights, (columns - key.shape[2], 0))
+
+
+class SlidingWindowAttention(Mixer):
     """Self-attention over the last `sliding_window` tokens: (batch, length, hidden_size) to the same.
 
     Args:
@@ -24,6 +79,7 @@ class SlidingWindowAttention(nn.Module):
 
     def __init__(self, config: FlashSTUConfig) -> None:
         super().__init__()
+        self.config = config
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads or self.heads
         self.head_dim = config.hidden_size // self.heads
@@ -31,16 +87,22 @@ class SlidingWindowAttention(nn.Module):
         self.softcap = config.attn_logit_softcapping
         self.alibi_scale = config.alibi_scale if config.position_embedding == "alibi" else None
         self.dropout = config.dropout
-        self.backend = config.attention_backend
         inner = self.heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.bias)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.bias)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.bias)
         self.o_proj = DepthScaledLinear(inner, config.hidden_size, bias=config.bias)
+        self.weights = AttentionWeights()
 
-    def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+    @property
+    def backend(self) -> str:
+        """The attention back end in use: what attn_implementation asks for, else config.attention_backend."""
+        name = self.config._attn_implementation  # noqa: SLF001 - transformers has no public name for it
+        return self.config.attention_backend if name is None else _IMPLEMENTATIONS[name]
+
+    def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Attend over a whole sequence."""
-        return self._attend(*self._heads(x, context), context.mask)
+        return self._attend(*self._heads(x, context), context.mask, context)
 
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: WindowState | None = None
@@ -54,7 +116,7 @@ class SlidingWindowAttention(nn.Module):
             key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
             real = torch.cat([past_real, real], dim=1)
             mask = None if bool(real.all()) else real
-        return self._attend(query, key, value, mask), WindowState.of(key, value, real, self.window)
+        return self._attend(query, key, value, mask, context), WindowState.of(key, value, real, self.window)
 
     def step(self, x: torch.Tensor, context: SequenceContext, state: WindowState) -> tuple[torch.Tensor, WindowState]:
         """One more token x (batch, 1, channels): the cost is the window's. The ring in `state` is changed in place."""
@@ -65,6 +127,8 @@ class SlidingWindowAttention(nn.Module):
         if slopes is not None:
             distance = (now - torch.arange(self.window, device=x.device)) % self.window
             bias = -slopes[:, None] * distance
+        if context.weights is not None:
+            return self._attend(query, *state.in_order(), context), state
         y = attend_to_window(query, state.keys, state.values, state.real, self.softcap, bias)
         return self.o_proj(y.flatten(1)[:, None]), state
 
@@ -81,17 +145,22 @@ class SlidingWindowAttention(nn.Module):
         return None if self.alibi_scale is None else alibi_slopes(self.heads, self.alibi_scale, device)
 
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        context: SequenceContext,
     ) -> torch.Tensor:
-        y = sliding_window_attention(
-            query,
-            key,
-            value,
-            window=self.window,
-            softcap=self.softcap,
-            slopes=self._slopes(query.device),
-            key_mask=mask,
-            dropout=self.dropout if self.training else 0.0,
-            backend=self.backend,
-        )
+        options = {"window": self.window, "softcap": self.softcap, "slopes": self._slopes(query.device)}
+        dropout = self.dropout if self.training else 0.0
+        if context.weights is not None:
+            length = query.shape[2]  # one step: its own place in the window is taken; else the window comes before
+            past = min(context.weights - length, self.window if length > 1 else self.window - 1)
+            weights = self.weights(query, key, past + length, mask, options, dropout)[..., -key.shape[2] :]
+            y = weights @ value.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        else:
+            y = sliding_window_attention(
+                query, key, value, key_mask=mask, dropout=dropout, backend=self.backend, **options
+            )
         return self.o_proj(y.transpose(1, 2).flatten(2))

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from flash_stu.model.layers.documents import Documents
+
 
 class SequenceContext(NamedTuple):
     """Shared by all layers of one forward call.
@@ -12,11 +14,15 @@ class SequenceContext(NamedTuple):
         filters: spectral filters (filter_length, num_filters), float32; None in a model without STU layers.
         rotary: cosines and sines (batch, 1, length, head_dim / 2) of this call's positions; None without RoPE.
         mask: (batch, length), False where a token of this call is padding; None when none is.
+        documents: in the rows of this call, kept apart by every mixer; None if each row is one.
+        weights: of attention layers are wanted: the tokens of this call and before it; None if they are not.
     """
 
     filters: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     mask: torch.Tensor | None = None
+    documents: Documents | None = None
+    weights: int | None = None
 
     def spectral_filters(self) -> torch.Tensor:
         """Returns `filters`, for a layer that cannot do without."""
@@ -29,3 +35,16 @@ class SequenceContext(NamedTuple):
         if self.mask is None:
             return x
         return x * self.mask[:, -x.shape[1] :, None].to(x.dtype)
+
+    def at(self, places: torch.Tensor, shape: tuple[int, ...]) -> "SequenceContext":
+        """Returns the context of one document a row.
+
+        Args:
+            places: (documents, longest), of their tokens in the flattened batch.
+            shape: (batch, length).
+        """
+        rotary = self.rotary
+        if rotary is not None:
+            cos, sin = (table.expand(shape[0], -1, -1, -1)[:, 0].flatten(0, 1)[places][:, None] for table in rotary)
+            rotary = cos, sin
+        return self._replace(rotary=rotary, mask=None, documents=None)

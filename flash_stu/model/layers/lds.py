@@ -29,6 +29,7 @@ from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.exact import KeepFloat32
 from flash_stu.model.layers.linear import DepthScaledLinear
+from flash_stu.model.layers.mixer import Mixer
 from flash_stu.model.layers.state import LDSState
 from flash_stu.model.layers.taps import InputOutputTaps, TappedState
 from flash_stu.ops.conv.choice import any_filter_backend, causal_conv
@@ -37,7 +38,7 @@ from flash_stu.ops.lds import State, final_state, free_response, lds_advance, ld
 _CHUNK = 8192  # tokens convolved at a time: bounds the memory of a long input
 
 
-class LDS(KeepFloat32):
+class LDS(KeepFloat32, Mixer):
     """One LDS layer: (batch, length, hidden_size) to the same, causal, of any length.
 
     Args:
@@ -114,7 +115,7 @@ class LDS(KeepFloat32):
             readout = readout + self.readout_change.double() * (share / gain)[:, None]
         return decay, readout
 
-    def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+    def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Run over a whole sequence (batch, length, channels) from the zero state, by convolution."""
         inputs = self._inputs(x, context)
         return self.taps(self._convolve(inputs, *self.system(), None)[0], inputs).to(x.dtype)
@@ -179,7 +180,7 @@ class LDS(KeepFloat32):
         self, inputs: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, slots: State | None
     ) -> torch.Tensor:
         length = inputs.shape[1]
-        kernel = powers(decay, -(-length // self.dilation))
+        kernel = powers(decay, (length + self.dilation - 1) // self.dilation)
         taps = (kernel @ readout).float()
         if self.tensordot:
             y = causal_conv(inputs.float(), taps, self.backend, self.dilation)

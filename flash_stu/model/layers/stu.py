@@ -22,12 +22,13 @@ from flash_stu.filters.spectral import TENSOR
 from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.linear import DepthScaledLinear
+from flash_stu.model.layers.mixer import Mixer
 from flash_stu.model.layers.taps import InputOutputTaps, TappedState
 from flash_stu.ops.conv.choice import any_filter_backend, causal_conv, spectral_conv
 from flash_stu.ops.futurefill import ConvState, Taps
 
 
-class STU(nn.Module):
+class STU(Mixer):
     """One STU layer: (batch, length, hidden_size) to the same, causal.
 
     Args:
@@ -91,7 +92,7 @@ class STU(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return features @ self.M_filters.flatten(0, 1).float()
 
-    def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+    def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Convolve a whole sequence (batch, length, channels), length at most the filters'."""
         inputs, features = self._inputs(x, context), self.features(context.spectral_filters())
         if self.config.filter_basis == TENSOR:  # jumps every sqrt(L) lags, which no smooth tail has

@@ -16,16 +16,46 @@ def sdpa_attention(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """As `banded_attention`, without a softcap."""
+    visible, distance = _visible(query, key, window, key_mask)
+    bias = torch.zeros((), device=query.device) if slopes is None else -slopes.view(-1, 1, 1) * distance
+    mask = torch.where(visible, bias, MASKED).to(query.dtype)
+    grouped = key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
+
+
+def attention_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    window: int,
+    softcap: float | None = None,
+    slopes: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns the weights that `banded_attention` uses, without dropout: (batch, heads, queries, keys).
+
+    They are in the query's dtype, from a softmax in float32, and 0 at keys that a query does not see.
+    """
+    visible, distance = _visible(query, key, window, key_mask)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = (query * query.shape[-1] ** -0.5 @ key.mT).float()
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        scores = scores - slopes.view(-1, 1, 1) * distance
+    return (torch.where(visible, scores, MASKED).softmax(dim=-1) * visible).to(query.dtype)
+
+
+def _visible(
+    query: torch.Tensor, key: torch.Tensor, window: int, key_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns which keys each query sees, (batch or 1, 1, queries, keys), and the distances, (queries, keys)."""
     queries, keys = query.shape[2], key.shape[2]
     rows = torch.arange(queries, device=query.device)[:, None] + keys - queries
     distance = rows - torch.arange(keys, device=query.device)
     visible = ((distance >= 0) & (distance < window))[None, None]
     if key_mask is not None:
         visible = visible & key_mask.bool()[:, None, None]
-    bias = torch.zeros((), device=query.device) if slopes is None else -slopes.view(-1, 1, 1) * distance
-    mask = torch.where(visible, bias, MASKED).to(query.dtype)
-    grouped = key.shape[1] != query.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
+    return visible, distance
 
 
 def attend_to_window(

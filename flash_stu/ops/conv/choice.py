@@ -64,8 +64,12 @@ def causal_conv(x: torch.Tensor, filters: torch.Tensor, backend: str = "auto", d
     batch, length, channels = x.shape
     if length == 0:
         return x
-    phases = pad(x, (0, 0, 0, -length % dilation)).unflatten(1, (-1, dilation))
+    steps = (length + dilation - 1) // dilation
+    phases = pad(x, (0, 0, 0, steps * dilation - length)).unflatten(1, (steps, dilation))
     y = run(phases, filters[: phases.shape[1]])
+    if torch.compiler.is_exporting():  # of an unknown length it cannot be proved that the slice below is inside
+        token = torch.arange(length, device=x.device)
+        return y[:, token // dilation, token % dilation]
     return y.reshape(batch, -1, channels)[:, :length]
 
 
@@ -102,7 +106,7 @@ def spectral_conv(
             f"spectral_conv takes filters (lags, features) and weights (features, channels); "
             f"got {tuple(filters.shape)} and {tuple(weights.shape)}"
         )
-    steps, lags = -(-x.shape[1] // dilation), filters.shape[0]
+    steps, lags = (x.shape[1] + dilation - 1) // dilation, filters.shape[0]
     _check(backend, BACKENDS)
     name = _fastest_for_spectral_filters(x, steps <= lags) if backend == "auto" else backend
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -149,6 +153,8 @@ def _fastest_for_any_filter(x: torch.Tensor) -> str:
 def _fastest_for_spectral_filters(x: torch.Tensor, long_enough: bool) -> str:
     """The back end for inputs like x; the reason is logged, once for each case."""
     measured = _FASTEST.get((x.device.type, x.dtype))
+    if torch.compiler.is_exporting():
+        return "fft"  # at every length
     if not long_enough:
         name, reason = _fastest_for_any_filter(x), "the sequence is longer than the filters"
     elif measured is None:

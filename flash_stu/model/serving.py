@@ -1,0 +1,11 @@
+"""What `transformers serve` needs: it looks for a model's class in what it knows as the module transformers.
+
+That may be another object than everybody else's: transformers executes itself a second time as it is loaded.
+"""
+
+from importlib import import_module
+
+from flash_stu.model import modeling
+
+for _model in (modeling.FlashSTUForCausalLM, modeling.FlashSTUForSequenceClassification):
+    setattr(import_module("transformers.cli.serving.model_manager").transformers, _model.__name__, _model)
