@@ -176,6 +176,5 @@ def _avoid_compilation(model: FlashSTUForCausalLM) -> None:
     """Keep attention from flex_attention, which is compiled anew for every length of a batch."""
     if backends.why_not("flash_attn") is None and model.dtype != torch.float32:
         return
-    for module in model.modules():
-        if isinstance(module, SlidingWindowAttention) and module.backend in ("auto", "flex_attention"):
-            module.backend = "banded"
+    if any(isinstance(m, SlidingWindowAttention) and m.backend in ("auto", "flex_attention") for m in model.modules()):
+        model.set_attn_implementation("eager")  # ours is banded
