@@ -1,4 +1,4 @@
-"""Spectral filters to linear dynamical systems: fitting, bounds, distilling a model, reports.
+"""Linear dynamical systems from spectral filters and from data: fitting, bounds, distilling a model, identification.
 
 Names are imported when they are first used.
 """
@@ -10,9 +10,18 @@ if TYPE_CHECKING:
     from spectralds.bank import FilterBank
     from spectralds.distillation import distill
     from spectralds.fit import LDSFit, fit_lds
+    from spectralds.identification.select import identify
+    from spectralds.identification.system import SymmetricLDS
 
-__all__ = ["FilterBank", "LDSFit", "distill", "fit_lds"]
-_MODULES = {"FilterBank": "bank", "LDSFit": "fit", "distill": "distillation", "fit_lds": "fit"}
+__all__ = ["FilterBank", "LDSFit", "SymmetricLDS", "distill", "fit_lds", "identify"]
+_MODULES = {
+    "FilterBank": "bank",
+    "LDSFit": "fit",
+    "SymmetricLDS": "identification.system",
+    "distill": "distillation",
+    "fit_lds": "fit",
+    "identify": "identification.select",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,1 @@
+"""Identification of symmetric linear dynamical systems from inputs and outputs."""

@@ -1,0 +1,34 @@
+"""Identification by ridge regression on the states of fixed poles."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from spectralds.identification.records import Records, filtered
+from spectralds.identification.regression import ridge, triangle
+from spectralds.identification.response import Response
+
+_POLES = 81
+
+
+def fit_grid(records: Records, max_states: int) -> Response:
+    """Fit the residues of poles of both signs, spaced evenly in their atanh.
+
+    Near the unit circle that is even spacing of the logarithm of the rate. Convex, closed form.
+
+    Args:
+        records: the data.
+        max_states: poles beyond what it allows are not taken.
+    """
+    count = int(np.clip(max_states // records.rank, 2, _POLES))
+    poles = np.tanh(np.linspace(-records.largest_logit, records.largest_logit, count))
+
+    def blocks() -> Iterator[np.ndarray]:
+        for inputs, outputs in records.blocks():
+            states = filtered(inputs, poles).reshape(*inputs.shape[:2], -1)
+            rows = np.concatenate([states, inputs, outputs], axis=2)
+            yield rows.reshape(-1, rows.shape[2])
+
+    inputs = records.inputs.shape[2]
+    weights, noise = ridge(triangle(blocks()), (count + 1) * inputs, records.rows)
+    return Response.of_weights(poles, weights, noise, max_states)

@@ -1,0 +1,59 @@
+"""Least squares on designs of any number of rows, through the triangle of their QR factorisation."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+_LARGEST_SHARE = 0.5  # of the rows, in effective parameters: generalised cross-validation fails beyond
+
+
+def triangle(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """Returns the triangular factor of stacked blocks of rows: its columns have the inner products of theirs.
+
+    Args:
+        blocks: (rows, columns) each; only one is held at a time.
+
+    Returns:
+        (at most columns, columns).
+    """
+    factor = None
+    for block in blocks:
+        factor = np.linalg.qr(block if factor is None else np.concatenate([factor, block]), mode="r")
+    if factor is None:
+        raise ValueError("there are no rows")
+    return factor
+
+
+def ridge(factor: np.ndarray, columns: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge regression with a penalty for each target, chosen by generalised cross-validation.
+
+    The penalty falls on weights of columns scaled to unit length.
+
+    Args:
+        factor: the triangle of the design, then the targets.
+        columns: of the design.
+        rows: of the data.
+
+    Returns:
+        weights, (columns, targets), and the noise variance of each target, (targets,).
+
+    Source: Golub, Heath and Wahba 1979, Generalized cross-validation as a method for choosing a good ridge parameter.
+    """
+    design, targets = factor[:, :columns], factor[:, columns:]
+    scale = np.linalg.norm(design, axis=0)
+    scale[scale == 0] = 1.0
+    left, singular, right = np.linalg.svd(design / scale, full_matrices=False)
+    kept = singular > np.finfo(float).eps * singular[0]
+    left, singular, right = left[:, kept], singular[kept], right[kept]
+    parts = left.T @ targets
+    outside = ((targets - left @ parts) ** 2).sum(axis=0)
+    penalties = np.geomspace(1e-30, 1e6, 181) * singular[0] ** 2
+    shrinkage = penalties[:, None] / (singular**2 + penalties[:, None])
+    used = len(singular) - shrinkage.sum(axis=1)
+    allowed = used <= _LARGEST_SHARE * rows
+    penalties, shrinkage, used = penalties[allowed], shrinkage[allowed], used[allowed]
+    squares = outside + shrinkage**2 @ parts**2
+    best = np.argmin(squares / (rows - used[:, None]) ** 2, axis=0)
+    gains = singular[:, None] / (singular[:, None] ** 2 + penalties[best])
+    weights = right.T @ (gains * parts) / scale[:, None]
+    return weights, squares[best, np.arange(targets.shape[1])] / (rows - used[best])

@@ -1,0 +1,90 @@
+"""Identification of a symmetric linear dynamical system: the arguments, the choice of a method, the report."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from flash_stu.errors import UserError
+from spectralds.identification.grid import fit_grid
+from spectralds.identification.options import AUTO, MAX_STATES, METHODS, STATES
+from spectralds.identification.records import Records, read_records
+from spectralds.identification.refine import fit_refine
+from spectralds.identification.response import Response
+from spectralds.identification.spectral import fit_spectral
+from spectralds.identification.system import SymmetricLDS
+
+_FITS: dict[str, Callable[[Records, int], Response]] = {
+    "spectral": fit_spectral,
+    "grid": fit_grid,
+    "refine": fit_refine,
+}
+
+
+def identify(
+    inputs: np.ndarray | torch.Tensor,
+    outputs: np.ndarray | torch.Tensor,
+    method: str = AUTO,
+    max_states: int = STATES,
+) -> SymmetricLDS:
+    """Identify a symmetric linear dynamical system with a direct term from what went in and what came out.
+
+    The system is taken to be at rest before the first input: an offset of the outputs has to be subtracted, and a
+    transient from before left out. Float64, without gradient descent, and the same answer for the same data; it does
+    not depend on the channels' units.
+
+    Args:
+        inputs: (time, inputs), or several trajectories (batch, time, inputs).
+        outputs: (time, outputs) or (batch, time, outputs).
+        method: "spectral", convex regression on spectral features, then the closed form of their system; "grid", ridge
+            regression on the states of fixed poles; "refine", poles found one at a time and refined together, as many
+            as the Bayesian information criterion wants; "auto", the one with the least error on held-out data.
+        max_states: the largest number of states, from 1 to 4096. A pole needs up to min(inputs, outputs) states.
+
+    Returns:
+        the system, fitted to all data. Its report holds method; states; held_out_error, squared error over the
+        outputs' power (each output scaled to power one) on a fifth of the data when the rest was fitted: the last
+        trajectories, or the end of a single one, simulated from its beginning without being shown an output;
+        held_out_errors, that of every method that was tried; noise_variance, an estimate for each output; samples, the
+        number of time steps; and seconds.
+
+    Raises:
+        UserError: for signals that are not finite real numbers, differ in length, are too short, or have a constant
+            channel, and for an unknown method or number of states.
+
+    Sources: Shah et al. 2025, SpectraLDS (arXiv 2505.17868); Golub and Pereyra 1973 for "refine".
+    """
+    start = time.perf_counter()
+    if method not in (AUTO, *METHODS):
+        raise UserError(f"method is {method!r}; allowed: {', '.join((AUTO, *METHODS))}")
+    if type(max_states) is not int or not 1 <= max_states <= MAX_STATES:
+        raise UserError(f"max_states is {max_states!r}; allowed: integers from 1 to {MAX_STATES}")
+    records, input_scale, output_scale = read_records(inputs, outputs)
+    training, judged, first = records.split()
+    tried = {name: _FITS[name](training, max_states) for name in (METHODS if method == AUTO else (method,))}
+    errors = {name: _held_out_error(found, judged, first) for name, found in tried.items()}
+    best = min(errors, key=errors.__getitem__)
+    if best == "refine":
+        found = fit_refine(records, max_states, start=np.unique(tried[best].A))
+    else:
+        found = _FITS[best](records, max_states)
+    system = found.system(input_scale, output_scale)
+    report: dict[str, Any] = {
+        "method": best,
+        "states": len(system.A),
+        "held_out_error": errors[best],
+        "held_out_errors": errors,
+        "noise_variance": (found.noise * output_scale**2).tolist(),
+        "samples": records.rows,
+        "seconds": time.perf_counter() - start,
+    }
+    return replace(system, report=report)
+
+
+def _held_out_error(found: Response, judged: Records, first: int) -> float:
+    """Returns the squared error from a time step on, over the power of the outputs there."""
+    errors = found.system().simulate(judged.inputs)[:, first:] - judged.outputs[:, first:]
+    return float(np.square(errors).sum() / max(np.square(judged.outputs[:, first:]).sum(), np.finfo(float).tiny))
