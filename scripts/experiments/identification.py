@@ -14,13 +14,15 @@ training data's noise (excess). Seconds are those of one thread of the CPU. Figu
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from classical import Simulate
 from classical import methods as classical_methods
-from learners import LDS, LRU, S4D, STU, Network, descend, spaced
+from learners import LDS, LRU, S4D, STU, Network, descend, each, spaced
 from scipy.stats import t as student
 from torch import nn
 
@@ -43,6 +45,7 @@ class Size:
         network_steps, network_seeds: of Mamba-2 and the Transformer.
         systems: of the table; table_length: of its trajectories; table_seeds: of them.
         slow_seeds: of nfoursid's method.
+        processes: that share the work.
     """
 
     length: int
@@ -55,11 +58,12 @@ class Size:
     table_length: int
     table_seeds: int
     slow_seeds: int
+    processes: int = 2
 
 
 SIZES = {
-    "quick": Size(64, 6, 2, 4, 2, 1, ("marginal",), 128, 2, 0),
-    "default": Size(1024, 400, 8, 64, 100, 2, ("marginal", "dense", "slow"), 4096, 8, 1),
+    "quick": Size(64, 6, 2, 4, 2, 1, ("marginal",), 128, 2, 0, processes=1),
+    "default": Size(1024, 300, 8, 64, 60, 2, ("marginal", "dense", "slow"), 4096, 8, 1),
     "full": Size(1024, 4000, 8, 64, 1000, 8, ("marginal", "dense", "slow"), 4096, 8, 8),
 }
 SYSTEMS: dict[str, Callable[[int], Any]] = {"marginal": lambda _seed: marginal(), "dense": dense, "slow": slow}
@@ -104,43 +108,41 @@ def train(size: Size, name: str, data: Trial, seed: int, choice: tuple[str, floa
     return descend(learner, optimizer, lambda _: (inputs, outputs), steps, spaced(steps, 20), error)
 
 
-def curves(size: Size) -> list[dict]:
-    """Returns the training of every learner on every system, noise and seed, with the rate chosen beforehand."""
+def curves_of(size: Size, system: str, name: str) -> list[dict]:
+    """Returns the trainings of a learner on every noise and seed, with the rate chosen beforehand."""
+    tuning = trial(SYSTEMS[system](TUNING), size.length, TUNING_NOISE, TUNING)
+    ends = {choice: train(size, name, tuning, TUNING, choice)[-1:] for choice in CHOICES[name]}
+    choice = min(ends, key=lambda choice: ends[choice][0][2] if ends[choice] else np.inf)
     rows = []
-    for system in CURVES:
-        for name in LEARNERS:
-            tuning = trial(SYSTEMS[system](TUNING), size.length, TUNING_NOISE, TUNING)
-            ends = {choice: train(size, name, tuning, TUNING, choice)[-1:] for choice in CHOICES[name]}
-            choice = min(ends, key=lambda choice: ends[choice][0][2] if ends[choice] else np.inf)
-            for sigma in NOISE:
-                for seed in range(size.network_seeds if name in NETWORKS else size.seeds):
-                    data = trial(SYSTEMS[system](seed), size.length, sigma, seed)
-                    curve = train(size, name, data, seed, choice)
-                    row = {"system": system, "sigma": sigma, "learner": name, "optimizer": choice[0]}
-                    rows.append({**row, "rate": choice[1], "seed": seed, "curve": curve})
+    for sigma in NOISE:
+        for seed in range(size.network_seeds if name in NETWORKS else size.seeds):
+            data = trial(SYSTEMS[system](seed), size.length, sigma, seed)
+            row = {"system": system, "sigma": sigma, "learner": name, "optimizer": choice[0], "rate": choice[1]}
+            rows.append({**row, "seed": seed, "curve": train(size, name, data, seed, choice)})
     return rows
 
 
-def closed_forms(systems: tuple[str, ...], noise: tuple[float, ...], length: int, seeds: int, slow_seeds: int) -> list:
-    """Returns the errors and CPU seconds of every closed form on every system, noise and seed."""
+def closed_forms(system: str, sigma: float, length: int, seeds: int, slow_seeds: int) -> list[dict]:
+    """Returns the errors and CPU seconds of every closed form on one system and noise."""
     ours = {name: lambda u, y, name=name: identify(u, y, method=name).simulate for name in METHODS}
     rows = []
-    for system in systems:
-        for sigma in noise:
-            for seed in range(seeds):
-                data = trial(SYSTEMS[system](seed), length, sigma, seed)
-                for name, method in (ours | classical_methods()).items():
-                    if name == SUBSPACE and seed >= slow_seeds:
-                        continue
-                    began = time.process_time()
-                    simulate = method(data.inputs.numpy(), data.outputs.numpy())
-                    seconds = time.process_time() - began
-                    with np.errstate(over="ignore", invalid="ignore"):
-                        rel = _relative(data, simulate(data.fresh_inputs.numpy()))
-                    rows.append({"system": system, "sigma": sigma, "method": name, "seed": seed, "seconds": seconds,
-                                 "rel": rel if np.isfinite(rel) else None,
-                                 "power_over_noise": _power(data) / float(data.noise_variance.sum()) if sigma else None})  # fmt: skip
+    for seed in range(seeds):
+        data = trial(SYSTEMS[system](seed), length, sigma, seed)
+        for name, method in (ours | classical_methods()).items():
+            if name != SUBSPACE or seed < slow_seeds:
+                rows.append({"system": system, "sigma": sigma, "method": name, "seed": seed, **_run(method, data)})
     return rows
+
+
+def _run(method: Callable[[np.ndarray, np.ndarray], Simulate], data: Trial) -> dict:
+    began = time.process_time()
+    simulate = method(data.inputs.numpy(), data.outputs.numpy())
+    seconds = time.process_time() - began
+    with np.errstate(over="ignore", invalid="ignore"):
+        rel = _relative(data, simulate(data.fresh_inputs.numpy()))
+    noise = float(data.noise_variance.sum())
+    over_noise = _power(data) / noise if noise else None
+    return {"seconds": seconds, "rel": rel if np.isfinite(rel) else None, "power_over_noise": over_noise}
 
 
 def _power(data: Trial) -> float:
@@ -277,15 +279,20 @@ def main() -> None:
     args = experiment_parser(__doc__, "identification").parse_args()
     size = SIZES[args.size]
     kept = ("length", "steps", "seeds", "network_steps", "network_seeds", "table_length", "table_seeds", "slow_seeds")
+    points = (size.length, size.seeds, 0)
+    figures = (size.table_length, size.table_seeds, size.slow_seeds)
+    jobs = {
+        "curves": (curves_of, [(size, system, name) for system in CURVES for name in LEARNERS]),
+        "points": (closed_forms, [(system, sigma, *points) for system in CURVES for sigma in NOISE]),
+        "table": (closed_forms, [(system, sigma, *figures) for system in size.systems for sigma in TABLE_NOISE]),
+    }
     with few_threads():
         results = {
             "environment": environment(torch.device("cpu")),
             "size": args.size,
             **{key: getattr(size, key) for key in kept},
-            "curves": curves(size),
-            "points": [row for row in closed_forms(CURVES, NOISE, size.length, size.seeds, 0) if row["method"] in METHODS],
-            "table": closed_forms(size.systems, TABLE_NOISE, size.table_length, size.table_seeds, size.slow_seeds),
-        }  # fmt: skip
+            **{key: list(chain(*each(function, rows, size.processes))) for key, (function, rows) in jobs.items()},
+        }
     finish("identification", results, render, plot, args.output)
 
 

@@ -10,6 +10,9 @@ Sources: Orvieto et al. 2023 (arXiv 2303.06349) for the LRU; Gu et al. 2022 (arX
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
 
 import torch
 from torch import nn
@@ -189,14 +192,19 @@ class Network(nn.Module):
         super().__init__()
         from transformers import LlamaConfig, LlamaModel, Mamba2Config, Mamba2Model
 
-        shared = {"vocab_size": 1, "hidden_size": width, "num_hidden_layers": layers, "use_cache": False}
-        ends = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        shared: dict[str, Any] = {
+            "vocab_size": 1,
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "use_cache": False,
+        }
+        shared |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
         if kind == "mamba2":
-            sizes = {"state_size": 16, "num_heads": 4, "head_dim": width // 2, "n_groups": 1, "chunk_size": 64}
-            self.model = Mamba2Model(Mamba2Config(**shared, **ends, **sizes))
+            heads = {"num_heads": 4, "head_dim": width // 2, "n_groups": 1}
+            self.model = Mamba2Model(Mamba2Config(**shared, **heads, state_size=16, chunk_size=64))
         else:
             sizes = {"num_attention_heads": 4, "intermediate_size": 3 * width, "max_position_embeddings": 8192}
-            self.model = LlamaModel(LlamaConfig(**shared, **ends, **sizes))
+            self.model = LlamaModel(LlamaConfig(**shared, **sizes))
         self.into, self.out_of = nn.Linear(inputs, width), nn.Linear(width, outputs)
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
@@ -271,6 +279,14 @@ def descend(
                 break
             curve.append([step, seconds, error])
     return curve
+
+
+def each(function: Callable[..., Any], jobs: list[tuple], processes: int) -> list:
+    """Returns function(*job) of every job, in their order, computed in so many processes of one thread each."""
+    if processes == 1:
+        return [function(*job) for job in jobs]
+    with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return list(pool.map(function, *zip(*jobs, strict=True)))
 
 
 def spaced(steps: int, count: int = 24) -> list[int]:

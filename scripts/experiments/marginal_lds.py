@@ -4,26 +4,21 @@
 
 Three measurements. Learning curves of an STU (K = 25) and an LRU over the rates of gradient descent and of Adam, on a
 fresh sequence in every step. What the LRU's settings do to its error after as many steps, one at a time. And the error
-against K of four forms of the STU, by least squares in float64 and by Adam, on the same sequences:
+against K of four forms of the STU, by least squares in float64 and by Adam, on the same sequences.
 
-    plain             y_t = M^u_1 u_t + sum_k M_k U_{t,k}
-    eq. 4, free       y_t = y_{t-2} + sum_{i<=3} M^u_i u_{t+1-i} + sum_k M_k U_{t-2,k}, run on its own outputs
-    eq. 4, fed        the same, fed the true y_{t-2}
-    eq. 5, free       a learned matrix M^y before y_{t-2}, run on its own outputs
-
-All are fitted to the true past. U are the features of both branches of the hankel filters. Errors are squared, on
-fresh sequences without noise, over the outputs' power.
+The forms are those of stu_forms.py. Errors are squared, on fresh sequences without noise, over the outputs' power.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from learners import LDS, LRU, STU, Data, both_branches, descend, spaced
-from scipy.fft import irfft, rfft
+from learners import LDS, LRU, STU, both_branches, descend, each, spaced
+from stu_forms import FORMS, design, least_squares, predict
 from torch import nn
 
 from flash_stu.errors import run_cli
@@ -31,7 +26,6 @@ from flash_stu.figures import save_figure
 from flash_stu.filters.spectral import spectral_filters
 from flash_stu.results import environment, experiment_parser, finish, page, panels, table
 from spectralds.fit import few_threads
-from spectralds.identification.regression import triangle
 from spectralds.identification.systems import marginal, trial
 
 
@@ -46,6 +40,7 @@ class Size:
         states: of the LRU.
         filters: numbers K of the last measurement; filter_length: T of its sequences; sequences: how many are fitted.
         descent: steps of its trainings.
+        processes: that share the work.
     """
 
     steps: int
@@ -58,17 +53,33 @@ class Size:
     filter_length: int
     sequences: int
     descent: int
+    processes: int = 2
 
 
+GRADIENT = (0.05, 0.1, 0.5, 1, 5, 10)  # the paper's rates
+DEFAULT = Size(
+    steps=600,
+    length=1024,
+    seeds=1,
+    gradient=GRADIENT,
+    adam=(1e-3, 1e-2, 0.1),
+    states=64,
+    filters=(5, 10, 15, 20, 25, 30),
+    filter_length=4096,
+    sequences=8,
+    descent=400,
+)
 SIZES = {
-    "quick": Size(20, 128, 1, (0.1, 1.0), (0.01,), 8, (5, 10), 256, 2, 10),
-    "default": Size(1000, 1024, 1, (0.05, 0.1, 0.5, 1, 5, 10), (1e-3, 1e-2, 0.1), 64, (5, 10, 15, 20, 25, 30), 4096, 8, 800),
-    "full": Size(8000, 4096, 3, (0.05, 0.1, 0.5, 1, 5, 10), (1e-3, 3e-3, 1e-2, 3e-2, 0.1), 64, (5, 10, 15, 20, 25, 30, 35), 4096, 8, 8000),
-}  # fmt: skip
+    "quick": Size(20, 128, 1, (0.1, 1.0), (0.01,), 8, (5, 10), 256, 2, 10, processes=1),
+    "default": DEFAULT,
+    "full": replace(DEFAULT, steps=8000, length=4096, seeds=3, adam=(1e-3, 3e-3, 1e-2, 3e-2, 0.1), descent=8000),
+}
 FILTERS = 25  # the paper's K
-FORMS = ("plain", "eq. 4, free", "eq. 4, fed", "eq. 5, free")
+TEST = 1000  # the first seed of the test sequences
 NOISE = (0.0, 0.1)  # over the outputs' standard deviation, in the sequences that are fitted
-RATES = (1e-3, 1e-2, 0.1)  # of Adam in the last measurement
+KEPT = ("steps", "length", "seeds", "states", "filter_length", "sequences", "descent")  # of the size, in the results
+RATES = (1e-2, 0.1)  # of Adam in the last measurement
+FITS = {"closed": "least squares", "one sequence": "least squares on one sequence", "trained": "Adam"}
 REACHED = 0.1  # the error whose steps are compared
 RINGS = tuple((low, high) for low in (0.0, 0.9, 0.99, 0.999) for high in (0.9, 0.99, 0.999, 1.0) if low < high)
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -81,30 +92,23 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def fresh(length: int, seed: int) -> tuple[Data, torch.Tensor]:
-    """Returns what gives a new sequence of the system in every step, and the outputs' scale (channels,).
-
-    Outputs are divided by their root mean square, that of four sequences, so that a rate means the same for all.
-    """
+@cache
+def exact() -> LDS:
+    """Returns the system as a layer."""
     system = marginal()
-    exact = LDS(len(system.A), 3, 3)
+    layer = LDS(len(system.A), 3, 3)
     with torch.no_grad():
-        for name in "ABCD":
-            getattr(exact, name).copy_(getattr(system, name))
+        for name, values in {"A": system.A, "B": system.B, "C": system.C, "D": system.D}.items():
+            layer.get_parameter(name).copy_(values)
+    return layer
 
-    def sequences(step: int, count: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        draw = torch.Generator().manual_seed(1_000_000 * seed + step)
-        inputs = torch.randn(count, length, 3, generator=draw, dtype=torch.float64)
-        with torch.no_grad():
-            return inputs, exact(inputs)
 
-    scale = sequences(0, 4)[1].square().mean(dim=(0, 1)).sqrt()
-
-    def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, outputs = sequences(step)
-        return inputs, outputs / scale
-
-    return data, scale
+def fresh(length: int, seed: int, count: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `count` sequences of the system, inputs and outputs (count, length, channels), float64."""
+    draw = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, length, 3, generator=draw, dtype=torch.float64)
+    with torch.no_grad():
+        return inputs, exact()(inputs)
 
 
 def relative_error(found: torch.Tensor, true: torch.Tensor) -> float:
@@ -112,44 +116,52 @@ def relative_error(found: torch.Tensor, true: torch.Tensor) -> float:
     return float((found - true).square().sum() / true.square().sum())
 
 
-def train(size: Size, seed: int, learner: str, optimizer: str, rate: float, **settings: Any) -> dict:
-    """Returns one training: its curve of [step, CPU seconds, error], and the error at its end, None if it diverged."""
-    data, scale = fresh(size.length, seed)
-    inputs, outputs = (
-        torch.cat(parts) for parts in zip(*(fresh(size.length, 99)[0](i) for i in range(1, 5)), strict=True)
-    )
+def train(size: Size, seed: int, learner: str, optimizer: str, rate: float, settings: dict[str, Any]) -> dict:
+    """Returns one training: its curve of [step, CPU seconds, error], and the error at its end, None if it diverged.
+
+    Outputs are divided by the root mean square of 16 other sequences, so that a rate means the same for all.
+    """
+    inputs, outputs = fresh(size.length, TEST, 4)
+    scale = fresh(size.length, TEST + 1, 16)[1].square().mean(dim=(0, 1)).sqrt()
+    settings = dict(settings)
     decay, cosine = settings.pop("weight_decay", 0.0), settings.pop("cosine", False)
     torch.manual_seed(seed)
     model = STU(size.length, FILTERS, 3, 3) if learner == "STU" else LRU(size.states, 3, 3, **settings)
     kind = torch.optim.SGD if optimizer == "gradient" else torch.optim.AdamW
     descent = kind(model.parameters(), lr=rate, weight_decay=decay)
 
+    def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, outputs = fresh(size.length, 1_000_000 * (seed + 1) + step)
+        return inputs, outputs / scale
+
     def error(model: nn.Module) -> float:
-        return relative_error(model(inputs) * scale, outputs * scale)
+        return relative_error(model(inputs) * scale, outputs)
 
     curve = descend(model, descent, data, size.steps, spaced(size.steps), error, cosine)
     done = bool(curve) and curve[-1][0] == size.steps
-    return {"learner": learner, "optimizer": optimizer, "rate": rate, "seed": seed, "curve": curve,
-            "error": curve[-1][2] if done else None}  # fmt: skip
+    row = {"learner": learner, "optimizer": optimizer, "rate": rate, "seed": seed}
+    return {**row, "curve": curve, "error": curve[-1][2] if done else None}
 
 
 def over_rates(size: Size) -> list[dict]:
     """Returns the trainings of both learners with every rate."""
-    return [
-        train(size, seed, learner, optimizer, rate)
+    jobs = [
+        (size, seed, learner, optimizer, rate, {})
         for learner in ("STU", "LRU")
         for optimizer, rates in (("gradient", size.gradient), ("Adam", size.adam))
         for rate in rates
         for seed in range(size.seeds)
     ]
+    return each(train, jobs, size.processes)
 
 
 def over_settings(size: Size, rate: float) -> list[dict]:
     """Returns the LRU's error with every setting changed, by Adam at one rate."""
+    changes = [(name, value) for name, values in SETTINGS.items() for value in values]
+    trained = each(train, [(size, 0, "LRU", "Adam", rate, value) for _, value in changes], size.processes)
     return [
-        {"setting": name, "value": value, "error": train(size, 0, "LRU", "Adam", rate, **value)["error"]}
-        for name, values in SETTINGS.items()
-        for value in values
+        {"setting": name, "value": value, "error": row["error"]}
+        for (name, value), row in zip(changes, trained, strict=True)
     ]
 
 
@@ -164,102 +176,54 @@ def best(trainings: list[dict], learner: str, optimizer: str | None = None) -> d
     return min(done, key=lambda row: row["error"], default=None)
 
 
-def delayed(signal: np.ndarray, steps: int) -> np.ndarray:
-    """Returns a signal (time, channels) so many steps later, zero before."""
-    return np.concatenate([np.zeros_like(signal[:steps]), signal[: len(signal) - steps]])
-
-
-def design(form: str, phi: np.ndarray, inputs: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what a form combines linearly, (time, columns), and what that should give, (time, outputs).
-
-    Args:
-        form: one of FORMS.
-        phi: filters of both branches, (time, 2 K).
-        inputs, outputs: (time, channels).
-    """
-    size = 2 * len(phi)
-    spectrum = rfft(phi, size, axis=0)[:, :, None] * rfft(inputs, size, axis=0)[:, None]
-    features = irfft(spectrum, size, axis=0)[: len(phi)].reshape(len(phi), -1)
-    if form == "plain":
-        return np.concatenate([features, inputs], axis=1), outputs
-    columns = [delayed(features, 2), *(delayed(inputs, i) for i in range(3))]
-    if form.startswith("eq. 4"):
-        return np.concatenate(columns, axis=1), outputs - delayed(outputs, 2)
-    return np.concatenate([*columns, delayed(outputs, 2)], axis=1), outputs
-
-
-def predict(form: str, weights: np.ndarray, rows: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Returns the outputs of a form, (time, outputs).
-
-    Args:
-        form: one of FORMS.
-        weights: (columns, outputs).
-        rows: of `design`; the past outputs among them are not read when the form runs freely.
-        outputs: the true ones, for the form that is fed.
-    """
-    if form == "plain":
-        return rows @ weights
-    feedback = np.eye(outputs.shape[1])
-    if form.startswith("eq. 5"):
-        rows, weights, feedback = rows[:, : -len(feedback)], weights[: -len(feedback)], weights[-len(feedback) :]
-    driven = rows @ weights
-    if form.endswith("fed"):
-        return driven + delayed(outputs, 2) @ feedback
-    for t in range(2, len(driven)):
-        driven[t] += driven[t - 2] @ feedback
-    return driven
-
-
-def least_squares(blocks: Iterator[np.ndarray], targets: int) -> np.ndarray:
-    """Returns the weights (columns, targets) of blocks of [design, targets], through QR and columns of unit length."""
-    factor = triangle(blocks)
-    columns, wanted = factor[:, :-targets], factor[:, -targets:]
-    scale = np.linalg.norm(columns, axis=0)
-    return np.linalg.lstsq(columns / scale, wanted, rcond=1e-15)[0] / scale[:, None]
-
-
-def by_adam(size: Size, designs: list[tuple[np.ndarray, np.ndarray]], error: Callable) -> float | None:
-    """Returns the least error of Adam's rates after so many steps, each on the next sequence; None if all diverged."""
+def by_adam(steps: int, rate: float, designs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Returns weights (columns, outputs) after so many steps, each on the next sequence; NaN if they diverged."""
     scale = np.sqrt(np.mean([np.mean(targets**2, axis=0) for _, targets in designs], axis=0))
     pairs = [(torch.from_numpy(rows)[None], torch.from_numpy(targets / scale)[None]) for rows, targets in designs]
+    learner = nn.Linear(designs[0][0].shape[1], len(scale), bias=False, dtype=torch.float64)
+    nn.init.zeros_(learner.weight)
+    descent = torch.optim.Adam(learner.parameters(), lr=rate)
+    descend(learner, descent, lambda step: pairs[step % len(pairs)], steps, [], lambda _: 0.0)
+    return learner.weight.detach().numpy().T * scale
+
+
+def at_filters(size: Size, sigma: float, count: int) -> list[dict]:
+    """Returns the errors of every form at one noise and K, by least squares, and by Adam if there is no noise."""
+    system, T = marginal(), size.filter_length
+    trials = [trial(system, T, sigma, seed) for seed in range(size.sequences)]
+    fitted = [(trial.inputs.numpy(), trial.outputs.numpy()) for trial in trials]
+    trials = [trial(system, T, 0.0, TEST + seed) for seed in range(4)]
+    tests = [(test.fresh_inputs.numpy(), test.fresh_outputs.numpy()) for test in trials]
+    phi = both_branches(spectral_filters(T, count)[1]).numpy()
+    rows = []
+    for fit, forms in FORMS.items():
+        designs, tested = ([design(fit, phi, *sequence) for sequence in several] for several in (fitted, tests))
+        weights = {
+            "closed": [least_squares(map(np.hstack, designs), 3)],
+            "one sequence": [least_squares(map(np.hstack, designs[:1]), 3)],
+            "trained": [by_adam(size.descent, rate, designs) for rate in RATES if sigma == 0],
+        }
+        inputs = [rows for rows, _ in tested]
+        for form in forms:
+            errors = {key: _least(form, several, inputs, [y for _, y in tests]) for key, several in weights.items()}
+            rows.append({"sigma": sigma, "form": form, "K": count, **errors})
+    return rows
+
+
+def _least(form: str, weights: list[np.ndarray], inputs: list[np.ndarray], outputs: list[np.ndarray]) -> float | None:
+    """Returns the least error that a form has with one of the weights; None if it is finite with none."""
     errors = []
-    for rate in RATES:
-        learner = nn.Linear(designs[0][0].shape[1], len(scale), bias=False, dtype=torch.float64)
-        nn.init.zeros_(learner.weight)
-        descent = torch.optim.Adam(learner.parameters(), lr=rate)
-        curve = descend(learner, descent, lambda step: pairs[step % len(pairs)], size.descent, [size.descent],
-                        lambda learner: error(learner.weight.numpy().T * scale))  # fmt: skip
-        errors += [point[2] for point in curve]
-    return min(errors, default=None)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for several in weights:
+            found = [predict(form, several, rows, true) for rows, true in zip(inputs, outputs, strict=True)]
+            errors.append(relative_error(*(torch.from_numpy(np.stack(values)) for values in (found, outputs))))
+    return min(filter(np.isfinite, errors), default=None)
 
 
 def over_filters(size: Size) -> list[dict]:
-    """Returns the error of every form and K, by least squares at every noise, and by Adam without noise."""
-    system, T = marginal(), size.filter_length
-    tests = [trial(system, T, 0.0, 1000 + seed) for seed in range(4)]
-    tests = [(test.fresh_inputs.numpy(), test.fresh_outputs.numpy()) for test in tests]
-    power = sum(np.sum(outputs**2) for _, outputs in tests)
-    rows = []
-    for sigma in NOISE:
-        trials = [trial(system, T, sigma, seed) for seed in range(size.sequences)]
-        fitted = [(trial.inputs.numpy(), trial.outputs.numpy()) for trial in trials]
-        for count in size.filters:
-            phi = both_branches(spectral_filters(T, count)[1]).numpy()
-            for form in FORMS:
-                tested = [(design(form, phi, *test)[0], test[1]) for test in tests]
-
-                def error(weights: np.ndarray, form: str = form, tested: list = tested) -> float:
-                    with np.errstate(over="ignore", invalid="ignore"):
-                        squares = [np.sum((predict(form, weights, *test) - test[1]) ** 2) for test in tested]
-                        return float(sum(squares) / power)
-
-                designs = [design(form, phi, *sequence) for sequence in fitted]
-                several = error(least_squares(map(np.hstack, designs), 3))
-                row = {"sigma": sigma, "form": form, "K": count, "closed": several}
-                row["one sequence"] = error(least_squares(map(np.hstack, designs[:1]), 3))
-                row["trained"] = by_adam(size, designs, error) if sigma == 0 else None
-                rows.append(row)
-    return rows
+    """Returns the errors of every form, noise and K."""
+    jobs = [(size, sigma, count) for sigma in NOISE for count in size.filters]
+    return [row for rows in each(at_filters, jobs, size.processes) for row in rows]
 
 
 def shown(error: float | None) -> str:
@@ -313,12 +277,12 @@ def render(results: dict) -> str:
         [f"{form}, {label}", f"{sigma:g}",
          *(shown(row[key]) for row in results["filters"] if (row["form"], row["sigma"]) == (form, sigma))]
         for sigma in NOISE
-        for key, label in (("closed", "least squares"), ("one sequence", "least squares on one sequence"), ("trained", "Adam"))
+        for key, label in FITS.items()
         if sigma == 0 or key == "closed"
-        for form in FORMS
+        for form in chain(*FORMS.values())
     ]  # fmt: skip
     closed = (
-        f"Error against K: {results['sequences']} sequences of T = {results['filter_length']:,} are fitted, in float64; "
+        f"Error against K: {results['sequences']} sequences of T = {results['filter_length']:,} are fitted in float64; "
         f"Adam at the best of {', '.join(f'{rate:g}' for rate in RATES)} (chosen on the test), "
         f"{results['descent']:,} steps:"
     )
@@ -364,7 +328,7 @@ def plot(results: dict, path: Path) -> None:
         axes[2].axvline(winner["error"], color="C0", linewidth=1.4, label="STU, best")
     axes[2].set(xscale="log", xlim=(None, 6), yticks=range(len(names)), yticklabels=names)
     axes[2].set_title("LRU, one setting changed; x: diverged", loc="left", fontsize=10)
-    for i, form in enumerate(FORMS):
+    for i, form in enumerate(chain(*FORMS.values())):
         rows = [row for row in results["filters"] if row["form"] == form and row["sigma"] == 0]
         counts = [row["K"] for row in rows]
         axes[3].plot(counts, [row["closed"] for row in rows], "o-", color=f"C{i}", label=form)
@@ -386,12 +350,12 @@ def main() -> None:
         results = {
             "environment": environment(torch.device("cpu")),
             "size": args.size,
-            **{key: getattr(size, key) for key in ("steps", "length", "seeds", "states", "filter_length", "sequences", "descent")},
+            **{key: getattr(size, key) for key in KEPT},
             "rate": rate,
             "trainings": trainings,
             "settings": over_settings(size, rate),
             "filters": over_filters(size),
-        }  # fmt: skip
+        }
     finish("marginal_lds", results, render, plot, args.output)
 
 
