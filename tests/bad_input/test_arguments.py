@@ -115,7 +115,10 @@ BENCHMARKS = {
     "tables": {"--results": NOT_FOLDERS, "--page": MISSING},
     "training": {"--config": MISSING, "--repeats": [*NUMBERS, "0"], "--output": PLACES},
 }
-EXPERIMENTS: dict[str, dict[str, list]] = {}
+EXPERIMENTS: dict[str, dict[str, list]] = {
+    "identification": {"--output": PLACES},
+    "marginal_lds": {"--output": PLACES},
+}
 TABLE += [
     (f"scripts/{folder}/{name}.py", [], option, values)
     for folder, scripts in {"bench": BENCHMARKS, "experiments": EXPERIMENTS}.items()
