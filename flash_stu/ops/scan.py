@@ -19,6 +19,8 @@ def diagonal_scan(x: torch.Tensor, decay: torch.Tensor, state: torch.Tensor) -> 
         state: before the first input, (batch, channels).
     """
     length = x.shape[1]
+    if length == 0:
+        return x
     if length <= _CHUNK:
         return _inside(x, decay) + _powers(decay, length) * state[:, None]
     rest = -length % _CHUNK

@@ -21,14 +21,16 @@ def fit_grid(records: Records, max_states: int) -> Response:
         max_states: poles beyond what it allows are not taken.
     """
     count = int(np.clip(max_states // records.rank, 2, _POLES))
-    poles = np.tanh(np.linspace(-records.largest_logit, records.largest_logit, count))
+    logits = np.linspace(-records.largest_logit, records.largest_logit, count)
+    poles, unit = np.tanh(logits), 1 / np.cosh(logits)  # with which a state has variance one for white inputs
 
     def blocks() -> Iterator[np.ndarray]:
         for inputs, outputs in records.blocks():
-            states = filtered(inputs, poles).reshape(*inputs.shape[:2], -1)
+            states = (filtered(inputs, poles) * unit[:, None]).reshape(*inputs.shape[:2], -1)
             rows = np.concatenate([states, inputs, outputs], axis=2)
             yield rows.reshape(-1, rows.shape[2])
 
     inputs = records.inputs.shape[2]
     weights, noise = ridge(triangle(blocks()), (count + 1) * inputs, records.rows)
+    weights[:-inputs] *= np.repeat(unit, inputs)[:, None]
     return Response.of_weights(poles, weights, noise, max_states)

@@ -38,9 +38,7 @@ class SymmetricLDSLayer(nn.Module):
     C: nn.Parameter
     D: nn.Parameter
 
-    def forward(
-        self, inputs: torch.Tensor, state: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, inputs: torch.Tensor, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Run over a sequence, without a loop over time.
 
         Args:
@@ -68,7 +66,8 @@ class SymmetricLDSLayer(nn.Module):
 
     def system(self) -> SymmetricLDS:
         """Returns the system with the layer's present constants."""
-        return SymmetricLDS(*(tensor.detach().cpu().clone() for tensor in self._constants()))
+        A, B, C, D = (tensor.detach().cpu().clone() for tensor in self._constants())
+        return SymmetricLDS(A, B, C, D)
 
     def _constants(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns A, B, C and D of the system in float64; as `SymmetricLDS`, B with the factor."""

@@ -87,8 +87,7 @@ def read_records(inputs: Any, outputs: Any) -> tuple[Records, np.ndarray, np.nda
     Raises:
         UserError: for what cannot be identified from.
     """
-    arrays = [as_array(inputs, "inputs"), as_array(outputs, "outputs")]
-    u, y = arrays
+    u, y = as_array(inputs, "inputs"), as_array(outputs, "outputs")
     if u.shape[:-1] != y.shape[:-1]:
         raise UserError(f"outputs have shape {y.shape} and inputs {u.shape}; all but the last number must be the same")
     if u.ndim == 2:
@@ -103,8 +102,8 @@ def read_records(inputs: Any, outputs: Any) -> tuple[Records, np.ndarray, np.nda
         if constant.any():
             channel = int(np.argmax(constant))
             raise UserError(f"{name} are constant in channel {channel}: nothing can be learned from it; leave it out")
-    scales = [_root_mean_square(values) for values in (u, y)]
-    return Records(u / scales[0], y / scales[1]), *scales
+    u_scale, y_scale = _root_mean_square(u), _root_mean_square(y)
+    return Records(u / u_scale, y / y_scale), u_scale, y_scale
 
 
 def as_array(signal: Any, name: str) -> np.ndarray:

@@ -21,7 +21,7 @@ from spectralds.identification.regression import triangle
 from spectralds.identification.response import Response
 
 _SPACING = 0.25  # of the candidates, in atanh of the pole
-_MAX_POLES = 24
+_MAX_POLES = 16
 _PATIENCE = 3  # poles that are added without an improvement of the criterion
 _ITERATIONS = 40
 _COARSE, _FINE = 0.3, 1e-3  # change of the criterion that ends a refinement
@@ -234,7 +234,7 @@ def _next_logit(fit: _Fit) -> float:
     """Returns the pole of a grid whose states explain most of the residual, beside the poles that are there."""
     records, poles = fit.records, np.tanh(fit.model.logits)
     inputs, columns, limit = records.inputs.shape[2], len(fit.solution), records.largest_logit
-    candidates = np.linspace(-limit, limit, 2 * int(np.ceil(limit / _SPACING)) + 1)
+    candidates = np.tanh(np.linspace(-limit, limit, 2 * int(np.ceil(limit / _SPACING)) + 1))
     whitening = np.linalg.pinv(_design(fit.factor, fit.model.directions, inputs), rcond=1e-10) @ fit.basis
     own = np.zeros((len(candidates), inputs, inputs))
     with_design = np.zeros((len(candidates), inputs, whitening.shape[1]))
@@ -243,8 +243,8 @@ def _next_logit(fit: _Fit) -> float:
         design = np.concatenate([filtered(u, poles).reshape(*u.shape[:2], -1), u], axis=2).reshape(-1, columns)
         residual = y.reshape(len(design), -1) * fit.balance_used - design @ fit.solution
         basis = design @ whitening
-        for i, candidate in enumerate(np.tanh(candidates)):
-            states = lfilter([1.0], [1.0, -candidate], u, axis=1).reshape(-1, inputs)
+        for i in range(len(candidates)):
+            states = filtered(u, candidates[i : i + 1]).reshape(-1, inputs)
             own[i] += states.T @ states
             with_design[i] += states.T @ basis
             with_residual[i] += states.T @ residual
@@ -252,7 +252,7 @@ def _next_logit(fit: _Fit) -> float:
     new = size > 1e-9 * np.trace(own, axis1=1, axis2=2)[:, None]
     parts = vectors.transpose(0, 2, 1) @ with_residual
     explained = ((parts**2).sum(axis=2) * new / np.where(new, size, 1.0)).sum(axis=1)
-    return float(candidates[np.argmax(explained)])
+    return float(np.arctanh(candidates[np.argmax(explained)]))
 
 
 def _reduced(fit: _Fit, max_states: int) -> _Model:
@@ -270,7 +270,7 @@ def _reduced(fit: _Fit, max_states: int) -> _Model:
         design = _design(fit.factor, directions, inputs)
         solution = _least_squares(design, targets)[1]
         gains, kept, first = [], [], 0
-        for j, part in enumerate(directions):
+        for part in directions:
             rank = part.shape[1]
             if not rank:
                 gains.append(np.inf)
@@ -279,7 +279,7 @@ def _reduced(fit: _Fit, max_states: int) -> _Model:
             own = slice(first, first + rank)
             others = _least_squares(np.delete(design, own, axis=1), targets)[0]
             alone = design[:, own] - others @ (others.T @ design[:, own])
-            root = np.linalg.qr(alone, mode="r")
+            root = triangle([alone])
             left, size, _ = np.linalg.svd(root @ solution[own])
             loss = size[rank - 1] ** 2 if rank <= len(size) else 0.0
             gains.append(loss - price * (inputs + outputs - 2 * rank + 1 + (rank == 1)))
@@ -305,7 +305,7 @@ def _design(factor: np.ndarray, directions: Sequence[np.ndarray], inputs: int) -
 
 
 def _least_squares(design: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns an orthonormal basis of the design's columns, and the solution of least norm for columns of unit length."""
+    """Returns an orthonormal basis of the design's columns, and their weights of least norm at length one."""
     scale = np.linalg.norm(design, axis=0)
     scale[scale == 0] = 1.0
     left, singular, right = np.linalg.svd(design / scale, full_matrices=False)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 _LARGEST_SHARE = 0.5  # of the rows, in effective parameters: generalised cross-validation fails beyond
+_SMALLEST_PENALTY = 1e-16  # of the largest squared singular value: smaller ones let rounding and gaps of the model in
 
 
 def triangle(blocks: Iterable[np.ndarray]) -> np.ndarray:
@@ -18,7 +19,8 @@ def triangle(blocks: Iterable[np.ndarray]) -> np.ndarray:
     """
     factor = None
     for block in blocks:
-        factor = np.linalg.qr(block if factor is None else np.concatenate([factor, block]), mode="r")
+        rows = block if factor is None else np.concatenate([factor, block])
+        factor = np.asarray(np.linalg.qr(rows, mode="r"))
     if factor is None:
         raise ValueError("there are no rows")
     return factor
@@ -27,7 +29,7 @@ def triangle(blocks: Iterable[np.ndarray]) -> np.ndarray:
 def ridge(factor: np.ndarray, columns: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Ridge regression with a penalty for each target, chosen by generalised cross-validation.
 
-    The penalty falls on weights of columns scaled to unit length.
+    The penalty falls on the weights as they are: the lengths of the columns are the prior.
 
     Args:
         factor: the triangle of the design, then the targets.
@@ -40,14 +42,12 @@ def ridge(factor: np.ndarray, columns: int, rows: int) -> tuple[np.ndarray, np.n
     Source: Golub, Heath and Wahba 1979, Generalized cross-validation as a method for choosing a good ridge parameter.
     """
     design, targets = factor[:, :columns], factor[:, columns:]
-    scale = np.linalg.norm(design, axis=0)
-    scale[scale == 0] = 1.0
-    left, singular, right = np.linalg.svd(design / scale, full_matrices=False)
+    left, singular, right = np.linalg.svd(design, full_matrices=False)
     kept = singular > np.finfo(float).eps * singular[0]
     left, singular, right = left[:, kept], singular[kept], right[kept]
     parts = left.T @ targets
     outside = ((targets - left @ parts) ** 2).sum(axis=0)
-    penalties = np.geomspace(1e-30, 1e6, 181) * singular[0] ** 2
+    penalties = np.geomspace(_SMALLEST_PENALTY, 1e4, 101) * singular[0] ** 2
     shrinkage = penalties[:, None] / (singular**2 + penalties[:, None])
     used = len(singular) - shrinkage.sum(axis=1)
     allowed = used <= _LARGEST_SHARE * rows
@@ -55,5 +55,4 @@ def ridge(factor: np.ndarray, columns: int, rows: int) -> tuple[np.ndarray, np.n
     squares = outside + shrinkage**2 @ parts**2
     best = np.argmin(squares / (rows - used[:, None]) ** 2, axis=0)
     gains = singular[:, None] / (singular[:, None] ** 2 + penalties[best])
-    weights = right.T @ (gains * parts) / scale[:, None]
-    return weights, squares[best, np.arange(targets.shape[1])] / (rows - used[best])
+    return right.T @ (gains * parts), squares[best, np.arange(targets.shape[1])] / (rows - used[best])

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,30 @@ def identify(
 
     Sources: Shah et al. 2025, SpectraLDS (arXiv 2505.17868); Golub and Pereyra 1973 for "refine".
     """
+    return search(inputs, outputs, method, max_states).system
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `search` found.
+
+    Attributes:
+        system: fitted to all data, with its report.
+        trained: by the same method, fitted without the held-out data.
+        first: the time step from which on `trained` was judged, in the trajectories from `trajectory` on.
+        trajectory: the first that was judged.
+    """
+
+    system: SymmetricLDS
+    trained: SymmetricLDS
+    first: int
+    trajectory: int
+
+
+def search(
+    inputs: np.ndarray | torch.Tensor, outputs: np.ndarray | torch.Tensor, method: str, max_states: int
+) -> Found:
+    """As `identify`, with the system that was judged."""
     start = time.perf_counter()
     if method not in (AUTO, *METHODS):
         raise UserError(f"method is {method!r}; allowed: {', '.join((AUTO, *METHODS))}")
@@ -81,7 +105,8 @@ def identify(
         "samples": records.rows,
         "seconds": time.perf_counter() - start,
     }
-    return replace(system, report=report)
+    trajectory = len(records.inputs) - len(judged.inputs)
+    return Found(replace(system, report=report), tried[best].system(input_scale, output_scale), first, trajectory)
 
 
 def _held_out_error(found: Response, judged: Records, first: int) -> float:

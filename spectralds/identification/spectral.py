@@ -40,9 +40,7 @@ def fit_spectral(records: Records, max_states: int) -> Response:
     weights, noise = ridge(triangle(blocks()), (2 * filters + 1) * inputs, records.rows)
     of_features = weights[:-inputs].reshape(2 * filters, -1)
     residues = (system.C.numpy() @ of_features).reshape(-1, weights.shape[1])
-    return Response.of_weights(
-        system.A.numpy(), np.concatenate([residues, weights[-inputs:]]), noise, max_states
-    )
+    return Response.of_weights(system.A.numpy(), np.concatenate([residues, weights[-inputs:]]), noise, max_states)
 
 
 @lru_cache(maxsize=4)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -45,7 +45,8 @@ class SymmetricLDS:
         cls, A: np.ndarray, B: np.ndarray, C: np.ndarray, D: np.ndarray, report: dict[str, Any] | None = None
     ) -> "SymmetricLDS":
         """Returns the system of these arrays."""
-        return cls(*(torch.from_numpy(np.array(value, dtype=np.float64)) for value in (A, B, C, D)), report or {})
+        a, b, c, d = (torch.from_numpy(np.array(value, dtype=np.float64)) for value in (A, B, C, D))
+        return cls(a, b, c, d, report or {})
 
     def simulate(self, inputs: Signal, state: torch.Tensor | None = None) -> Signal:
         """Returns the outputs alone, see `run`."""
@@ -76,7 +77,7 @@ class SymmetricLDS:
         outputs, after = values @ D.T, before.copy()
         for j, pole in enumerate(A):
             driven = values @ B[j]
-            states, after[..., j : j + 1] = lfilter([1.0], [1.0, -pole], driven, axis=-1, zi=pole * before[..., j, None])
+            states, _ = lfilter([1.0], [1.0, -pole], driven, axis=-1, zi=pole * before[..., j, None])
             if values.shape[-2]:
                 after[..., j] = states[..., -1]
             outputs += states[..., None] * C[:, j]
@@ -115,7 +116,7 @@ class SymmetricLDS:
         fits = A.ndim == 1 and D.ndim == 2 and B.shape == (len(A), D.shape[1]) and C.shape == (D.shape[0], len(A))
         if not fits or not all(tensor.isfinite().all() for tensor in tensors) or not bool((A.abs() < 1).all()):
             raise UserError(f"system {path} is not a stable system with A (h,), B (h, i), C (o, h) and D (o, i)")
-        return cls(*tensors, report)
+        return cls(A, B, C, D, report)
 
 
 def realise(poles: np.ndarray, residues: np.ndarray, max_states: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -143,4 +144,4 @@ def realise(poles: np.ndarray, residues: np.ndarray, max_states: int) -> tuple[n
 
 def _like(given: Signal, values: np.ndarray) -> Signal:
     """Returns values as a tensor on the device of a tensor, or else as they are."""
-    return torch.from_numpy(values).to(given.device) if isinstance(given, torch.Tensor) else values
+    return cast(Signal, torch.from_numpy(values).to(given.device) if isinstance(given, torch.Tensor) else values)

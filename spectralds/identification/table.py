@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyarrow import csv, parquet
 
 from flash_stu.errors import UserError, reason
@@ -49,14 +48,14 @@ def _table(path: Path, names: list[str]) -> np.ndarray:
 
 def _numbers(path: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:
     if column.null_count:
-        row = pc.index(pc.is_null(column), True).as_py() + 1
+        row = column.to_pylist().index(None) + 1
         raise UserError(f"data {path}: column {shown(name)} has no value in row {row}")
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         for row, text in enumerate(column.to_pylist(), start=1):
             try:
                 float(text)
             except ValueError:
-                raise UserError(f"data {path}: column {shown(name)} has {shown(text)} in row {row}, no number") from None
+                raise UserError(f"data {path}: column {shown(name)} has {shown(text)} in row {row}") from None
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         raise UserError(f"data {path}: column {shown(name)} is of type {column.type}; allowed: numbers")
     values = np.asarray(column.to_numpy(), dtype=np.float64)

@@ -70,6 +70,32 @@ TABLE = [
     ("scripts/fetch_eval_data.py", ["--output", "out"], "--include-path", NOT_FOLDERS),
     ("scripts/fetch_eval_data.py", ["--output", "out"], "--tasks", ["", ",", "absent.yaml"]),
     ("scripts/plot_run.py", ["folder"], "--output", ["", LONG, "folder", "taken/below", "/dev/null/x"]),
+    ("scripts/identify.py", ["--inputs", "u", "--outputs", "y", "--output", "out"], "--data", MISSING),
+    ("scripts/identify.py", ["--data", "taken", "--inputs", "u", "--outputs", "y"], "--output", PLACES),
+    (
+        "scripts/identify.py",
+        ["--data", "taken", "--outputs", "y", "--output", "out"],
+        "--inputs",
+        ["", ",", "u,", "u,u", "a\tb"],
+    ),
+    (
+        "scripts/identify.py",
+        ["--data", "taken", "--inputs", "u", "--output", "out"],
+        "--outputs",
+        ["", ",", "y,,z", "y,y"],
+    ),
+    (
+        "scripts/identify.py",
+        ["--data", "taken", "--inputs", "u", "--outputs", "y", "--output", "out"],
+        "--max-states",
+        [*NUMBERS, "0", "4097"],
+    ),
+    (
+        "scripts/identify.py",
+        ["--data", "taken", "--inputs", "u", "--outputs", "y", "--output", "out"],
+        "--method",
+        ["", "adam"],
+    ),
     ("scripts/quickstart.py", [], "--config", ["", LONG, "absent.yaml", "a\nb", "/dev/zero"]),
 ]
 BENCHMARKS = {
