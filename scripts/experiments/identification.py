@@ -63,7 +63,7 @@ class Size:
 
 SIZES = {
     "quick": Size(64, 6, 2, 4, 2, 1, ("marginal",), 128, 2, 0, processes=1),
-    "default": Size(1024, 300, 8, 64, 60, 2, ("marginal", "dense", "slow"), 4096, 8, 1),
+    "default": Size(1024, 300, 5, 64, 40, 1, ("marginal", "dense"), 4096, 8, 1),
     "full": Size(1024, 4000, 8, 64, 1000, 8, ("marginal", "dense", "slow"), 4096, 8, 8),
 }
 SYSTEMS: dict[str, Callable[[int], Any]] = {"marginal": lambda _seed: marginal(), "dense": dense, "slow": slow}
@@ -83,7 +83,7 @@ NETWORKS = ("Mamba-2", "Transformer")
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"Adagrad": torch.optim.Adagrad, "Adam": torch.optim.Adam}
 CHOICES = {  # optimizer and rate
     "STU": (("Adagrad", 1.0), ("Adam", 0.01), ("Adam", 0.1)),
-    **dict.fromkeys(("LDS by descent", "LRU", "S4D"), (("Adam", 1e-3), ("Adam", 1e-2), ("Adam", 3e-2))),
+    **dict.fromkeys(("LDS by descent", "LRU", "S4D"), (("Adam", 1e-2), ("Adam", 3e-2))),
     **dict.fromkeys(NETWORKS, (("Adam", 1e-3), ("Adam", 5e-3))),
 }
 LOWEST = 1e-12  # of the picture

@@ -200,11 +200,10 @@ class Network(nn.Module):
         }
         shared |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
         if kind == "mamba2":
-            heads = {"num_heads": 4, "head_dim": width // 2, "n_groups": 1}
+            heads: dict[str, Any] = {"num_heads": 4, "head_dim": width // 2, "n_groups": 1}
             self.model = Mamba2Model(Mamba2Config(**shared, **heads, state_size=16, chunk_size=64))
         else:
-            sizes = {"num_attention_heads": 4, "intermediate_size": 3 * width, "max_position_embeddings": 8192}
-            self.model = LlamaModel(LlamaConfig(**shared, **sizes))
+            self.model = LlamaModel(LlamaConfig(**shared, num_attention_heads=4, intermediate_size=3 * width))
         self.into, self.out_of = nn.Linear(inputs, width), nn.Linear(width, outputs)
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ against K of four forms of the STU, by least squares in float64 and by Adam, on 
 The forms are those of stu_forms.py. Errors are squared, on fresh sequences without noise, over the outputs' power.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
@@ -80,6 +81,9 @@ NOISE = (0.0, 0.1)  # over the outputs' standard deviation, in the sequences tha
 KEPT = ("steps", "length", "seeds", "states", "filter_length", "sequences", "descent")  # of the size, in the results
 RATES = (1e-2, 0.1)  # of Adam in the last measurement
 FITS = {"closed": "least squares", "one sequence": "least squares on one sequence", "trained": "Adam"}
+COLORS = {"STU": "C0", "LRU": "C1"}
+NAMES = {"gradient": "gradient descent", "Adam": "Adam"}
+DIVERGED = 10.0  # an error from which on a training is said to have diverged
 REACHED = 0.1  # the error whose steps are compared
 RINGS = tuple((low, high) for low in (0.0, 0.9, 0.99, 0.999) for high in (0.9, 0.99, 0.999, 1.0) if low < high)
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -166,14 +170,15 @@ def over_settings(size: Size, rate: float) -> list[dict]:
 
 
 def best(trainings: list[dict], learner: str, optimizer: str | None = None) -> dict | None:
-    """Returns the training of a learner, of the first seed, that ends at the smallest error."""
-    done = [
-        row
-        for row in trainings
-        if row["learner"] == learner and row["error"] is not None and row["seed"] == 0
-        and optimizer in (None, row["optimizer"])
-    ]  # fmt: skip
-    return min(done, key=lambda row: row["error"], default=None)
+    """Returns the training of a learner, of the first seed, that ends at the smallest error; None if all diverged."""
+    mine = [row for row in trainings if (row["learner"], row["seed"]) == (learner, 0) and converged(row["error"])]
+    mine = [row for row in mine if optimizer in (None, row["optimizer"])]
+    return min(mine, key=lambda row: row["error"], default=None)
+
+
+def converged(error: float | None) -> bool:
+    """Returns whether an error is one, not a divergence."""
+    return error is not None and error < DIVERGED
 
 
 def by_adam(steps: int, rate: float, designs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -228,7 +233,7 @@ def over_filters(size: Size) -> list[dict]:
 
 def shown(error: float | None) -> str:
     """Returns an error in a table."""
-    return "diverged" if error is None else f"{error:.1e}"
+    return f"{error:.1e}" if error is not None and converged(error) else "diverged"
 
 
 def steps_to(training: dict | None, error: float) -> int | None:
@@ -236,27 +241,25 @@ def steps_to(training: dict | None, error: float) -> int | None:
     return next((step for step, _, reached in training["curve"] if reached <= error), None) if training else None
 
 
-def seeds_of(results: dict, **wanted: Any) -> str:
-    """Returns the errors of the trainings of a table's cell."""
-    rows = [row for row in results["trainings"] if all(row[key] == value for key, value in wanted.items())]
-    errors = sorted(row["error"] if row["error"] is not None else float("inf") for row in rows)
-    if not errors:
-        return ""
-    cells = [
-        shown(None if value == float("inf") else value) for value in (errors[len(errors) // 2], errors[0], errors[-1])
-    ]
-    return cells[0] if len(errors) == 1 else f"{cells[0]} ({cells[1]}-{cells[2]})"
+def cell(results: dict, learner: str, optimizer: str, rate: float) -> str:
+    """Returns the median of a training's error over the seeds (least-greatest)."""
+    wanted = (learner, optimizer, rate)
+    rows = [row for row in results["trainings"] if (row["learner"], row["optimizer"], row["rate"]) == wanted]
+    errors = sorted((row["error"] for row in rows), key=lambda error: math.inf if error is None else error)
+    middle, low, high = map(shown, (errors[len(errors) // 2], errors[0], errors[-1]))
+    return middle if len(errors) == 1 else f"{middle} ({low}-{high})"
 
 
 def render(results: dict) -> str:
     """The rates, the LRU's settings, the forms against K."""
     what = (
         f"STU with K = {FILTERS} and LRU with {results['states']} complex states; T = {results['length']:,}, a fresh "
-        f"sequence in each of {results['steps']:,} steps, {results['seeds']} seed(s). Relative squared errors."
+        f"sequence in each of {results['steps']:,} steps, seeds: {results['seeds']}. Relative squared errors, "
+        f"diverged from {DIVERGED:g} on."
     )
     rates = [
-        [f"{'gradient descent' if optimizer == 'gradient' else 'Adam'}, rate {rate:g}",
-         *(seeds_of(results, learner=learner, optimizer=optimizer, rate=rate) for learner in ("STU", "LRU"))]
+        [f"{NAMES[optimizer]}, rate {rate:g}",
+         *(cell(results, learner, optimizer, rate) for learner in ("STU", "LRU"))]
         for optimizer, rate in dict.fromkeys((row["optimizer"], row["rate"]) for row in results["trainings"])
     ]  # fmt: skip
     reached = ", ".join(
@@ -293,49 +296,47 @@ def render(results: dict) -> str:
 
 def plot(results: dict, path: Path) -> None:
     figure, axes = panels(4, width=4.2, height=4.2)
-    colors = {"STU": "C0", "LRU": "C1"}
-    for learner, color in colors.items():
-        winner = best(results["trainings"], learner)
-        for row in (
-            row for row in results["trainings"] if row["learner"] == learner and row["seed"] == 0 and row["curve"]
-        ):
+    trainings = [row for row in results["trainings"] if row["seed"] == 0]
+    for learner, color in COLORS.items():
+        winner = best(trainings, learner)
+        for row in (row for row in trainings if row["learner"] == learner and row["curve"]):
             steps, _, errors = zip(*row["curve"], strict=True)
-            style = (
-                {"linewidth": 2.2, "label": f"{learner}, best"} if row is winner else {"linewidth": 0.8, "alpha": 0.5}
-            )
+            style = {"linewidth": 0.8, "alpha": 0.5}
+            if row is winner:
+                style = {"linewidth": 2.2, "label": f"{learner}, best: {NAMES[row['optimizer']]}, {row['rate']:g}"}
             axes[0].plot(steps, errors, "-" if row["optimizer"] == "Adam" else "--", color=color, **style)
         for optimizer, mark in (("gradient", "o--"), ("Adam", "s-")):
-            rows = [
-                r for r in results["trainings"] if (r["learner"], r["optimizer"], r["seed"]) == (learner, optimizer, 0)
-            ]
-            done = [(row["rate"], row["error"]) for row in rows if row["error"] is not None]
-            name = "gradient descent" if optimizer == "gradient" else optimizer
-            axes[1].plot(
-                *(zip(*done, strict=True) if done else ([], [])), mark, color=color, label=f"{learner}, {name}"
-            )
-            axes[1].plot([row["rate"] for row in rows if row["error"] is None],
-                         [3 if learner == "STU" else 4.5] * (len(rows) - len(done)), "x", color=color)  # fmt: skip
-    axes[0].set(xscale="log", yscale="log", xlabel="steps", ylim=(None, 6))
+            rows = [row for row in trainings if (row["learner"], row["optimizer"]) == (learner, optimizer)]
+            good = [row for row in rows if converged(row["error"])]
+            bad = [row["rate"] for row in rows if row not in good]
+            rates, errors = ([row[key] for row in good] for key in ("rate", "error"))
+            axes[1].plot(rates, errors, mark, color=color, label=f"{learner}, {NAMES[optimizer]}")
+            axes[1].plot(bad, [3 if learner == "STU" else 2] * len(bad), "x", color=color)
+    lowest = min((row["error"] for row in trainings if converged(row["error"])), default=1.0)
+    for axis, label in ((axes[0], "steps"), (axes[1], "rate")):
+        axis.set(xscale="log", yscale="log", xlabel=label, ylim=(lowest / 2, 4))
+    axes[0].set(ylabel="relative error")
     axes[0].set_title("all rates; dashed: gradient descent", loc="left", fontsize=10)
-    axes[1].set(xscale="log", yscale="log", xlabel="rate", ylim=(None, 6))
     axes[1].set_title(f"after {results['steps']:,} steps; x: diverged", loc="left", fontsize=10)
-    names = list(dict.fromkeys(row["setting"] for row in results["settings"]))[::-1]
+    names = list(SETTINGS)[::-1]
     for row in results["settings"]:
-        x, mark = (row["error"], "o") if row["error"] is not None else (4.5, "x")
-        axes[2].plot(x, names.index(row["setting"]), mark, color="C1", alpha=0.7)
-    winner = best(results["trainings"], "STU")
+        x, mark = (row["error"], "o") if converged(row["error"]) else (3, "x")
+        axes[2].plot(x, names.index(row["setting"]), mark, color=COLORS["LRU"], alpha=0.7)
+    winner = best(trainings, "STU")
     if winner:
-        axes[2].axvline(winner["error"], color="C0", linewidth=1.4, label="STU, best")
-    axes[2].set(xscale="log", xlim=(None, 6), yticks=range(len(names)), yticklabels=names)
+        axes[2].axvline(winner["error"], color=COLORS["STU"], linewidth=1.6, label="STU, best")
+        axes[2].legend(frameon=False, fontsize=8)
+    axes[2].set(xscale="log", xlim=(None, 4), yticks=range(len(names)), yticklabels=names, xlabel="relative error")
     axes[2].set_title("LRU, one setting changed; x: diverged", loc="left", fontsize=10)
     for i, form in enumerate(chain(*FORMS.values())):
-        rows = [row for row in results["filters"] if row["form"] == form and row["sigma"] == 0]
+        rows = [row for row in results["filters"] if (row["form"], row["sigma"]) == (form, 0)]
         counts = [row["K"] for row in rows]
         axes[3].plot(counts, [row["closed"] for row in rows], "o-", color=f"C{i}", label=form)
-        axes[3].plot(counts, [row["trained"] or np.nan for row in rows], "s:", color=f"C{i}", markersize=4)
-    axes[3].set(yscale="log", xlabel="K")
+        trained = [row["trained"] if converged(row["trained"]) else math.nan for row in rows]
+        axes[3].plot(counts, trained, "s:", color=f"C{i}", markersize=4)
+    axes[3].set(yscale="log", xlabel="K", ylabel="relative error")
     axes[3].set_title("least squares; dotted: Adam", loc="left", fontsize=10)
-    for axis in axes:
+    for axis in (axes[0], axes[1], axes[3]):
         axis.legend(frameon=False, fontsize=8)
     save_figure(figure, path)
 
