@@ -92,9 +92,9 @@ class Complex(Layer):
 
     def __init__(self, states: int, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
-        for name, shape, size in (("B", (states, inputs), 2 * inputs), ("C", (outputs, states), states)):
-            draw = torch.randn(*shape, dtype=torch.complex128) * math.sqrt(2 / size)
-            setattr(self, name, nn.Parameter(torch.view_as_real(draw)))
+        B, C = torch.randn(states, inputs, dtype=torch.complex128), torch.randn(outputs, states, dtype=torch.complex128)
+        self.B = nn.Parameter(torch.view_as_real(B / math.sqrt(inputs)))
+        self.C = nn.Parameter(torch.view_as_real(C * math.sqrt(2 / states)))
 
     def logarithms(self) -> torch.Tensor:
         """Returns the logarithms of the eigenvalues, (states,), complex."""
@@ -105,8 +105,8 @@ class Complex(Layer):
         raise NotImplementedError
 
     def kernel(self, length: int) -> torch.Tensor:
-        logarithms, B, C = self.logarithms(), *(torch.view_as_complex(x) for x in (self.B, self.C))
-        B = self.gain(logarithms)[:, None] * B
+        logarithms, C = self.logarithms(), torch.view_as_complex(self.C)
+        B = self.gain(logarithms)[:, None] * torch.view_as_complex(self.B)
         return diagonal_response(lambda lags: (lags[:, None] * logarithms).exp(), B, C, length)
 
 
