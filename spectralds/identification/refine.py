@@ -17,7 +17,7 @@ import numpy as np
 from scipy.signal import lfilter
 
 from spectralds.identification.records import Records, filtered
-from spectralds.identification.regression import triangle
+from spectralds.identification.regression import product, svd, triangle
 from spectralds.identification.response import Response
 
 _SPACING = 0.25  # of the candidates, in atanh of the pole
@@ -160,7 +160,7 @@ class _Fit:
                 of_directions.extend(moved.reshape(inputs * rank, *self.residual.shape))
             first += rank
         moved = np.stack(of_logits + of_directions)
-        left = moved - self.basis @ (self.basis.T @ moved)
+        left = moved - product(self.basis, product(self.basis.T, moved))
         left[np.linalg.norm(left, axis=(1, 2)) < 1e-7 * np.linalg.norm(moved, axis=(1, 2))] = 0.0  # moves nothing
         return -left.reshape(len(moved), -1)
 
@@ -212,7 +212,7 @@ def _refine(fit: _Fit, tolerance: float, vary_directions: bool = False) -> _Fit:
         scale = np.linalg.norm(jacobian, axis=1)
         scale[scale == 0] = 1.0
         jacobian /= scale[:, None]
-        curvature, gradient = jacobian @ jacobian.T, jacobian @ fit.residual.ravel()
+        curvature, gradient = product(jacobian, jacobian.T), product(jacobian, fit.residual.ravel())
         while damping < _HIGHEST_DAMPING:
             damped = curvature + damping * np.eye(len(scale))
             step = -np.linalg.solve(damped, gradient) / scale
@@ -241,13 +241,13 @@ def _next_logit(fit: _Fit) -> float:
     with_residual = np.zeros((len(candidates), inputs, fit.solution.shape[1]))
     for u, y in records.blocks():
         design = np.concatenate([filtered(u, poles).reshape(*u.shape[:2], -1), u], axis=2).reshape(-1, columns)
-        residual = y.reshape(len(design), -1) * fit.balance_used - design @ fit.solution
-        basis = design @ whitening
+        residual = y.reshape(len(design), -1) * fit.balance_used - product(design, fit.solution)
+        basis = product(design, whitening)
         for i in range(len(candidates)):
             states = filtered(u, candidates[i : i + 1]).reshape(-1, inputs)
-            own[i] += states.T @ states
-            with_design[i] += states.T @ basis
-            with_residual[i] += states.T @ residual
+            own[i] += product(states.T, states)
+            with_design[i] += product(states.T, basis)
+            with_residual[i] += product(states.T, residual)
     size, vectors = np.linalg.eigh(own - with_design @ with_design.transpose(0, 2, 1))
     new = size > 1e-9 * np.trace(own, axis1=1, axis2=2)[:, None]
     parts = vectors.transpose(0, 2, 1) @ with_residual
@@ -308,7 +308,7 @@ def _least_squares(design: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray,
     """Returns an orthonormal basis of the design's columns, and their weights of least norm at length one."""
     scale = np.linalg.norm(design, axis=0)
     scale[scale == 0] = 1.0
-    left, singular, right = np.linalg.svd(design / scale, full_matrices=False)
+    left, singular, right = svd(design / scale)
     kept = singular > _RCOND * singular[0]
     left, solution = left[:, kept], right[kept].T / singular[kept]
     return left, solution @ (left.T @ targets) / scale[:, None]

@@ -1,8 +1,13 @@
-"""Least squares on designs of any number of rows, through the triangle of their QR factorisation."""
+"""Least squares on designs of any number of rows, through the triangle of their QR factorisation.
+
+Factorisations and larger products are PyTorch's, whose threads `few_threads` can hold back: of matrices this small,
+several threads mostly wait for each other.
+"""
 
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 
 _LARGEST_SHARE = 0.5  # of the rows, in effective parameters: generalised cross-validation fails beyond
 _SMALLEST_PENALTY = 1e-16  # of the largest squared singular value: smaller ones let rounding and gaps of the model in
@@ -20,10 +25,21 @@ def triangle(blocks: Iterable[np.ndarray]) -> np.ndarray:
     factor = None
     for block in blocks:
         rows = block if factor is None else np.concatenate([factor, block])
-        factor = np.asarray(np.linalg.qr(rows, mode="r"))
+        factor = torch.linalg.qr(torch.from_numpy(rows), mode="r")[1].numpy()
     if factor is None:
         raise ValueError("there are no rows")
     return factor
+
+
+def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the reduced singular value decomposition: left vectors, values, right vectors as rows."""
+    left, singular, right = torch.linalg.svd(torch.from_numpy(matrix), full_matrices=False)
+    return left.numpy(), singular.numpy(), right.numpy()
+
+
+def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Returns the matrix product."""
+    return (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
 
 
 def ridge(factor: np.ndarray, columns: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +58,7 @@ def ridge(factor: np.ndarray, columns: int, rows: int) -> tuple[np.ndarray, np.n
     Source: Golub, Heath and Wahba 1979, Generalized cross-validation as a method for choosing a good ridge parameter.
     """
     design, targets = factor[:, :columns], factor[:, columns:]
-    left, singular, right = np.linalg.svd(design, full_matrices=False)
+    left, singular, right = svd(design)
     kept = singular > np.finfo(float).eps * singular[0]
     left, singular, right = left[:, kept], singular[kept], right[kept]
     parts = left.T @ targets

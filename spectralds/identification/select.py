@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from flash_stu.errors import UserError
+from spectralds.fit import few_threads
 from spectralds.identification.grid import fit_grid
 from spectralds.identification.options import AUTO, MAX_STATES, METHODS, STATES
 from spectralds.identification.records import Records, read_records
@@ -88,13 +89,14 @@ def search(
         raise UserError(f"max_states is {max_states!r}; allowed: integers from 1 to {MAX_STATES}")
     records, input_scale, output_scale = read_records(inputs, outputs)
     training, judged, first = records.split()
-    tried = {name: _FITS[name](training, max_states) for name in (METHODS if method == AUTO else (method,))}
-    errors = {name: _held_out_error(found, judged, first) for name, found in tried.items()}
-    best = min(errors, key=errors.__getitem__)
-    if best == "refine":
-        found = fit_refine(records, max_states, start=np.unique(tried[best].A))
-    else:
-        found = _FITS[best](records, max_states)
+    with few_threads():
+        tried = {name: _FITS[name](training, max_states) for name in (METHODS if method == AUTO else (method,))}
+        errors = {name: _held_out_error(found, judged, first) for name, found in tried.items()}
+        best = min(errors, key=errors.__getitem__)
+        if best == "refine":
+            found = fit_refine(records, max_states, start=np.unique(tried[best].A))
+        else:
+            found = _FITS[best](records, max_states)
     system = found.system(input_scale, output_scale)
     report: dict[str, Any] = {
         "method": best,

@@ -10,7 +10,7 @@ from scipy.signal import oaconvolve
 from flash_stu.filters.spectral import spectral_filters
 from spectralds.fit import LDSFit, fit_lds
 from spectralds.identification.records import Records
-from spectralds.identification.regression import ridge, triangle
+from spectralds.identification.regression import product, ridge, triangle
 from spectralds.identification.response import Response
 
 _FILTERS, _POLES = 24, 160
@@ -39,7 +39,7 @@ def fit_spectral(records: Records, max_states: int) -> Response:
 
     weights, noise = ridge(triangle(blocks()), (2 * filters + 1) * inputs, records.rows)
     of_features = weights[:-inputs].reshape(2 * filters, -1)
-    residues = (system.C.numpy() @ of_features).reshape(-1, weights.shape[1])
+    residues = product(system.C.numpy(), of_features).reshape(-1, weights.shape[1])
     return Response.of_weights(system.A.numpy(), np.concatenate([residues, weights[-inputs:]]), noise, max_states)
 
 

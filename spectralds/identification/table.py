@@ -67,9 +67,10 @@ def _numbers(path: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:
 
 def _arrays(path: Path, names: list[str]) -> np.ndarray:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it is not an archive of arrays")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is not an archive of arrays")
+        with archive:
             _require(path, names, archive.files)
             arrays = [archive[name] for name in names]
     except UserError:

@@ -44,7 +44,7 @@ def table(signal):
     return pa.table({"time": np.arange(len(u)), "u": u[:, 0], "v": u[:, 1], "y": y[:, 0], "z w": y[:, 1]})
 
 
-def test_every_format_gives_the_same_system(command, signal, tmp_path):
+def test_every_format_gives_the_same_system(command, signal, tmp_path, monkeypatch):
     u, y = signal
     csv.write_csv(table(signal), "a.csv")
     parquet.write_table(table(signal), "a.parquet")
@@ -63,7 +63,9 @@ def test_every_format_gives_the_same_system(command, signal, tmp_path):
         report = json.loads(Path("out/identification.json").read_text())
         assert report == found[-1].report
         assert report["states"] == len(found[-1].A) and report["poles"] == sorted(set(found[-1].A.tolist()))
-        assert (tmp_path / "out/prediction.png").stat().st_size > 1000 and Path("out/poles.png").is_file()
+        if len(found) == 1:
+            assert all(Path(f"out/{name}.png").stat().st_size > 1000 for name in ("prediction", "poles"))
+            monkeypatch.setattr("spectralds.identification.directory.save_figure", lambda figure, path: path.touch())
     for other in found[1:]:
         np.testing.assert_allclose(other.simulate(u), found[0].simulate(u), rtol=1e-9, atol=1e-9)
     assert np.square(found[0].simulate(u) - y).mean() < 0.02 * np.square(y).mean()
@@ -89,15 +91,16 @@ def test_the_output_of_somebody_else_stays(command, signal):
 HEAD = "u,v,y\n"
 LINES = "".join(f"{a},{b},{a + b}\n" for a, b in np.random.default_rng(0).standard_normal((30, 2)))
 BAD = {
-    "missing column": (HEAD + LINES, "u,w", "y", "column w is not there; columns: u, v, y"),
-    "text": (HEAD + "1,x,3\n" + LINES, "u,v", "y", "column v has x in row 1"),
-    "not finite": (HEAD + LINES + "1,nan,3\n", "u,v", "y", "column v is nan in row 31"),
-    "no value": (HEAD + LINES + "1,,3\n", "u,v", "y", "column v has no value in row 31"),
+    "missing column": (HEAD + LINES, "u,w", "y", "column 'w' is not there; columns: 'u', 'v', 'y'"),
+    "text": (HEAD + "1,x,3\n" + LINES, "u,v", "y", "column 'v' has 'x' in row 1"),
+    "not finite": (HEAD + LINES + "1,inf,3\n", "u,v", "y", "column 'v' is inf in row 31"),
+    "not a number": (HEAD + LINES + "1,nan,3\n", "u,v", "y", "column 'v' has no value in row 31"),
+    "no value": (HEAD + LINES + "1,,3\n", "u,v", "y", "column 'v' has no value in row 31"),
     "ragged": (HEAD + LINES + "1,2\n", "u,v", "y", "cannot be read"),
     "no rows": (HEAD, "u,v", "y", "has no rows"),
     "empty": ("", "u,v", "y", "cannot be read"),
-    "twice": ("u,v,y,u\n" + "1,2,3,4\n" * 20, "u,v", "y", "column u is there more than once"),
-    "dates": (HEAD + "2020-01-01,2,3\n" * 20, "u,v", "y", "column u is of type date32"),
+    "twice": ("u,v,y,u\n" + "1,2,3,4\n" * 20, "u,v", "y", "column 'u' is there more than once"),
+    "dates": (HEAD + "2020-01-01,2,3\n" * 20, "u,v", "y", "column 'u' is of type date32"),
     "constant": (HEAD + "1,2,3\n" * 20, "u,v", "y", "inputs are constant in channel 0"),
     "short": (HEAD + "1,2,3\n4,5,6\n", "u,v", "y", "time steps"),
 }
@@ -127,7 +130,7 @@ def test_bad_files(command):
     for name, words in (
         ("lengths.npz", "the times must be the same"),
         ("objects.npz", "cannot be read"),
-        ("numbers.npz", "array u has shape ()"),
+        ("numbers.npz", "array 'u' has shape ()"),
         ("one.npy.npz", "not an archive"),
         *(
             (f"{name}", "cannot be read")
@@ -138,4 +141,4 @@ def test_bad_files(command):
     ):
         status, _, err = command(name, "u", "y")
         assert status == 2 and words in err and err.count("\n") == 1 and not Path("out").exists(), (name, err)
-    assert "array v has shape (29, 2)" in command("sides.npz", "u,v", "y")[2]
+    assert "array 'v' has shape (29, 2)" in command("sides.npz", "u,v", "y")[2]
