@@ -220,7 +220,8 @@ def _against_descent(results: dict) -> str:
         error = band([end[2] for end in slow_way])[0] / band([row["rel"] for row in rows])[0]
         seconds = band([row["seconds"] for row in rows])[0] / band([end[1] for end in slow_way])[0]
         parts.append(f"{method} {error:,.2g} in {seconds:.2g} of its CPU time")
-    return f"Error of the LDS by descent over that of a closed form, marginal, noise 0.1: {'; '.join(parts)}." if parts else ""
+    what = "Error of the LDS by descent over that of a closed form, marginal, noise 0.1"
+    return f"{what}: {'; '.join(parts)}." if parts else ""
 
 
 def _table_of_closed_forms(results: dict) -> list[str]:

@@ -87,7 +87,7 @@ DIVERGED = 10.0  # an error from which on a training is said to have diverged
 REACHED = 0.1  # the error whose steps are compared
 RINGS = tuple((low, high) for low in (0.0, 0.9, 0.99, 0.999) for high in (0.9, 0.99, 0.999, 1.0) if low < high)
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "ring of |a|": [{"r_min": low, "r_max": high} for low, high in RINGS],
+    "radii": [{"r_min": low, "r_max": high} for low, high in RINGS],
     "max phase": [{"max_phase": phase} for phase in (1.57, 3.14, 6.28)],
     "parametrisation": [{"parametrisation": name} for name in ("log", "exponential", "cartesian")],
     "gamma": [{"normalise": on} for on in (True, False)],
