@@ -107,10 +107,10 @@ def as_json(results: dict) -> str:
     return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
-def panels(count: int = 1, width: float = 6.4, height: float = 4.6) -> tuple[Figure, list]:
-    """A figure with `count` axes beside each other, of so many inches each."""
-    figure = Figure(figsize=(width * count, height), dpi=120, layout="constrained")
-    grid = list(figure.subplots(1, count, squeeze=False)[0])
+def panels(count: int = 1, width: float = 6.4, height: float = 4.6, rows: int = 1) -> tuple[Figure, list]:
+    """A figure with `count` axes beside each other, in as many rows, of so many inches each; axes row by row."""
+    figure = Figure(figsize=(width * count, height * rows), dpi=120, layout="constrained")
+    grid = list(figure.subplots(rows, count, squeeze=False).flat)
     for axes in grid:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2, linewidth=0.6)

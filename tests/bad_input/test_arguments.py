@@ -141,7 +141,10 @@ BENCHMARKS = {
     "training": {"--config": MISSING, "--repeats": [*NUMBERS, "0"], "--output": PLACES},
 }
 EXPERIMENTS: dict[str, dict[str, list]] = {
-    **{name: {"--output": PLACES} for name in ("futurefill", "length_generalisation", "recall", "theorem_1")},
+    **{
+        name: {"--output": PLACES}
+        for name in ("futurefill", "identification", "length_generalisation", "marginal_lds", "recall", "theorem_1")
+    },
     "loss_landscape": {
         "--model": ["", LONG, "absent", "taken", "/dev/null", "folder"],
         **{"--text": MISSING, "--runs": PLACES, "--output": PLACES},
