@@ -183,6 +183,6 @@ def _avoid_compilation(model: FlashSTUForCausalLM) -> None:
     """Keep attention from flex_attention, which is compiled anew for every length of a batch."""
     if backends.why_not("flash_attn") is None and model.dtype != torch.float32:
         return
-    for module in model.modules():
-        if isinstance(module, SlidingWindowAttention) and module.backend in ("auto", "flex_attention"):
-            module.backend = "banded"
+    layers = (module for module in model.modules() if isinstance(module, SlidingWindowAttention))
+    if any(layer.backend in ("auto", "flex_attention") for layer in layers):
+        model.set_attn_implementation("eager")
