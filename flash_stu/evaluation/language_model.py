@@ -176,5 +176,6 @@ def _avoid_compilation(model: FlashSTUForCausalLM) -> None:
     """Keep attention from flex_attention, which is compiled anew for every length of a batch."""
     if backends.why_not("flash_attn") is None and model.dtype != torch.float32:
         return
-    if any(isinstance(m, SlidingWindowAttention) and m.backend in ("auto", "flex_attention") for m in model.modules()):
-        model.set_attn_implementation("eager")  # ours is banded
+    layers = (module for module in model.modules() if isinstance(module, SlidingWindowAttention))
+    if any(layer.backend in ("auto", "flex_attention") for layer in layers):
+        model.set_attn_implementation("eager")

@@ -373,6 +373,9 @@ class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
             return True
         return False
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        raise UserError("continuous batching pages keys and values; the states of a Flash STU model have no pages")
+
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:

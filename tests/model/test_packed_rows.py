@@ -10,9 +10,9 @@ from flash_stu.training.step import token_loss
 
 KINDS = [
     {},
-    {"stu_type": "full", "stu_branches": "separate", "position_embedding": "alibi"},
+    {"stu_type": "full", "stu_branches": "positive", "position_embedding": "alibi", "num_filters": 3},
     {"lds_state_dim": 8},
-    {"lds_state_dim": 8, "stu_type": "full"},
+    {"lds_state_dim": 8, "stu_type": "full", "num_filters": 3},
     {"layer_types": ["sliding_attention"] * 4, "num_key_value_heads": 2},
 ]
 LENGTHS = ([1, 9, 2, 17], [29], [13, 1, 1, 14])  # of the documents in each of three rows

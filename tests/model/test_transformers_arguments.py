@@ -220,3 +220,5 @@ def test_other_caches_are_refused(tiny_model, kind):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(UserError, match="cache_implementation"):
         model.generate(ids, GenerationConfig(cache_implementation=kind, max_new_tokens=2, pad_token_id=0))
+    with pytest.raises(UserError, match="continuous batching"):
+        model.generate_batch([[1, 2]], GenerationConfig(max_new_tokens=2))

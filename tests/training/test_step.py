@@ -2,13 +2,14 @@
 
 import math
 
+import pytest
 import torch
 
 from flash_stu.distributed import World
 from flash_stu.training.initialization import build_model
 from flash_stu.training.optimizer import build_optimizers
 from flash_stu.training.parallel import parallelize
-from flash_stu.training.step import train_step
+from flash_stu.training.step import accumulate_gradients, train_step
 
 
 def test_a_step_updates_the_weights_unless_it_is_not_finite(load):
@@ -34,3 +35,15 @@ def test_a_step_updates_the_weights_unless_it_is_not_finite(load):
         model.model.norm.weight[0] = math.inf
     result, changed = step()
     assert not result.taken and not math.isfinite(result.loss) and changed == set()
+
+
+def test_separate_documents_with_activation_checkpointing(load):
+    batch = torch.arange(4 * 25).reshape(4, 25) % 11  # token 0 ends a document and begins the next
+    norms = []
+    for mode in ("none", "selective", "full"):
+        config = load(f"train.activation_checkpointing={mode}")
+        model = parallelize(build_model(config.architecture()), config, World())
+        apart = accumulate_gradients(model, batch, config, torch.device("cpu"), end_of_text=0)
+        norms.append(torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()]).item())
+        assert apart != accumulate_gradients(model, batch, config, torch.device("cpu"))
+    assert norms[1:] == pytest.approx(norms[:1] * 2, rel=1e-5)

@@ -1,4 +1,4 @@
-"""The layers of a block. Every sequence mixer has `forward` for a whole sequence, `prefill` for a sequence that leaves
+"""The layers of a block. Every sequence mixer has `whole` for a whole sequence, `prefill` for a sequence that leaves
 a state behind, and `step` for one more token; a test holds the three together."""
 
 from flash_stu.model.layers.attention import SlidingWindowAttention
