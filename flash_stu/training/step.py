@@ -78,7 +78,7 @@ def accumulate_gradients(
     for index, windows in enumerate(micro_batches):
         mark(f"micro batch {index + 1} of {len(micro_batches)}")
         set_gradient_sync(model, index == len(micro_batches) - 1, config)
-        loss = token_loss(model, windows, device, end_of_text=end_of_text) / len(micro_batches)
+        loss = token_loss(model, windows, device, None, end_of_text) / len(micro_batches)
         loss.backward()
         total += loss.detach()
     return total
