@@ -40,8 +40,8 @@ def folder(tiny_model, tmp_path, monkeypatch):
     """A folder with a toy model where the page has one, in which the test runs."""
     monkeypatch.chdir(tmp_path)
     model = tiny_model(vocab_size=320, max_position_embeddings=512, eos_token_id=256, pad_token_id=256, **LDS)
-    model.save_pretrained("runs/quickstart-lds")
-    load_tokenizer("bytes").to_transformers().save_pretrained("runs/quickstart-lds")
+    model.save_pretrained("runs/quickstart/distilled")
+    load_tokenizer("bytes").to_transformers().save_pretrained("runs/quickstart/distilled")
     return tmp_path
 
 
@@ -53,7 +53,7 @@ def test_the_trainer_example(folder):
     history = variables["trainer"].state.log_history
     assert sum("eval_loss" in entry for entry in history) == 2
     tuned = AutoModelForCausalLM.from_pretrained("runs/notes/final")
-    before = AutoModelForCausalLM.from_pretrained("runs/quickstart-lds")
+    before = AutoModelForCausalLM.from_pretrained("runs/quickstart/distilled")
     assert not torch.equal(tuned.lm_head.weight, before.lm_head.weight)
 
 
@@ -82,7 +82,7 @@ def test_the_evaluation_example(folder, monkeypatch):
         "doc_to_choice: c\nmetric_list: [{metric: acc}]\n"
     )
     Path("runs/notes").mkdir()
-    Path("runs/quickstart-lds").rename("runs/notes/final")
+    Path("runs/quickstart/distilled").rename("runs/notes/final")
     command = shlex.split(example("sh", "lm_eval", hellaswag="hellaswag_toy --include_path . --device cpu"))
     monkeypatch.setattr(sys, "argv", command)
     cli_evaluate()
@@ -179,7 +179,7 @@ def test_transformers_serve_finds_the_class(folder):
 
 
 def test_the_tokenizers_chat_template(folder):
-    tokenizer = AutoTokenizer.from_pretrained("runs/quickstart-lds")
+    tokenizer = AutoTokenizer.from_pretrained("runs/quickstart/distilled")
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False)
     assert text == "User: Hi\n\nAssistant: Ho<|endoftext|>"
