@@ -64,6 +64,7 @@ bench-gpu: $(INSTALLED)
 
 EXPERIMENTS ?= $(basename $(notdir $(shell grep -l '^def render' scripts/experiments/*.py)))
 experiments: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev,experiments]'
 	set -e; for name in $(EXPERIMENTS); do $(BIN)/python scripts/experiments/$$name.py $(SIZE) --output results/experiments; done
 	$(BENCH)/tables.py
 
