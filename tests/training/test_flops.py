@@ -21,7 +21,7 @@ def counted(model, length: int) -> dict[str, int]:
     formulas = {torch.ops.flash_stu.banded_attention: attention_flops}
     counter = FlopCounterMode(display=False, depth=None, custom_mapping=formulas)
     with counter, torch.no_grad():
-        model(torch.zeros(1, length, dtype=torch.long))
+        model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
     return {
         name.removeprefix(f"{type(model).__name__}."): sum(ops.values())
         for name, ops in counter.get_flop_counts().items()
