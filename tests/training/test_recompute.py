@@ -42,4 +42,5 @@ def test_every_operator_of_a_layer_with_a_backward_pass_is_kept():
     from flash_stu.ops.conv import chunked, fft, tail, triton  # noqa: F401 (they register)
 
     ours = {name for name in dir(torch.ops.flash_stu) if f"{name}_backward" in dir(torch.ops.flash_stu)}
-    assert {f"flash_stu::{name}" for name in ours} <= KEPT and len(ours) == 4
+    kept = {f"flash_stu::{name}" for name in ours - {"add_taps"}}  # a few products a number: sooner computed than kept
+    assert kept <= KEPT and len(kept) == 4
