@@ -4,10 +4,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from flash_stu.errors import UserError
-
-_COUNTS = (128, 1024, 16384)  # likeliest tokens that are sorted to see if they are enough, before all are
 
 
 @dataclass(frozen=True)
@@ -123,31 +122,56 @@ def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _weights(logits: torch.Tensor, largest: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    return (logits - largest).div_(sampling.temperature).exp_()
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)  # 0 / 0 is no weight
+    return (logits - largest).div_(temperature).exp_()
 
 
-def _likeliest(
-    logits: torch.Tensor, largest: torch.Tensor, sampling: Sampling
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns weights and tokens after top_k and top_p, the likeliest first.
-
-    A few tokens are sorted first, more only if those are not enough: the result is that of sorting all. On a GPU, which
-    would have to be waited for to know whether they are, all are sorted at once.
-    """
-    size = logits.shape[1]
-    k, p = min(sampling.top_k or size, size), sampling.top_p or 1
-    total = _weights(logits, largest, sampling).sum(dim=1, keepdim=True, dtype=torch.float64) if k == size else None
-    counts = [n for n in _COUNTS if (sampling.top_k or 0) < n < size and logits.device.type == "cpu"]
-    for count in (*counts, size):
-        found, tokens = logits.topk(count)
-        weights = _weights(found, largest, sampling)
-        if k < size:
-            weights = torch.where(found < found[:, k - 1 : k], 0, weights)  # as likely as the last of the k is enough
-        cumulative = weights.cumsum(dim=1, dtype=torch.float64)
-        mass = p * (cumulative[:, -1:] if total is None else total)
-        missing = weights[:, -1:] > 0 if total is None else cumulative[:, -1:] < mass
-        if count == size or not bool(missing.any()):
-            break
+def _likeliest(logits: torch.Tensor, largest: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns weights and tokens after top_k and top_p, the likeliest first, of equals that of the lowest number."""
+    k, p = sampling.top_k or math.inf, sampling.top_p or 1
+    mass = None
+    if k < logits.shape[1]:
+        least = logits.topk(int(k)).values[:, -1:]  # as likely as the last of the k is enough
+        chosen = logits >= least.clamp(min=torch.finfo(torch.float32).min)
+    else:
+        weights = _weights(logits, largest, sampling)
+        mass = p * weights.sum(dim=1, keepdim=True, dtype=torch.float64)
+        chosen = weights > _level(weights, mass)
+    found, tokens = _sorted(logits, chosen)
+    weights = _weights(found, largest, sampling)
     if p < 1:
-        weights = torch.where(cumulative - weights < mass, weights, 0)
+        cumulative = weights.cumsum(dim=1, dtype=torch.float64)
+        weights = torch.where(cumulative - weights < (p * cumulative[:, -1:] if mass is None else mass), weights, 0)
     return weights, tokens
+
+
+def _level(weights: torch.Tensor, mass: torch.Tensor) -> float:
+    """Returns a high level above which the weights of every row add up to its mass and more than rounding beyond it.
+
+    On a GPU, which would have to be waited for, it is 0; so it is where nothing higher is high enough.
+    """
+    level, low, high = 0.0, 32.0, 0.0  # in nats below the likeliest
+    for _ in range(8 if weights.device.type == "cpu" else 0):
+        middle = (low + high) / 2
+        above = F.threshold(weights, math.exp(-middle), 0).sum(dim=1, keepdim=True)
+        if bool((above > (1 + 1e-5) * mass).all()):
+            level, low = math.exp(-middle), middle
+        else:
+            high = middle
+    return level
+
+
+def _sorted(logits: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the chosen logits of each row in falling order, -inf after them, and their tokens."""
+    if logits.device.type != "cpu":  # how many are chosen is not known here
+        found = torch.where(chosen, logits, -math.inf).sort(dim=1, descending=True, stable=True)
+        return found.values, found.indices
+    count = chosen.sum(dim=1)
+    row, token = chosen.nonzero(as_tuple=True)
+    place = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
+    tokens = token.new_zeros(len(logits), int(count.max()))
+    tokens[row, place] = token
+    found = torch.full(tokens.shape, -math.inf)
+    found[row, place] = logits[row, token]
+    found, order = found.sort(dim=1, descending=True, stable=True)
+    return found, tokens.gather(1, order)
