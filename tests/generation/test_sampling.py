@@ -51,7 +51,7 @@ SETTINGS = [
     {"top_p": 1},
     {"top_p": 1e-300},
     {"top_p": 0.5},
-    {"top_p": 0.999},
+    {"top_p": 0.99},
     {"min_p": 0.1},
     {"min_p": 1},
     {"temperature": 1.7, "top_k": 40, "top_p": 0.8, "min_p": 0.02},
@@ -178,9 +178,10 @@ def test_the_coldest_is_greedy(temperature):
     assert torch.equal(choose(logits), logits.argmax(dim=1))
 
 
-def test_repetition_penalty_is_that_of_transformers():
+@pytest.mark.parametrize("penalty", [0.6, 1.7])
+def test_repetition_penalty_is_that_of_transformers(penalty):
     torch.manual_seed(0)
-    choose, processor = sampler(temperature=0, repetition_penalty=1.7), RepetitionPenaltyLogitsProcessor(1.7)
+    choose, processor = sampler(temperature=0, repetition_penalty=penalty), RepetitionPenaltyLogitsProcessor(penalty)
     texts = [[3, 3, 5], [2, 0]]  # without the padding
     for _ in range(6):
         logits = 3 * torch.randn(2, 11)
