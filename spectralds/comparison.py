@@ -4,7 +4,7 @@ import math
 from typing import Any, cast
 
 import torch
-from torch.nn import functional as F
+from torch import nn
 
 from flash_stu.model.layers import LDS, STU
 from flash_stu.model.layers.context import SequenceContext
@@ -30,6 +30,9 @@ def compare_models(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
     """
     device = original.device
     step = max(1, _LOGITS // original.config.vocab_size)
+    rows = min(step, windows.shape[1] - 1)
+    heads = [_Head(model.lm_head, rows) for model in (original, distilled)]
+    space = torch.empty(rows, original.config.vocab_size, device=device)
     largest = total = agree = error = size = 0.0
     losses = {"before": 0.0, "after": 0.0}
     for window in Progress("comparing", "window", unit_scale=False, line_every=math.inf).over(windows):
@@ -37,17 +40,17 @@ def compare_models(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
         hidden = [model.model(ids, use_cache=False).last_hidden_state[0] for model in (original, distilled)]
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
-            before = original.lm_head(hidden[0][part]).float()
-            after = distilled.lm_head(hidden[1][part]).float()
-            difference = (before - after).abs()
-            spread = before - before.mean(dim=1, keepdim=True)  # a constant added to all logits changes no prediction
-            size += float(spread.square().sum(dtype=torch.float64))
-            error += float(difference.square().sum(dtype=torch.float64))
-            largest = max(largest, float(difference.max()))
-            total += float(difference.sum(dtype=torch.float64))
+            before, after = (head(states[part]) for head, states in zip(heads, hidden, strict=True))
+            work = space[: len(before)]
             agree += float((before.argmax(dim=1) == after.argmax(dim=1)).sum())
             for key, logits in (("before", before), ("after", after)):
-                losses[key] += float(F.cross_entropy(logits, targets[part], reduction="none").sum(dtype=torch.float64))
+                losses[key] += _loss(logits, targets[part], work)
+            # a constant added to all logits changes no prediction
+            size += _sum(torch.sub(before, before.mean(dim=1, keepdim=True), out=work).square_())
+            difference = torch.sub(before, after, out=work).abs_()
+            largest = max(largest, float(difference.max()))
+            total += _sum(difference)
+            error += _sum(difference.square_())
     count, length = windows.shape[0] * (windows.shape[1] - 1), windows.shape[1] - 1
     return {
         "tokens": count,
@@ -60,6 +63,38 @@ def compare_models(original: FlashSTUForCausalLM, distilled: FlashSTUForCausalLM
         "validation_loss_after": losses["after"] / count,
         "argmax_agreement": agree / count,
     }
+
+
+class _Head:
+    """Applies a head to as many rows as it has memory for, which every call writes anew.
+
+    Fresh memory for so many logits would come from the system every time, which takes as long as to calculate them.
+    """
+
+    def __init__(self, head: nn.Linear, rows: int) -> None:
+        self.head = head
+        self.product = head.weight.new_empty(rows, head.out_features)
+        self.logits = self.product.float()  # the same memory if this is their dtype
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns logits (rows, vocab_size) in float32 of hidden (rows, hidden_size); overwritten by the next call."""
+        product, logits = self.product[: len(hidden)], self.logits[: len(hidden)]
+        torch.mm(hidden, self.head.weight.T, out=product)
+        if self.head.bias is not None:
+            product += self.head.bias
+        return logits if self.head.weight.dtype == torch.float32 else logits.copy_(product)
+
+
+def _loss(logits: torch.Tensor, targets: torch.Tensor, work: torch.Tensor) -> float:
+    """Returns the cross entropy summed over rows; work has the shape of logits and is overwritten."""
+    largest = logits.amax(dim=1, keepdim=True)
+    partition = torch.sub(logits, largest, out=work).exp_().sum(dim=1).double().log()
+    return float((partition - (logits.gather(1, targets[:, None]) - largest)[:, 0]).sum())
+
+
+def _sum(rows: torch.Tensor) -> float:
+    """Returns the sum; each row's is taken in float32, for summing in float64 would copy all of it."""
+    return float(rows.sum(dim=1).double().sum())
 
 
 @torch.inference_mode()

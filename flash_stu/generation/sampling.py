@@ -2,16 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from torch.nn import functional as F
 
 from flash_stu.errors import UserError
 
@@ -57,6 +50,9 @@ def _check(name: str, value: float | None, good: bool, allowed: str) -> None:
 class Sampler:
     """Chooses tokens for a batch of texts; its cost and memory do not depend on how long they are.
 
+    A row takes one uniform number: the token is where the cumulative sum of the probabilities passes it. Nothing here
+    waits for a GPU.
+
     Args:
         sampling: the settings.
         prompt: (batch, length) tokens that count as already in the text.
@@ -65,21 +61,11 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling, prompt: torch.Tensor, mask: torch.Tensor, vocab_size: int) -> None:
-        self.penalty = sampling.repetition_penalty
+        self.sampling = sampling
         self.seen = None
-        if self.penalty != 1:
+        if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(len(prompt), vocab_size, dtype=torch.bool, device=prompt.device)
             self.seen[mask.nonzero()[:, 0], prompt[mask]] = True
-        self.greedy = sampling.temperature == 0
-        self.warp: Any = LogitsProcessorList()  # of processors that do not look at the text
-        if sampling.temperature not in (0, 1):
-            self.warp.append(TemperatureLogitsWarper(float(sampling.temperature)))
-        if sampling.top_k is not None:
-            self.warp.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p is not None and sampling.top_p < 1:
-            self.warp.append(TopPLogitsWarper(float(sampling.top_p)))
-        if sampling.min_p:
-            self.warp.append(MinPLogitsWarper(float(sampling.min_p)))
         self.generator = None
         if sampling.seed is not None:
             self.generator = torch.Generator(prompt.device).manual_seed(sampling.seed)
@@ -89,13 +75,103 @@ class Sampler:
         logits = logits.float()
         if self.seen is not None:
             # transformers' processor does this from all tokens so far, which costs more with every one of them
-            penalised = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
-            logits = torch.where(self.seen, penalised, logits)
-        if self.greedy:
+            penalty = self.sampling.repetition_penalty
+            change = torch.minimum if penalty > 1 else torch.maximum  # a negative logit is multiplied, another divided
+            logits = torch.where(self.seen, change(logits * penalty, logits / penalty), logits)
+        if self.sampling.temperature == 0:
             token = logits.argmax(dim=-1)
         else:
-            probabilities = self.warp(None, logits).softmax(dim=-1)
-            token = torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
+            weights, tokens = candidates(logits, self.sampling)
+            shape = len(logits), 1
+            uniform = torch.rand(shape, dtype=torch.float64, device=logits.device, generator=self.generator)
+            place = draw(weights, uniform)
+            token = (place if tokens is None else tokens.gather(1, place))[:, 0]
         if self.seen is not None:
             self.seen.scatter_(1, token[:, None], True)
         return token
+
+
+def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns the distribution that a token is drawn from.
+
+    Args:
+        logits: (batch, vocab_size) in float32; -inf for a token that must not come.
+        sampling: temperature (not 0), top_k, top_p and min_p are applied, in this order.
+
+    Returns:
+        weights (batch, candidates), the likeliest token's 1, the others' in proportion to their probabilities, 0 for
+        those left out; and the candidates' tokens, of the same shape, or None if they are the vocabulary in its order.
+    """
+    largest = logits.amax(dim=1, keepdim=True)
+    if (sampling.top_k or math.inf) < logits.shape[1] or (sampling.top_p or 1) < 1:
+        weights, tokens = _likeliest(logits, largest, sampling)
+    else:
+        weights, tokens = _weights(logits, largest, sampling), None
+    if sampling.min_p:
+        weights = torch.where(weights < sampling.min_p, 0, weights)
+    return weights, tokens
+
+
+def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Returns places in rows of weights (batch, n): the inverse distribution functions at uniform (batch, draws).
+
+    The numbers are float64 in [0, 1); weights are added up in float64. A place of weight 0 is never returned.
+    """
+    cumulative = weights.cumsum(dim=1, dtype=torch.float64)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+
+
+def _weights(logits: torch.Tensor, largest: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)  # 0 / 0 is no weight
+    return (logits - largest).div_(temperature).exp_()
+
+
+def _likeliest(logits: torch.Tensor, largest: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns weights and tokens after top_k and top_p, the likeliest first, of equals that of the lowest number."""
+    k, p = sampling.top_k or math.inf, sampling.top_p or 1
+    mass = None
+    if k < logits.shape[1]:
+        least = logits.topk(int(k)).values[:, -1:]  # as likely as the last of the k is enough
+        chosen = logits >= least.clamp(min=torch.finfo(torch.float32).min)
+    else:
+        weights = _weights(logits, largest, sampling)
+        mass = p * weights.sum(dim=1, keepdim=True, dtype=torch.float64)
+        chosen = weights > _level(weights, mass)
+    found, tokens = _sorted(logits, chosen)
+    weights = _weights(found, largest, sampling)
+    if p < 1:
+        cumulative = weights.cumsum(dim=1, dtype=torch.float64)
+        weights = torch.where(cumulative - weights < (p * cumulative[:, -1:] if mass is None else mass), weights, 0)
+    return weights, tokens
+
+
+def _level(weights: torch.Tensor, mass: torch.Tensor) -> float:
+    """Returns a high level above which the weights of every row add up to its mass and more than rounding beyond it.
+
+    On a GPU, which would have to be waited for, it is 0; so it is where nothing higher is high enough.
+    """
+    level, low, high = 0.0, 32.0, 0.0  # in nats below the likeliest
+    for _ in range(8 if weights.device.type == "cpu" else 0):
+        middle = (low + high) / 2
+        above = F.threshold(weights, math.exp(-middle), 0).sum(dim=1, keepdim=True)
+        if bool((above > (1 + 1e-5) * mass).all()):
+            level, low = math.exp(-middle), middle
+        else:
+            high = middle
+    return level
+
+
+def _sorted(logits: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the chosen logits of each row in falling order, -inf after them, and their tokens."""
+    if logits.device.type != "cpu":  # how many are chosen is not known here
+        found = torch.where(chosen, logits, -math.inf).sort(dim=1, descending=True, stable=True)
+        return found.values, found.indices
+    count = chosen.sum(dim=1)
+    row, token = chosen.nonzero(as_tuple=True)
+    place = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
+    tokens = token.new_zeros(len(logits), int(count.max()))
+    tokens[row, place] = token
+    found = torch.full(tokens.shape, -math.inf)
+    found[row, place] = logits[row, token]
+    found, order = found.sort(dim=1, descending=True, stable=True)
+    return found, tokens.gather(1, order)

@@ -12,10 +12,13 @@ from spectralds.fit import METHODS
 from spectralds.plots import plot_fit
 
 
-@pytest.mark.parametrize("vocab_chunk", [2**24, 61 * 5])
-def test_comparison_of_models_against_a_direct_calculation(tiny_model, monkeypatch, vocab_chunk):
+@pytest.mark.parametrize("vocab_chunk", [2**24, 61 * 5, 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_comparison_of_models_against_a_direct_calculation(tiny_model, monkeypatch, vocab_chunk, bias):
     monkeypatch.setattr("spectralds.comparison._LOGITS", vocab_chunk)
-    model = tiny_model()
+    model = tiny_model(bias=bias)
+    if bias:
+        torch.nn.init.normal_(model.lm_head.bias)
     distilled = distill(model, 8)  # coarse, so that the differences are no rounding
     windows = torch.randint(61, (3, 34), generator=torch.Generator().manual_seed(0))
     found = compare_models(model, distilled, windows)
@@ -33,6 +36,21 @@ def test_comparison_of_models_against_a_direct_calculation(tiny_model, monkeypat
         assert found[key] == pytest.approx(float(loss), rel=1e-6)
     agreement = (before.argmax(-1) == after.argmax(-1)).double().mean()
     assert found["argmax_agreement"] == pytest.approx(float(agreement), abs=0.021)
+
+
+def test_comparison_in_half_precision_is_of_the_models_own_logits(tiny_model, monkeypatch):
+    monkeypatch.setattr("spectralds.comparison._LOGITS", 61 * 7)
+    model = tiny_model().to(torch.bfloat16)
+    distilled = distill(tiny_model(), 8).to(torch.bfloat16)
+    windows = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(0))
+    found = compare_models(model, distilled, windows)
+    with torch.no_grad():
+        before, after = (one(windows[:, :-1], use_cache=False).logits.double() for one in (model, distilled))
+    # a product of other shape may round a logit to the next bfloat16, 2^-8 of it at most
+    room = 2**-7 * float(before.abs().max())
+    assert found["max_abs_logit_difference"] == pytest.approx(float((before - after).abs().max()), abs=room)
+    loss = torch.nn.functional.cross_entropy(before.flatten(0, 1), windows[:, 1:].flatten())
+    assert found["validation_loss_before"] == pytest.approx(float(loss), abs=room)
 
 
 def test_comparison_of_layers_sees_a_bad_fit(tiny_model):
