@@ -34,13 +34,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
+PUBLISHED := model.stu_branches=shared optimizer.name=adamw optimizer.learning_rate=3e-3
 bench-cpu: export CUDA_VISIBLE_DEVICES :=
 bench-cpu: $(INSTALLED)
 	$(BENCH)/conv.py --dtype float32 --output results/cpu
 	$(BENCH)/conv.py --dtype bfloat16 --output results/cpu
 	$(BENCH)/layers.py --output results/cpu
-	$(BENCH)/hotspots.py --config configs/quickstart.yaml --output results/cpu
-	$(BENCH)/training.py --config configs/quickstart.yaml --output results/cpu
+	$(BENCH)/hotspots.py --config configs/quickstart.yaml $(PUBLISHED) --output results/cpu
+	$(BENCH)/training.py --config configs/quickstart.yaml $(PUBLISHED) --output results/cpu
 	OMP_NUM_THREADS=1 $(BENCH)/generation.py --output results/cpu  # a token is too little work for more threads
 	$(BENCH)/fits.py --output results/cpu
 	$(BENCH)/lds.py --output results/cpu

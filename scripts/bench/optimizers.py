@@ -3,7 +3,8 @@
     python scripts/bench/optimizers.py [--steps 400] [--sweep-steps 150] [--rates 1e-3 3e-3 1e-2 3e-2]
         [--runs runs/optimizers] [--output results/cpu]
 
-The quickstart's model, settings and data order; only the optimizer and its peak learning rate differ. Both sweep the
+The quickstart's model with shared branches, its settings and data order; only the optimizer and its peak learning rate
+differ. Both sweep the
 same rates in short runs, then train the full number of steps at the best one. Runs that are finished are not trained
 again.
 """
@@ -27,7 +28,8 @@ def compare(args: Namespace) -> list[dict]:
 
     def run(name: str, rate: float, steps: int) -> dict:
         folder = Path(args.runs) / f"{name}-{rate:g}-{steps}"
-        return run_trial(CONFIG, folder, steps, [f"optimizer.name={name}", f"optimizer.learning_rate={rate:g}"])
+        settings = ["model.stu_branches=shared", f"optimizer.name={name}", f"optimizer.learning_rate={rate:g}"]
+        return run_trial(CONFIG, folder, steps, settings)
 
     rows = []
     for name in OPTIMIZERS:
@@ -39,7 +41,7 @@ def compare(args: Namespace) -> list[dict]:
 
 def render(results: dict) -> str:
     """One table: the sweeps, and the long runs."""
-    what = f"{CONFIG} on the embedded corpus; validation losses in nats per byte."
+    what = f"{CONFIG} with shared branches on the embedded corpus; validation losses in nats per byte."
     header = ["optimizer", *(f"{rate:g}, {results['sweep_steps']} steps" for rate, _ in results["rows"][0]["sweep"])]
     rows = [
         [row["optimizer"], *(f"{loss:.4f}" for _, loss in row["sweep"]), f"{row['best']:g}", f"{row['validation']:.4f}"]

@@ -177,6 +177,7 @@ def train(run: Path, size: Size, changes: dict) -> Path:
     model = size.width | changes | {"num_hidden_layers": size.layers, "layer_types": layers}
     settings = {f"model.{key}": value for key, value in model.items()} | {"output_dir": run, "wandb.mode": "disabled"}
     settings |= {f"train.{key}": size.steps for key in ("steps", "validation_every", "checkpoint_every")}
+    settings |= {"optimizer.name": "adamw", "optimizer.learning_rate": 3e-3}
     settings["optimizer.warmup_steps"] = min(30, size.steps)
     config = load_config(CONFIG, [f"{key}={value}" for key, value in settings.items()])
     with join_world(config) as world:

@@ -121,6 +121,7 @@ def test_changed_keys(load):
     ("name", "millions", "tolerance"),
     [
         ("flash_stu_340m", 340.3, 0.05),
+        ("flash_stu_340m_best", 340.4, 0.1),
         ("transformer_340m", 340.3, 0.005 * 340.3),
         ("flash_stu_550m", 550.3, 0.05),
         ("flash_stu_2.6b", 2669.5, 0.05),
@@ -143,6 +144,11 @@ def test_every_config_loads_and_names_its_run(path):
 def test_the_baseline_differs_from_the_hybrid_only_in_its_layers():
     hybrid, baseline = (load_config(CONFIGS / f"{name}_340m.yaml") for name in ("flash_stu", "transformer"))
     assert changed_keys(hybrid, baseline) == ["model.intermediate_size", "model.layer_types", "output_dir"]
+
+
+def test_the_best_recipe_differs_from_the_published_one_in_branches_and_optimizer():
+    published, best = (load_config(CONFIGS / f"flash_stu_340m{suffix}.yaml") for suffix in ("", "_best"))
+    assert changed_keys(published, best) == ["model.stu_branches", "optimizer.name", "output_dir"]
 
 
 def test_written_floats_stay_numbers(load):
