@@ -1,5 +1,6 @@
 """A model directory with its tokenizer, as users and tools meet it: pipeline, generate script, damaged directories."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -40,8 +41,9 @@ def test_generate_script(directory):
     root = Path(__file__).parents[2]
     done = subprocess.run([*command, "--max-new-tokens", "20"], capture_output=True, cwd=root)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(b"abc") and len(done.stdout) > 5
-    assert b"20 tokens," in done.stderr
+    assert done.stdout.startswith(b"abc")
+    tokens = re.match(rb"\[(\d+) tokens, ", done.stderr)
+    assert tokens and 1 <= int(tokens[1]) <= 20  # fewer where the end of the text is drawn
     done = subprocess.run([*command, "--max-new-tokens", "500"], capture_output=True, text=True, cwd=root)
     assert done.returncode == 2
     assert "prompt and new tokens are 503 together" in done.stderr
