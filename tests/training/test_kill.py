@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -49,12 +50,23 @@ class Assassin:
         elif moment == "writing":
             lines = self.lines() + 1
             self.until(lambda: self.lines() >= lines, child)
-            self.until(lambda: self.sees("checkpoints/.step-*.tmp"), child)
-            time.sleep(self.random.uniform(0, 0.015))
+            self.until(lambda: self.stops(child, "checkpoints/.step-*.tmp"), child)
         elif moment == "deleting":
             self.until(lambda: self.sees("checkpoints/.step-*.deleted"), child)
         elif moment == "exporting":
             self.until(lambda: self.sees(".final.flash_stu-*.tmp"), child)
+
+    def stops(self, child: Child, pattern: str) -> bool:
+        """Stop the process at some moment of the writing of such a file, if it is still being written then."""
+        if not self.sees(pattern):
+            return False
+        time.sleep(self.random.uniform(0, 0.015))
+        os.kill(child.process.pid, signal.SIGSTOP)
+        time.sleep(0.01)  # until it is delivered
+        if self.sees(pattern):
+            return True
+        os.kill(child.process.pid, signal.SIGCONT)
+        return False
 
     def until(self, happened, child: Child) -> None:
         while not happened():
@@ -95,7 +107,7 @@ def test_a_run_killed_ten_times_equals_one_that_never_was(config_file, tmp_path)
         assert child.process.is_alive()
         child.kill()
         half_written += assassin.sees("checkpoints/.step-*.tmp")
-    assert half_written >= 3
+    assert half_written >= moments.count("writing")
     assert Child(train, config_file, overrides).result()
 
     assert len(results(killed)) == STEPS + 1 + STEPS // 7 + 1
