@@ -1,7 +1,7 @@
 # make quickstart   train, distill, evaluate and generate on the embedded corpus
 # make test         the whole test suite
 # make lint         style, and the types of everything but the tests
-# make bench-cpu    measures the tables of docs/results.md on the CPU into results/cpu, 35 minutes on two cores; trainings
+# make bench-cpu    measures the tables of docs/results.md on the CPU into results/cpu, under 45 minutes on two cores; trainings
 #                   that are finished in runs/ are taken as they are. BENCH_TEXT=DIR prepares another text
 # make bench-gpu    those of a GPU, into results/gpu
 # make experiments  the papers' figures and ours, docs/experiments.md, into results/experiments: under 60 minutes on two
