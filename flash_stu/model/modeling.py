@@ -7,6 +7,7 @@ parallelism, training or distillation; those act on it from outside.
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    Concatenate,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
+    WeightConverter,
 )
 from transformers import initialization as hf_init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -42,7 +46,7 @@ from flash_stu.model.layers.attention import AttentionWeights, check_implementat
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.documents import Documents
 from flash_stu.model.layers.exact import SpectralFilters
-from flash_stu.model.layers.linear import DepthScaledLinear
+from flash_stu.model.layers.linear import FUSED, DepthScaledLinear, FusedLinear, join, join_tensors
 from flash_stu.model.padding import read_mask, restored
 from flash_stu.model.saving import add_remote_code
 from flash_stu.ops.cross_entropy import linear_cross_entropy
@@ -115,7 +119,10 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Called once for every module that holds tensors of its own, so no factor can accumulate.
-        if isinstance(module, DepthScaledLinear):
+        if isinstance(module, FusedLinear):
+            for _, layer in module.separate():
+                self._init_weights(layer)
+        elif isinstance(module, DepthScaledLinear):
             _draw(module, (2 * self.config.num_hidden_layers * module.in_features) ** -0.5)
         elif isinstance(module, nn.Linear):
             _draw(module, module.in_features**-0.5)
@@ -152,9 +159,16 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
         check_implementation(attn_implementation, self.config)
         return attn_implementation
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in torch; the weights may be of layers that are not fused yet."""
+        return super().load_state_dict(
+            join_tensors(state_dict) if any(map(join, state_dict)) else state_dict, *args, **kwargs
+        )
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the directory also loads where nothing of ours is imported (trust_remote_code=True)."""
         Path(save_directory, MANIFEST).unlink(missing_ok=True)  # of what this program had written there before
+        kwargs.setdefault("save_original_format", False)  # fused layers stay so
         super().save_pretrained(save_directory, *args, **kwargs)
         add_remote_code(save_directory)
 
@@ -397,6 +411,16 @@ class FlashSTUForTokenClassification(GenericForTokenClassification, FlashSTUPreT
 
     accepts_loss_kwargs = False
 
+
+# how from_pretrained reads a model whose layers were not fused yet
+register_checkpoint_conversion_mapping(
+    FlashSTUConfig.model_type,
+    [
+        WeightConverter([rf"\.{part}\." for part in parts], f".{fused}.", [Concatenate(dim=0)])
+        for fused, parts in FUSED.items()
+    ],
+    overwrite=True,
+)
 
 for _auto, _model in (
     (AutoModel, FlashSTUModel),
