@@ -47,6 +47,7 @@ from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.documents import Documents
 from flash_stu.model.layers.exact import SpectralFilters
 from flash_stu.model.layers.linear import FUSED, DepthScaledLinear, FusedLinear, join, join_tensors
+from flash_stu.model.layers.norm import RMSNorm
 from flash_stu.model.padding import read_mask, restored
 from flash_stu.model.saving import add_remote_code
 from flash_stu.ops.cross_entropy import linear_cross_entropy
@@ -68,11 +69,11 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         linear = STU if config.lds_state_dim is None else LDS
         mixer = linear if kind == "linear_attention" else SlidingWindowAttention
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = mixer(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(
         self,
@@ -90,8 +91,11 @@ class Block(GradientCheckpointingLayer):
             index: this block's place in the model.
         """
         states = None if past_key_values is None else past_key_values.states
-        x = x + self.dropout(self.mixer(self.mixer_norm(x), context, states, index))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + self._drop(self.mixer(self.mixer_norm(x), context, states, index))
+        return x + self._drop(self.mlp(self.mlp_norm(x)))
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
 class FlashSTUPreTrainedModel(PreTrainedModel):
@@ -188,7 +192,7 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.filters = SpectralFilters(config.max_position_embeddings, config.num_filters) if config.uses_stu else None
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.block_types)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

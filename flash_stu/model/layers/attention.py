@@ -120,12 +120,11 @@ class SlidingWindowAttention(Mixer):
     def step(self, x: torch.Tensor, context: SequenceContext, state: WindowState) -> tuple[torch.Tensor, WindowState]:
         """One more token x (batch, 1, channels): the cost is the window's. The ring in `state` is changed in place."""
         query, key, value = self._heads(x, context)
-        now = state.slot
-        state = state.put(key, value, context.mask)
         bias, slopes = None, self._slopes(x.device)
         if slopes is not None:
-            distance = (now - torch.arange(self.window, device=x.device)) % self.window
+            distance = (state.slot - torch.arange(self.window, device=x.device)) % self.window
             bias = -slopes[:, None] * distance
+        state.put(key, value, context.mask)
         if context.weights is not None:
             return self._attend(query, *state.in_order(), context), state
         y = attend_to_window(query, state.keys, state.values, state.real, self.softcap, bias)
