@@ -12,7 +12,7 @@ class SequenceContext(NamedTuple):
 
     Attributes:
         filters: spectral filters (filter_length, num_filters), float32; None in a model without STU layers.
-        rotary: cosines and sines (batch, 1, length, head_dim / 2) of this call's positions; None without RoPE.
+        rotary: cosines and sines (batch, 1, length, head_dim) of this call's positions; None without RoPE.
         mask: (batch, length), False where a token of this call is padding; None when none is.
         documents: in the rows of this call, kept apart by every mixer; None if each row is one.
         weights: of attention layers are wanted: the tokens of this call and before it; None if they are not.
