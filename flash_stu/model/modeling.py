@@ -45,7 +45,7 @@ from flash_stu.model.layers.exact import SpectralFilters
 from flash_stu.model.layers.linear import DepthScaledLinear
 from flash_stu.model.padding import read_mask, restored
 from flash_stu.model.saving import add_remote_code
-from flash_stu.ops.cross_entropy import linear_cross_entropy
+from flash_stu.ops.cross_entropy.choice import linear_cross_entropy
 from flash_stu.ops.positions import rotary_angles
 
 # patterns; a distilled model that is loaded to be trained, or a model that gets taps, has none of them
