@@ -202,7 +202,11 @@ class Bench:
                     for n in (mixer.heads, mixer.kv_heads, mixer.kv_heads)
                 ]
                 attend = partial(
-                    sliding_window_attention, window=mixer.window, softcap=mixer.softcap, backend=mixer.backend
+                    sliding_window_attention,
+                    window=mixer.window,
+                    softcap=mixer.softcap,
+                    backend=mixer.backend,
+                    band=context.band,
                 )
                 add("attention", name, count, lambda q, k, v, attend=attend: attend(q, k, v), *heads)
         add("MLPs", None, len(layers), layers[0].mlp.forward, normed)
