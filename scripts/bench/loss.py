@@ -1,4 +1,4 @@
-"""Time and memory of the head's loss, forward and backward: plain, in chunks, and Liger's where it is installed.
+"""Time and memory of the head's loss, forward and backward: plain, in chunks, and by Triton kernels on a GPU.
 
     python scripts/bench/loss.py [--tokens 2048] [--chunked-tokens 512 8192] [--hidden 1024] [--vocabulary 200064]
         [--output results/cpu]
@@ -30,7 +30,7 @@ from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.files import replacing_file
 from flash_stu.model.config import LARGEST_LENGTH
 from flash_stu.ops.backends import why_not
-from flash_stu.ops.cross_entropy import linear_cross_entropy
+from flash_stu.ops.cross_entropy.choice import linear_cross_entropy
 from flash_stu.results import environment, finish, page, spread, table
 
 ROWS = 8192  # of the weight's gradient compared at a time
@@ -107,7 +107,7 @@ def largest_difference(path: Path, reference: Path, name: str) -> float:
 
 def compare(args: Namespace) -> list[dict]:
     """All variants at --tokens, with their differences from the plain loss; then the others at other numbers."""
-    others = ["chunked"] + (["liger"] if why_not("liger") is None else [])
+    others = ["chunked", *(name for name in ("triton", "liger") if why_not(name) is None)]
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder, "plain")
         plain = in_a_process(args, "plain", args.tokens, args.repeats, reference)
@@ -168,7 +168,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=integer(1, 2**17), default=1024)
     parser.add_argument("--vocabulary", type=integer(2, 2**24), default=200064)
     parser.add_argument("--repeats", type=integer(1, 10000), default=3)
-    parser.add_argument("--variant", choices=["plain", "chunked", "liger"], help="measure one in this process")
+    variants = ["plain", "chunked", "triton", "liger"]
+    parser.add_argument("--variant", choices=variants, help="measure one in this process")
     parser.add_argument("--save", type=output_file, help="with --variant: write its gradients to this file")
     parser.add_argument("--output", type=output_directory, metavar="DIR", help="write loss.json and .png there")
     args = parser.parse_args()

@@ -32,7 +32,7 @@ from flash_stu.model.modeling import Block, FlashSTUForCausalLM
 from flash_stu.ops.attention.choice import sliding_window_attention
 from flash_stu.ops.backends import why_not
 from flash_stu.ops.conv.choice import spectral_conv
-from flash_stu.ops.cross_entropy import linear_cross_entropy
+from flash_stu.ops.cross_entropy.choice import linear_cross_entropy
 from flash_stu.results import environment, finish, page, spread, table
 from flash_stu.training import RunConfig, join_world, load_config
 from flash_stu.training.flops import forward_flops, peak_flops, train_flops
@@ -50,6 +50,7 @@ CHOICES = {
     "with triton": {"conv_backend": "triton"},
     "with flashfftconv": {"conv_backend": "flashfftconv"},
     "with flash_attn": {"attention_backend": "flash_attn"},
+    "with triton loss": {"loss_backend": "triton"},
     "with liger": {"loss_backend": "liger"},
 }
 
@@ -201,7 +202,11 @@ class Bench:
                     for n in (mixer.heads, mixer.kv_heads, mixer.kv_heads)
                 ]
                 attend = partial(
-                    sliding_window_attention, window=mixer.window, softcap=mixer.softcap, backend=mixer.backend
+                    sliding_window_attention,
+                    window=mixer.window,
+                    softcap=mixer.softcap,
+                    backend=mixer.backend,
+                    band=context.band,
                 )
                 add("attention", name, count, lambda q, k, v, attend=attend: attend(q, k, v), *heads)
         add("MLPs", None, len(layers), layers[0].mlp.forward, normed)
