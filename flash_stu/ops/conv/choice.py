@@ -120,12 +120,12 @@ def spectral_conv(
     decay = tail[:, 0].double()
     if lags > 2 * chunk:
         decay, tail = exponential_tail(filters, chunk + 1, both_signs)
-    readout = _mix(tail, weights, wide)
+    taps, readout = _mix(near, weights, wide), _mix(tail, weights, wide)
     if name == "chunked":
-        return chunked_conv(x, _mix(near, weights, wide), decay, readout, None, dilation)[0]
+        return chunked_conv(x, taps, decay, readout, None, dilation)[0]
     from flash_stu.ops.conv.triton import triton_conv
 
-    return triton_conv(x, near, weights, decay, readout, dilation)
+    return triton_conv(x, taps, decay, readout, dilation)
 
 
 def any_filter_backend(backend: str) -> str:
