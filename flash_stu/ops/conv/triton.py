@@ -24,7 +24,6 @@ import triton.language as tl
 from torch.nn.functional import pad
 
 from flash_stu.errors import UserError
-from flash_stu.filters.exponentials import powers
 from flash_stu.ops.conv.chunked import chunk_maps
 from flash_stu.ops.kept import kept_op
 
@@ -346,7 +345,7 @@ class _Launch(NamedTuple):
         }
         return cls(
             (pad(taps, (0, missing)).contiguous(), pad(readout, (0, missing, 0, states - len(readout))).contiguous()),
-            (*chunk_maps(decay, chunk, torch.float32), powers(decay, chunk * chunks + 1)[-1].float()),
+            (*chunk_maps(decay, chunk, torch.float32), (decay ** (chunk * chunks)).float()),
             (length, channels, dilation, sequences, chunks),
             _ceil_div(number, chunks),
             blocks * sequences,
