@@ -91,9 +91,8 @@ def operations(name: str, batch: int, length: int, channels: int) -> float:
     steps = -(-length // 2)
     if name == "direct sum":
         return 3 * 2 * batch * 2 * channels * steps * (steps + 1) / 2
-    if name in ("chunked", "Triton"):  # a band for every channel, in three products; or for every feature, in two
-        bands = 3 if name == "chunked" else 2 * FEATURES
-        return batch * length * channels * (bands * 4 * CHUNK[name.lower()] + 10 * STATES)
+    if name in ("chunked", "Triton"):  # a band of near lags for every channel, in three products
+        return batch * length * channels * (3 * 4 * CHUNK[name.lower()] + 10 * STATES)
     if name.startswith("two-branch"):
         size, signals = 2 << (length - 1).bit_length(), 2 * batch
     elif name.startswith("one"):
