@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flash_stu.model.loading import load_model
     from flash_stu.model.modeling import FlashSTUForCausalLM, FlashSTUModel
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 __all__ = [
     "FlashSTUCache",
     "FlashSTUConfig",

@@ -1,16 +1,13 @@
-"""Files and directories on disk: whole or not at all, verified, locked, and deleted only if they are ours."""
+"""Files and directories on disk: whole or not at all, verified, and deleted only if they are ours."""
 
 import errno
 import json
-import multiprocessing
 import os
-import signal
-import socket
 
 import pytest
 from safetensors import SafetensorError
+from things_on_disk import KIND, fail, names, write_thing
 
-from flash_stu import files
 from flash_stu.errors import UserError, WriteError, writing
 from flash_stu.files import (
     LOCK,
@@ -27,35 +24,7 @@ from flash_stu.files import (
     write_text,
 )
 from flash_stu.growing import adding_files, check_growing, growing_directory
-from flash_stu.locks import holding
 from flash_stu.reading import DamagedError, describe, read_object, read_records
-
-KIND = "thing"
-
-
-def names(directory) -> list[str]:
-    """All that is in a directory, hidden things too."""
-    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*"))
-
-
-def write_thing(path, text="1", kind=KIND):
-    with replacing_directory(path, kind) as temporary:
-        (temporary / "sub").mkdir()
-        (temporary / "sub/file").write_text(text)
-    return path
-
-
-def fail(monkeypatch, name, number=errno.ENOSPC, when=lambda *args: True):
-    """Let those calls of a function of os fail for which `when` is true."""
-    original = getattr(os, name)
-
-    def function(*args, **kwargs):
-        if when(*args):
-            raise OSError(number, os.strerror(number), "somewhere")
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(os, name, function)
-
 
 # Files
 
@@ -338,169 +307,6 @@ def test_a_growing_directory_that_was_made_for_nothing_is_removed(tmp_path):
     (tmp_path / "a/notes").touch()
     with pytest.raises(UserError, match="a exists and was not written by this program"):
         check_growing(tmp_path / "a", KIND)
-
-
-# Killed processes
-
-
-def forked(function, *args) -> int:
-    process = multiprocessing.get_context("fork").Process(target=function, args=args)
-    process.start()
-    process.join(60)
-    return process.exitcode
-
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def write_and_die(path, step, after):
-    original, calls = getattr(os, step), iter(range(after))
-    setattr(os, step, lambda *args, **kw: original(*args, **kw) if next(calls, None) is not None else die())
-    write_text(path / "file", "new")
-    write_thing(path / "thing", "new")
-    with growing_directory(path / "grow", KIND):
-        for _ in range(2):
-            with adding_files(path / "grow") as temporary:
-                (temporary / "a").write_text("new")
-
-
-@pytest.mark.parametrize("step", ["fsync", "rename", "replace", "mkdir", "unlink", "rmdir"])
-def test_killed_at_any_step_leaves_old_or_new_and_the_next_writer_sweeps(step, tmp_path):
-    for after in range(60):
-        path = tmp_path / str(after)
-        write_text(path / "file", "old")
-        write_thing(path / "thing", "old")
-        status = forked(write_and_die, path, step, after)
-        assert (path / "file").read_text() in ("old", "new")
-        write_text(path / "file", "next")
-        write_thing(path / "thing", "next")
-        verify(path / "thing")
-        with growing_directory(path / "grow", KIND), adding_files(path / "grow") as temporary:
-            (temporary / "a").write_text("next")
-        assert {name for name in names(path) if ".flash_stu-" in name} == set()
-        assert (path / "grow/a").read_text() == (path / "file").read_text() == "next"
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL
-    assert status == 0 and after > 0
-
-
-def test_a_directory_moved_aside_is_put_back(tmp_path):
-    path = write_thing(tmp_path / "thing", "old")
-    aside = tmp_path / ".thing.flash_stu-01234567.old"
-    path.rename(aside)
-    with pytest.raises(KeyError), replacing_directory(path, KIND):
-        raise KeyError
-    assert (path / "sub/file").read_text() == "old" and not aside.exists()
-
-
-def test_what_is_not_ours_is_not_swept(tmp_path):
-    foreign = tmp_path / ".thing.flash_stu-01234567.old"
-    foreign.mkdir()
-    (foreign / "mine").touch()
-    write_thing(tmp_path / "thing")
-    mixed = write_thing(tmp_path / ".thing.flash_stu-76543210.old")
-    (mixed / "mine").touch()
-    write_thing(tmp_path / "thing")
-    assert (foreign / "mine").exists() and (mixed / "mine").exists()
-
-
-def test_a_writer_at_work_is_not_swept(tmp_path):
-    with replacing_file(tmp_path / "file") as first:
-        write_text(tmp_path / "file", "second")
-        first.write_text("first")
-    assert (tmp_path / "file").read_text() == "first" and names(tmp_path) == ["file"]
-
-
-# Locks
-
-
-def hold(path, connection):
-    with holding(path, "run"):
-        connection.send(os.getpid())
-        signal.pause()
-
-
-@pytest.fixture
-def holder(tmp_path):
-    """Another process that holds a directory."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=hold, args=(tmp_path / "run", sender))
-    process.start()
-    assert receiver.poll(60)
-    yield process
-    process.kill()
-    process.join()
-
-
-def test_a_directory_is_held_until_its_holder_dies(holder, tmp_path):
-    words = f"^run {tmp_path / 'run'} is in use by process {holder.pid} on host {socket.gethostname()}$"
-    for _ in range(2):
-        with pytest.raises(UserError, match=words), holding(tmp_path / "run", "run"):
-            pass
-    holder.kill()
-    holder.join()
-    for _ in range(2):
-        with holding(tmp_path / "run", "run"):
-            assert f"process {os.getpid()} " in (tmp_path / "run" / LOCK).read_text()
-            with pytest.raises(UserError, match=f"in use by process {os.getpid()} "), holding(tmp_path / "run", "run"):
-                pass
-    assert names(tmp_path) == ["run"]
-
-
-def test_a_lock_is_not_kept_by_processes_that_were_forked(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=signal.pause)
-    with holding(tmp_path / "run", "run"):
-        process.start()
-    with holding(tmp_path / "run", "run"):
-        process.kill()
-        process.join()
-
-
-def test_damaged_and_unwritable_locks(tmp_path, monkeypatch):
-    (tmp_path / LOCK).write_bytes(b"\0" * 40)
-    with holding(tmp_path, "run"):
-        (tmp_path / LOCK).write_bytes(b"\xff\n\0")
-        with pytest.raises(UserError, match="is in use by .") as caught, holding(tmp_path, "run"):
-            pass
-        assert "\n" not in str(caught.value)
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file/x", tmp_path / "nul\0"):
-        with pytest.raises(WriteError, match="^run .* cannot be written: "), holding(path, "run"):
-            pass
-    with monkeypatch.context() as patch:
-        fail(patch, "pwrite")
-        with pytest.raises(WriteError, match="No space left"), holding(tmp_path / "new/run", "run"):
-            pass
-    assert names(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize("content", [b"mine", b"process 7", b"\xff\n", b"process 7 on host a\nmine"])
-def test_a_lock_file_of_the_users_stays(content, tmp_path):
-    (tmp_path / LOCK).write_bytes(content)
-    with pytest.raises(UserError, match="holds .lock, which this program did not write"), holding(tmp_path, "run"):
-        pass
-    assert (tmp_path / LOCK).read_bytes() == content
-
-
-def test_a_lock_file_that_leads_elsewhere_is_not_followed(tmp_path):
-    (tmp_path / "thesis.tex").write_text("mine")
-    (tmp_path / LOCK).symlink_to("thesis.tex")
-    with pytest.raises(WriteError, match="cannot be written"), holding(tmp_path, "run"):
-        pass
-    assert (tmp_path / "thesis.tex").read_text() == "mine" and (tmp_path / LOCK).is_symlink()
-
-
-def test_a_file_system_without_locks_holds_nobody_off(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(files.fcntl, "flock", flock)
-    with holding(tmp_path / "run", "run"):
-        write_text(tmp_path / "run/file", "x")
-    assert names(tmp_path) == ["run", "run/file"]
 
 
 # JSON

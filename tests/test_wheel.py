@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from flash_stu import __version__
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flash_stu", "spectralds")
 
@@ -34,6 +36,11 @@ def test_the_wheel_holds_every_file_of_the_packages(installed):
         files = {path.relative_to(ROOT) for path in (ROOT / package).rglob("*") if path.is_file()}
         expected = {path for path in files if "__pycache__" not in path.parts}
         assert {path.relative_to(installed) for path in (installed / package).rglob("*") if path.is_file()} == expected
+
+
+def test_the_wheel_has_the_version_of_the_package(installed):
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    assert f"\nVersion: {__version__}\n" in metadata.read_text()
 
 
 def test_the_suites_and_embedded_tasks_run_from_the_wheel(installed, tmp_path):

@@ -50,7 +50,7 @@ from flash_stu.model.layers.linear import FUSED, DepthScaledLinear, FusedLinear,
 from flash_stu.model.layers.norm import RMSNorm
 from flash_stu.model.padding import read_mask, restored
 from flash_stu.model.saving import add_remote_code
-from flash_stu.ops.cross_entropy import linear_cross_entropy
+from flash_stu.ops.cross_entropy.choice import linear_cross_entropy
 from flash_stu.ops.positions import rotary_angles
 
 # patterns; a distilled model that is loaded to be trained, or a model that gets taps, has none of them
@@ -257,6 +257,10 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         if weights and documents is not None:
             raise UserError("output_attentions is True; that is not done for several documents in a row")
         context = context._replace(documents=documents, weights=past + x.shape[1] if weights else None)
+        if cache is None and documents is None:
+            mixers = (block.mixer for block in self.layers)
+            attention = next((mixer for mixer in mixers if isinstance(mixer, SlidingWindowAttention)), None)
+            context = context._replace(band=None if attention is None else attention.band(x))
         outputs = self._run(self.dropout(x), context, cache, return_dict=True, **wanted)
         return outputs if alignment is None else restored(outputs, alignment)
 

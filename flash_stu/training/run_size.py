@@ -8,7 +8,7 @@ from tabulate import tabulate
 from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.model.modeling import FlashSTUForCausalLM
-from flash_stu.ops.cross_entropy import CHUNK_BYTES
+from flash_stu.ops.cross_entropy.chunked import CHUNK_BYTES
 from flash_stu.training.initialization import build_model
 from flash_stu.training.parallel import resolve_resharding, resolve_strategy
 from flash_stu.training.run_config import RunConfig
@@ -107,5 +107,5 @@ def estimate_memory(model: FlashSTUForCausalLM, config: RunConfig, strategy: str
         "states": states,
         "gathered and cast weights": gathered,
         "activations": int(max(blocks) + kept if train.activation_checkpointing != "none" else sum(blocks)),
-        "logits": min(6 * tokens * shape["vocab_size"], CHUNK_BYTES),
+        "logits": min(size * tokens * shape["vocab_size"], CHUNK_BYTES["cuda"]),
     }

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +79,64 @@ def train_py():
         )
 
     return run
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Run a script's command line in this process; returns exit status, stdout, lines of stderr."""
+
+    def run(script: str, *arguments) -> tuple[int, str, list[str]]:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+        out, err = capfd.readouterr()
+        return end.value.code, out, err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def start(command, config_file):
+    """Start the run of the tiny config."""
+    return lambda *overrides: command("train.py", "--config", config_file, "train.keep_checkpoints=9", *overrides)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory) -> Path:
+    """The run that nothing happened to, with the checkpoints of the steps 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("whole")
+    settings = training_settings(folder / "run", corpus)
+    settings["train"] |= {"keep_checkpoints": 9}
+    (folder / "config.yaml").write_text(json.dumps(settings))
+    config = load_config(folder / "config.yaml")
+    with join_world(config) as world:
+        assert Trainer(config, world).fit()
+    return folder / "run"
+
+
+@pytest.fixture
+def run(whole, tmp_path) -> Path:
+    """That run, stopped before it wrote its model."""
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Let a call of the operating system fail for paths that hold some words."""
+
+    def fail(name: str, words: str, number: int) -> pytest.MonkeyPatch:
+        call = getattr(os, name)
+
+        def failed(target, *arguments, **options):
+            path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
+            if words in path:
+                raise OSError(number, os.strerror(number), path)
+            return call(target, *arguments, **options)
+
+        monkeypatch.setattr(os, name, failed)
+        return monkeypatch
+
+    return fail

@@ -1,6 +1,6 @@
 """Causal sliding-window attention with RoPE, ALiBi or no positions, grouped heads and a softcap."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,9 +13,12 @@ from flash_stu.model.layers.linear import DepthScaledLinear, FusedLinear
 from flash_stu.model.layers.mixer import Mixer
 from flash_stu.model.layers.state import WindowState
 from flash_stu.ops import backends
-from flash_stu.ops.attention.choice import sliding_window_attention
+from flash_stu.ops.attention.choice import shared_band, sliding_window_attention
 from flash_stu.ops.attention.dense import attend_to_window, attention_weights
 from flash_stu.ops.positions import alibi_slopes, rotate
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # what transformers calls our back ends
 _IMPLEMENTATIONS = {
@@ -99,6 +102,10 @@ class SlidingWindowAttention(Mixer):
         name = self.config._attn_implementation  # noqa: SLF001 - transformers has no public name for it
         return self.config.attention_backend if name is None else _IMPLEMENTATIONS[name]
 
+    def band(self, x: torch.Tensor) -> "BlockMask | None":
+        """Returns what attention layers share of flex_attention over whole sequences x (batch, length, channels)."""
+        return shared_band(self.backend, x.shape[1], self.window, x.device)
+
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Attend over a whole sequence."""
         return self._attend(*self._heads(x, context), context.mask, context)
@@ -158,6 +165,6 @@ class SlidingWindowAttention(Mixer):
             y = weights @ value.repeat_interleave(self.heads // self.kv_heads, dim=1)
         else:
             y = sliding_window_attention(
-                query, key, value, key_mask=mask, dropout=dropout, backend=self.backend, **options
+                query, key, value, key_mask=mask, dropout=dropout, backend=self.backend, band=context.band, **options
             )
         return self.o_proj(y.transpose(1, 2).flatten(2))

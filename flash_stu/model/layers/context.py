@@ -1,10 +1,13 @@
 """Values that the model computes once per call and all layers share."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from flash_stu.model.layers.documents import Documents
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class SequenceContext(NamedTuple):
@@ -16,6 +19,7 @@ class SequenceContext(NamedTuple):
         mask: (batch, length), False where a token of this call is padding; None when none is.
         documents: in the rows of this call, kept apart by every mixer; None if each row is one.
         weights: of attention layers are wanted: the tokens of this call and before it; None if they are not.
+        band: of flex_attention, over the whole sequences of a call without a cache; None where that is not taken.
     """
 
     filters: torch.Tensor | None = None
@@ -23,6 +27,7 @@ class SequenceContext(NamedTuple):
     mask: torch.Tensor | None = None
     documents: Documents | None = None
     weights: int | None = None
+    band: "BlockMask | None" = None
 
     def spectral_filters(self) -> torch.Tensor:
         """Returns `filters`, for a layer that cannot do without."""
@@ -47,4 +52,4 @@ class SequenceContext(NamedTuple):
         if rotary is not None:
             cos, sin = (table.expand(shape[0], -1, -1, -1)[:, 0].flatten(0, 1)[places][:, None] for table in rotary)
             rotary = cos, sin
-        return self._replace(rotary=rotary, mask=None, documents=None)
+        return self._replace(rotary=rotary, mask=None, documents=None, band=None)

@@ -95,11 +95,10 @@ class STU(Mixer):
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Convolve a whole sequence (batch, length, channels), length at most the filters'."""
         inputs, features = self._inputs(x, context), self.features(context.spectral_filters())
-        if self.config.filter_basis == TENSOR:  # jumps every sqrt(L) lags, which no smooth tail has
-            return self.taps(self._convolve(inputs, self.kernel(context.spectral_filters())), inputs)
 
         def convolve(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            return spectral_conv(inputs, features, weights, self.backend, self.dilation, self.oscillating)
+            system = self.dilation, self.oscillating, self.config.filter_basis != TENSOR
+            return spectral_conv(inputs, features, weights, self.backend, *system)
 
         if self.tensordot:
             return self.taps(convolve(features, self.M_filters.flatten(0, 1)), inputs)
