@@ -73,7 +73,8 @@ def accumulate_gradients(
 ) -> torch.Tensor:
     """Add up the gradients of this process's part of a global batch; returns its mean loss in nats per token."""
     model.train()
-    micro_batches = batch.split(config.train.micro_batch_size)
+    # all at once: between micro batches a copy from pageable memory would wait for the one before
+    micro_batches = batch.to(device).split(config.train.micro_batch_size)
     total = torch.zeros((), device=device)
     for index, windows in enumerate(micro_batches):
         mark(f"micro batch {index + 1} of {len(micro_batches)}")
