@@ -95,7 +95,8 @@ class STU(Mixer):
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Convolve a whole sequence (batch, length, channels), length at most the filters'."""
         inputs, features = self._inputs(x, context), self.features(context.spectral_filters())
-        system = self.dilation, self.oscillating, self.config.filter_basis != TENSOR
+        smooth_tail = self.config.filter_basis != TENSOR  # whose products jump every sqrt(L) lags
+        system = self.dilation, self.oscillating, smooth_tail
         if self.tensordot:
             weights = self.M_filters.flatten(0, 1)
             y = spectral_conv(inputs, features, weights, self.backend, *system, self.taps.M_u)

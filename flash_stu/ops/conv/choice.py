@@ -2,7 +2,7 @@
 
 Any filter: `direct` (a sum over lags: the reference), `fft` (everywhere) and `flashfftconv` (CUDA, optional). Learned
 combinations of spectral filters, which are a few taps and then a sum of decaying exponentials: those three, `chunked`
-(matrix products, everywhere) and `triton` (the same as one kernel, on a GPU).
+(matrix products, everywhere) and `triton` (the same as kernels, on a GPU).
 
 A dilated filter has taps at every `dilation`-th lag only; the sequence then falls apart into `dilation` interleaved
 ones, which convolve independently at that fraction of the length. An STU with shared branches is exactly that with
