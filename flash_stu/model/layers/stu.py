@@ -95,17 +95,16 @@ class STU(Mixer):
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Convolve a whole sequence (batch, length, channels), length at most the filters'."""
         inputs, features = self._inputs(x, context), self.features(context.spectral_filters())
-
-        def convolve(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            system = self.dilation, self.oscillating, self.config.filter_basis != TENSOR
-            return spectral_conv(inputs, features, weights, self.backend, *system)
-
+        smooth_tail = self.config.filter_basis != TENSOR  # whose products jump every sqrt(L) lags
+        system = self.dilation, self.oscillating, smooth_tail
         if self.tensordot:
-            return self.taps(convolve(features, self.M_filters.flatten(0, 1)), inputs)
+            weights = self.M_filters.flatten(0, 1)
+            y = spectral_conv(inputs, features, weights, self.backend, *system, self.taps.M_u)
+            return self.taps.feed_back(y)
         outputs, same = inputs.new_zeros(()), features.new_ones(1, inputs.shape[-1])
         # one feature at a time: all of them at once is `features` times the memory
         for k, matrix in enumerate(self.M_phi.flatten(0, 1)):
-            outputs = outputs + convolve(features[:, k : k + 1], same) @ matrix
+            outputs = outputs + spectral_conv(inputs, features[:, k : k + 1], same, self.backend, *system) @ matrix
         return self.taps(outputs, inputs)
 
     def prefill(

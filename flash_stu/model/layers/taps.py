@@ -74,8 +74,10 @@ class InputOutputTaps(KeepFloat32):
             y: outputs without taps, (batch, length, channels).
             inputs: the layer's, like y.
         """
-        if self.M_u is not None:
-            y = add_taps(y, inputs, self.M_u)
+        return self.feed_back(y if self.M_u is None else add_taps(y, inputs, self.M_u))
+
+    def feed_back(self, y: torch.Tensor) -> torch.Tensor:
+        """Returns the layer's outputs for a whole sequence to which the taps of the inputs were added already."""
         return y if self.M_y is None else recurrence(y, self.M_y).to(y.dtype)
 
     def start(self, core: Any, inputs: torch.Tensor) -> TappedState:
