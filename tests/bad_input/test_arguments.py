@@ -155,7 +155,10 @@ EXPERIMENTS: dict[str, dict[str, list]] = {
         "--model": ["", LONG, "absent", "taken", "/dev/null", "folder"],
         **{"--text": MISSING, "--runs": PLACES, "--output": PLACES},
     },
-    "text": {"--runs": PLACES, "--output": PLACES},
+    "text": {
+        **{"--runs": PLACES, "--output": PLACES, "--steps": [*NUMBERS, "0"], "--bpe": [*NUMBERS, "319"]},
+        "--name": ["", LONG, "a/b", "../a", "a b"],
+    },
 }
 _TRAIN = ["train", "--data", "folder"]
 TABLE += [
