@@ -212,7 +212,7 @@ class Measured:
 
     def _byte(self) -> list[float]:
         """Per byte of an operator that allocates its result, and results are kept, as activations are."""
-        count = 2**26 if self.device.type == "cuda" else 2**19
+        count = 2**24 if self.device.type == "cuda" else 2**19
         large = torch.randn(count, device=self.device)
         return self._calls(lambda: [large * large for _ in range(16)], 1 / (16 * 12 * count))
 
