@@ -116,6 +116,7 @@ BENCHMARKS = {
         "--output": PLACES,
     },
     "imports": {"--repeats": [*NUMBERS, "0"], "--output": PLACES},
+    "estimates": {"--config": MISSING, "--output": PLACES},
     "fits": {
         "--length": [*NUMBERS, "0"],
         "--filters": [*NUMBERS, "0"],
