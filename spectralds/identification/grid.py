@@ -9,6 +9,7 @@ from spectralds.identification.regression import ridge, triangle
 from spectralds.identification.response import Response
 
 _POLES = 81
+_NEGLIGIBLE = 1e-12  # of the outputs' power: what the grid of poles itself leaves of data without noise
 
 
 def fit_grid(records: Records, max_states: int) -> Response:
@@ -28,13 +29,16 @@ def fit_grid(records: Records, max_states: int) -> Response:
 def started(records: Records) -> Records:
     """Returns the records with initial states to be found, if the data are likelier with them than from rest.
 
-    Not tried for more trajectories than `STARTED`, nor for a few samples only.
+    Not tried for more trajectories than `STARTED`, for a few samples only, nor if nothing is left from rest.
     """
     batch, _, inputs = records.inputs.shape
     if batch > STARTED or records.rows < 8 * (inputs + batch):
         return records
+    _, _, noise, surprise = _regression(records, _POLES)
+    if noise.max() < _NEGLIGIBLE:
+        return records
     other = records.started()
-    return other if _regression(other, _POLES)[-1] < _regression(records, _POLES)[-1] else records
+    return other if _regression(other, _POLES)[-1] < surprise else records
 
 
 def _regression(records: Records, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
