@@ -111,12 +111,12 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": Block, "attentions": AttentionWeights}
     # patterns, searched for in names; see flash_stu.model.layers.exact
     _keep_in_fp32_modules_strict = {
-        r"\.readout$",
-        r"\.readout_change$",
-        r"\.decay$",
-        r"\.log_rate_change$",
+        r"mixer\.readout$",
+        r"mixer\.readout_change$",
+        r"mixer\.decay$",
+        r"mixer\.log_rate_change$",
         r"filters\.phi$",
-        r"\.taps\.M_y$",
+        r"taps\.M_y$",
     }
     _keys_to_ignore_on_load_missing = OPTIONAL_TENSORS
 

@@ -1,4 +1,4 @@
-"""What is done to a model for training, from outside: recomputation, compilation, precision, sharding, replicas.
+"""Changes to a model for training, from outside: recomputation, compilation, precision, sharding, replicas.
 
 The model is written for one device. `parallelize` applies in this order activation checkpointing and compilation of the
 blocks, mixed precision, and the strategy: fully_shard (FSDP2) per block and then for the rest, or

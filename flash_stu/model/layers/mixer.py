@@ -1,4 +1,4 @@
-"""What all sequence mixers have in common: one way in, whatever is wanted of them."""
+"""The base of all sequence mixers: one way in, whatever is wanted of them."""
 
 from typing import Any
 

@@ -25,7 +25,7 @@ from flash_stu.ops.taps import add_taps
 
 
 class TappedState(NamedTuple):
-    """What a layer with taps carries from token to token.
+    """The state that a layer with taps carries from token to token.
 
     Attributes:
         core: the state of the layer without taps, LDSState or ConvState.
