@@ -98,11 +98,19 @@ class ValidationWindows:
 class TaskEvaluation:
     """The tasks of a run, loaded before it starts.
 
+    Args:
+        config: the run's.
+        world: the processes that share the work.
+        tokenizer: of the run.
+        longest: the longest input of the model; None for any.
+
     Raises:
-        UserError: for unknown tasks, or data that is not available.
+        UserError: for unknown tasks, tasks that are longer than that, or data that is not available.
     """
 
-    def __init__(self, config: EvaluationConfig, world: World, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: EvaluationConfig, world: World, tokenizer: Tokenizer, longest: int | None = None
+    ) -> None:
         self.config, self.world, self.tokenizer = config, world, tokenizer
         self.tasks = []
         if config.tasks is None:
@@ -118,7 +126,10 @@ class TaskEvaluation:
         try:
             specs, _ = resolve_tasks(config.tasks)
             with self.world.main_first():
-                self.tasks = load_tasks(specs, **folders)
+                self.tasks = load_tasks(specs, **folders, count_tokens=lambda text: len(tokenizer.encode(text)))
+            for task in self.tasks:
+                if longest is not None and task.length is not None and task.length > longest:
+                    raise UserError(f"{task.spec.name} is longer than model.max_position_embeddings, {longest}")
         except UserError as error:
             raise UserError(f"evaluation.tasks: {error}") from None
 
