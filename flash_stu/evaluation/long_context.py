@@ -20,8 +20,8 @@ DEPTHS = (0, 20, 40, 60, 80, 100)  # percent of the text before the key, or of t
 CHOICES = 4
 _LONGEST = 2**24  # tokens
 _ROUNDS = 10  # items of each depth
-_NEEDLE = "\nThe pass key is{key}. Remember it.\n"
-_QUESTION = "\nWhat is the pass key? The pass key is"
+NEEDLE = "\nThe pass key is{key}. Remember it.\n"
+QUESTION = "\nWhat is the pass key? The pass key is"
 _ANSWER_WORDS = 4
 
 CountTokens = Callable[[str], int]
@@ -109,7 +109,7 @@ def _passkey_prompt(pieces: Sequence[str], depth: int, key: str, count: int) -> 
     cut = len(text) * depth // 100
     while 0 < cut < len(text) and not text[cut - 1].isspace():
         cut += 1  # to the beginning of a word
-    return text[:cut] + _NEEDLE.format(key=key) + text[cut:] + _QUESTION
+    return text[:cut] + NEEDLE.format(key=key) + text[cut:] + QUESTION
 
 
 def _copy_items(

@@ -36,7 +36,7 @@ TABLE = [
     ("evaluate.py", ["--model", "folder"], "--text-column", ["", LONG]),
     ("evaluate.py", ["--model", "folder"], "--data-dir", NOT_FOLDERS),
     ("evaluate.py", ["--model", "folder"], "--include-path", NOT_FOLDERS),
-    ("evaluate.py", ["--model", "folder"], "--tasks", ["", ",", "absent.yaml", "mmlu,mmlu"]),
+    ("evaluate.py", ["--model", "folder"], "--tasks", ["", ",", "absent.yaml", "mmlu,mmlu", "passkey", "copy_0"]),
     ("scripts/generate.py", ["--prompt", "a"], "--model", ["", LONG, "absent", "taken", "/dev/null", "folder"]),
     ("scripts/generate.py", ["--model", "folder", "--prompt", "a"], "--max-new-tokens", [*NUMBERS, "0"]),
     ("scripts/generate.py", ["--model", "folder", "--prompt", "a"], "--temperature", NUMBERS),
@@ -149,7 +149,7 @@ EXPERIMENTS: dict[str, dict[str, list]] = {
         "--model": ["", LONG, "absent", "taken", "/dev/null", "folder"],
         **{"--text": MISSING, "--runs": PLACES, "--output": PLACES},
     },
-    "text": {"--runs": PLACES, "--output": PLACES},
+    **dict.fromkeys(("long_context", "text"), {"--runs": PLACES, "--output": PLACES}),
 }
 TABLE += [
     (f"scripts/{folder}/{name}.py", [], option, values)
