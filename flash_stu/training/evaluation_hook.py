@@ -117,6 +117,7 @@ class TaskEvaluation:
             return
         from flash_stu.evaluation.definitions import resolve_tasks  # takes seconds to import
         from flash_stu.evaluation.harness import load_tasks
+        from flash_stu.evaluation.long_context import parse_name
 
         given = {"data_dir": config.data_dir, "include_path": config.include_path}
         folders = {key: None if path is None else Path(path) for key, path in given.items()}
@@ -125,11 +126,13 @@ class TaskEvaluation:
                 raise UserError(f"evaluation.{key} is '{folder}', which is not a directory")
         try:
             specs, _ = resolve_tasks(config.tasks)
+            for task in filter(None, (parse_name(spec.name) for spec in specs)):
+                if longest is not None and task.length > longest:
+                    raise UserError(
+                        f"{task.kind}_{task.length} is longer than model.max_position_embeddings, {longest}"
+                    )
             with self.world.main_first():
                 self.tasks = load_tasks(specs, **folders, count_tokens=lambda text: len(tokenizer.encode(text)))
-            for task in self.tasks:
-                if longest is not None and task.length is not None and task.length > longest:
-                    raise UserError(f"{task.spec.name} is longer than model.max_position_embeddings, {longest}")
         except UserError as error:
             raise UserError(f"evaluation.tasks: {error}") from None
 

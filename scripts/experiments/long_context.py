@@ -40,8 +40,8 @@ from flash_stu.training.trial import run_trial
 from spectralds import distill
 
 CONFIG = "configs/quickstart.yaml"
-SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789"
-CONCENTRATION = 0.2  # of the Dirichlet distribution that a document's distribution of symbols is drawn from
+SYMBOLS = "0123456789abcdef"  # fewer than the models are wide
+CONCENTRATION = 0.5  # of the Dirichlet distribution that a document's distribution of symbols is drawn from
 BATCH = 8192  # bytes in a step, at least a sequence
 STATES = 160  # of the distilled model's layers
 BAYES = "Bayes' rule"
@@ -51,7 +51,7 @@ SHAPE = {
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "sliding_window": 64,
+    "sliding_window": 32,
     "num_filters": 16,
 }
 SIZES: dict[str, dict] = {  # stages: (bytes in a sequence, steps, peak learning rate)
@@ -60,7 +60,7 @@ SIZES: dict[str, dict] = {  # stages: (bytes in a sequence, steps, peak learning
         **{"lengths": [256, 1024], "limit": 6},
     },
     "default": {
-        **{"stages": [(1024, 400, 1e-2), (32_768, 40, 2e-3)], "read": 131_072, "documents": 4},
+        **{"stages": [(1024, 360, 1e-2), (32_768, 30, 2e-3)], "read": 131_072, "documents": 4},
         **{"lengths": [512, 2048, 8192, 32_768, 131_072], "limit": 12},
     },
     "full": {
@@ -131,6 +131,7 @@ def train(runs: Path, stages: list[tuple[int, int, float]], read: int) -> dict[s
                 "train.sequence_length": length,
                 "train.global_batch_size": sequences * length,
                 "train.micro_batch_size": min(sequences, max(1, 8192 // length)),
+                "train.validation_tokens": 4 * length,
                 "train.initial_weights": found[name][-1]["directory"] if number else None,
                 "optimizer.learning_rate": rate,
                 "optimizer.warmup_steps": steps // 10,
