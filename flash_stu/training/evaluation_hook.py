@@ -98,17 +98,26 @@ class ValidationWindows:
 class TaskEvaluation:
     """The tasks of a run, loaded before it starts.
 
+    Args:
+        config: the run's.
+        world: the processes that share the work.
+        tokenizer: of the run.
+        longest: the longest input of the model; None for any.
+
     Raises:
-        UserError: for unknown tasks, or data that is not available.
+        UserError: for unknown tasks, tasks that are longer than that, or data that is not available.
     """
 
-    def __init__(self, config: EvaluationConfig, world: World, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: EvaluationConfig, world: World, tokenizer: Tokenizer, longest: int | None = None
+    ) -> None:
         self.config, self.world, self.tokenizer = config, world, tokenizer
         self.tasks = []
         if config.tasks is None:
             return
         from flash_stu.evaluation.definitions import resolve_tasks  # takes seconds to import
         from flash_stu.evaluation.harness import load_tasks
+        from flash_stu.evaluation.long_context import parse_name
 
         given = {"data_dir": config.data_dir, "include_path": config.include_path}
         folders = {key: None if path is None else Path(path) for key, path in given.items()}
@@ -117,8 +126,13 @@ class TaskEvaluation:
                 raise UserError(f"evaluation.{key} is '{folder}', which is not a directory")
         try:
             specs, _ = resolve_tasks(config.tasks)
+            for task in filter(None, (parse_name(spec.name) for spec in specs)):
+                if longest is not None and task.length > longest:
+                    raise UserError(
+                        f"{task.kind}_{task.length} is longer than model.max_position_embeddings, {longest}"
+                    )
             with self.world.main_first():
-                self.tasks = load_tasks(specs, **folders)
+                self.tasks = load_tasks(specs, **folders, count_tokens=lambda text: len(tokenizer.encode(text)))
         except UserError as error:
             raise UserError(f"evaluation.tasks: {error}") from None
 
