@@ -13,11 +13,13 @@ Taps of inputs and of outputs may come on top, see flash_stu.model.layers.taps.
 Source: Agarwal et al. 2023 (arXiv 2312.06837), eq. 5; Liu et al. 2024, Flash STU (arXiv 2409.10489), section 3.2.
 """
 
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import nn
 
+from flash_stu.errors import UserError
 from flash_stu.filters.spectral import TENSOR
 from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.layers.context import SequenceContext
@@ -25,6 +27,7 @@ from flash_stu.model.layers.linear import DepthScaledLinear
 from flash_stu.model.layers.mixer import Mixer
 from flash_stu.model.layers.taps import InputOutputTaps, TappedState
 from flash_stu.ops.conv.choice import any_filter_backend, causal_conv, spectral_conv
+from flash_stu.ops.conv.partial import PartialConv
 from flash_stu.ops.futurefill import ConvState, Taps
 
 
@@ -93,21 +96,24 @@ class STU(Mixer):
             return features @ self.M_filters.flatten(0, 1).float()
 
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
-        """Convolve a whole sequence (batch, length, channels), length at most the filters'."""
-        inputs, features = self._inputs(x, context), self.features(context.spectral_filters())
+        """Convolve a sequence (batch, length, channels), at most as long as the filters, or a part of one."""
+        inputs, features, past = self._inputs(x, context), self.features(context.spectral_filters()), context.past
+        options = {"backend": self.backend, "dilation": self.dilation, "both_signs": self.oscillating}
         if self.config.filter_basis == TENSOR:  # jumps every sqrt(L) lags, which no smooth tail has
+            if past is not None:
+                raise UserError("filter_basis 'tensor' has no states that stand for the past of a sequence in parts")
             return self.taps(self._convolve(inputs, self.kernel(context.spectral_filters())), inputs)
-
-        def convolve(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            return spectral_conv(inputs, features, weights, self.backend, self.dilation, self.oscillating)
-
+        if past is None:
+            convolve = partial(spectral_conv, inputs, **options)
+        else:
+            convolve = PartialConv(inputs, features, past=past, **options)
         if self.tensordot:
-            return self.taps(convolve(features, self.M_filters.flatten(0, 1)), inputs)
+            return self.taps(convolve(features, self.M_filters.flatten(0, 1)), inputs, past)
         outputs, same = inputs.new_zeros(()), features.new_ones(1, inputs.shape[-1])
         # one feature at a time: all of them at once is `features` times the memory
         for k, matrix in enumerate(self.M_phi.flatten(0, 1)):
             outputs = outputs + convolve(features[:, k : k + 1], same) @ matrix
-        return self.taps(outputs, inputs)
+        return self.taps(outputs, inputs, past)
 
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: TappedState | None = None

@@ -111,7 +111,7 @@ def spectral_conv(
     name = _fastest_for_spectral_filters(x, steps <= lags) if backend == "auto" else backend
     wide = torch.promote_types(x.dtype, torch.float32)
     if name in _ANY_FILTER:
-        return causal_conv(x, _mix(filters[:steps], weights, wide), name, dilation)
+        return causal_conv(x, mix(filters[:steps], weights, wide), name, dilation)
     if steps > lags:
         raise UserError(f"convolution back end {name!r} ends at the filters' {lags} lags; the sequence has {steps}")
     chunk = CHUNK[name]
@@ -120,9 +120,9 @@ def spectral_conv(
     decay = tail[:, 0].double()
     if lags > 2 * chunk:
         decay, tail = exponential_tail(filters, chunk + 1, both_signs)
-    readout = _mix(tail, weights, wide)
+    readout = mix(tail, weights, wide)
     if name == "chunked":
-        return chunked_conv(x, _mix(near, weights, wide), decay, readout, None, dilation)[0]
+        return chunked_conv(x, mix(near, weights, wide), decay, readout, None, dilation)[0]
     from flash_stu.ops.conv.triton import triton_conv
 
     return triton_conv(x, near, weights, decay, readout, dilation)
@@ -133,7 +133,8 @@ def any_filter_backend(backend: str) -> str:
     return backend if backend in ANY_FILTER_BACKENDS else "auto"
 
 
-def _mix(filters: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def mix(filters: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns filters (lags, features) combined by weights (features, channels), in a dtype whatever autocast says."""
     with torch.autocast(filters.device.type, enabled=False):
         return filters.to(dtype) @ weights.to(dtype)
 
