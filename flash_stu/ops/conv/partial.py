@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from flash_stu.errors import UserError
 from flash_stu.filters.exponentials import powers
 from flash_stu.ops import backends
+from flash_stu.ops.conv import PARTIAL_BACKENDS
 from flash_stu.ops.conv.choice import CHUNK, causal_conv, mix
 from flash_stu.ops.conv.chunked import ChunkedState, chunked_conv
 from flash_stu.ops.conv.tail import exponential_tail
@@ -81,8 +82,8 @@ class PartialConv:
 def _choose(backend: str, x: torch.Tensor) -> str:
     if backend == "auto":
         return "triton" if x.is_cuda and backends.why_not("triton") is None else "chunked"
-    if backend not in CHUNK:
-        allowed = ", ".join(("auto", *CHUNK))
+    if backend not in PARTIAL_BACKENDS:
+        allowed = ", ".join(PARTIAL_BACKENDS)
         raise UserError(f"convolution back end {backend!r} needs the whole sequence; allowed for parts: {allowed}")
     if backend == "triton":
         backends.require("convolution", backend)

@@ -1,0 +1,107 @@
+"""Sequences in parts train like whole ones: in pieces on one device, and in shards over the ranks of a group."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from processes import ProcessError, run_processes
+
+from flash_stu import UserError
+from flash_stu.training import Trainer, join_world
+from flash_stu.training.initialization import build_model
+from flash_stu.training.metrics import read_metrics
+from flash_stu.training.optimizer import build_optimizers
+from flash_stu.training.parallel import parallelize
+from flash_stu.training.run_config import load_config
+from flash_stu.training.step import train_step
+
+STEPS = 20
+BOUND = 1e-5
+# every kind of layer once; odd lengths, one and two sequences at a time
+VARIANTS = {
+    "shared": ["train.sequence_length=201", "model.position_embedding=alibi"],
+    "separate": ["train.sequence_length=135", "model.stu_branches=separate", "train.micro_batch_size=2"],
+    "positive": ["train.sequence_length=150", "model.stu_branches=positive", "model.num_key_value_heads=1"],
+    "hankel_l": ["train.sequence_length=151", "model.filter_basis=hankel_l", "model.position_embedding=none"],
+    "taps": ["train.sequence_length=141", "model.stu_input_taps=3", "model.stu_output_taps=2"],
+    "full": ["train.sequence_length=137", "model.stu_type=full", "model.stu_input_taps=2", "train.micro_batch_size=2"],
+    "full taps": ["train.sequence_length=133", "model.stu_type=full", "model.stu_output_taps=2"],
+    "lds": ["train.sequence_length=143", "model.lds_state_dim=8", "model.stu_input_taps=2"],
+    "trainable lds": ["train.sequence_length=137", "model.lds_state_dim=8", "model.lds_trainable=true"],
+    "full lds": ["train.sequence_length=133", "model.lds_state_dim=8", "model.stu_type=full"],
+    "wide window": ["train.sequence_length=149", "model.sliding_window=100", "model.attn_logit_softcapping=null"],
+    "few lags": ["train.sequence_length=23", "model.max_position_embeddings=23"],
+    "very few lags": ["train.sequence_length=5", "model.max_position_embeddings=8"],
+}
+
+
+@pytest.fixture
+def config_of(config_file, settings):
+    """Write the tiny config, with settings under which rounding stays small over 20 steps."""
+    settings["model"] |= {"max_position_embeddings": 256}
+    settings["train"] |= {"micro_batch_size": 1}
+    settings["optimizer"] |= {"learning_rate": 2e-3, "min_learning_rate": 1e-4, "eps": 1e-4}
+    config_file.write_text(yaml.safe_dump(settings))
+    return str(config_file)
+
+
+def records(config_file: str, variants: dict[str, list[str]], *overrides: str) -> dict[str, list[tuple[float, float]]]:
+    """Loss and gradient norm of 20 steps of every variant, on batches of two sequences of random tokens."""
+    found = {}
+    for name, changes in variants.items():
+        length = int(changes[0].partition("=")[2])
+        config = load_config(config_file, [*changes, f"train.global_batch_size={2 * length}", *overrides])
+        with join_world(config) as world:
+            model = parallelize(build_model(config.architecture()), config, world)
+            optimizers = build_optimizers(model, config.optimizer)
+            generator, found[name] = torch.Generator().manual_seed(0), []
+            for _ in range(STEPS):
+                batch = torch.randint(264, (2, length + 1), generator=generator)
+                own = batch.chunk(world.data_size)[world.data_rank]
+                result = train_step(model, optimizers, own, config, world)
+                found[name].append((result.loss, result.grad_norm))
+    return found
+
+
+@pytest.fixture
+def assert_alike(config_of, known):
+    """Compare records with those of one process that takes sequences whole, by the same form of the convolution."""
+
+    def check(found: dict) -> None:
+        if not known:
+            known.update(records(config_of, VARIANTS, "model.conv_backend=chunked"))
+        for name, steps in known.items():
+            for got, wanted in zip(found[name], steps, strict=True):
+                assert got == pytest.approx(wanted, rel=BOUND, abs=BOUND), name
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def known() -> dict:
+    """The records to compare with, once they are there."""
+    return {}
+
+
+@pytest.mark.parametrize("chunks", [2, 7])
+def test_pieces_train_like_whole_sequences(config_of, assert_alike, chunks):
+    assert_alike(records(config_of, VARIANTS, f"train.sequence_chunks={chunks}"))
+
+
+@pytest.mark.parametrize(
+    ("processes", "overrides"),
+    [
+        (2, ["parallel.context=2", "parallel.strategy=ddp"]),
+        (4, ["parallel.context=4", "parallel.strategy=fsdp"]),
+        (4, ["parallel.context=2", "parallel.replicas=2", "train.micro_batch_size=1"]),
+    ],
+    ids=["2", "4", "2x2"],
+)
+def test_shards_train_like_whole_sequences(config_of, assert_alike, processes, overrides):
+    found = run_processes(processes, records, config_of, VARIANTS, *overrides)
+    assert all(other == found[0] for other in found)
+    assert_alike(found[0])
