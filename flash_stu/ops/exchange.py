@@ -94,14 +94,14 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
         result = own.new_empty((dist.get_world_size(group), *own.shape))
-        dist.all_gather_into_tensor(result, own.contiguous(), group=group)
+        dist.all_gather(list(result), own.contiguous(), group=group)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         to_own = grad.new_empty(grad.shape[1:])
-        dist.reduce_scatter_tensor(to_own, grad.contiguous(), group=ctx.group)
+        dist.reduce_scatter(to_own, list(grad.contiguous()), group=ctx.group)
         return to_own, None
 
 

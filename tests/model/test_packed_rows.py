@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import pad
 
 from flash_stu import UserError
-from flash_stu.model.layers.documents import Documents
 from flash_stu.distributed import World
+from flash_stu.model.layers.documents import Documents
 from flash_stu.training.step import token_loss
 
 KINDS = [
