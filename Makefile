@@ -3,7 +3,12 @@
 # make lint         style, and the types of everything but the tests
 # make bench-cpu    measures the tables of docs/results.md on the CPU into results/cpu, under 45 minutes on two cores; trainings
 #                   that are finished in runs/ are taken as they are. BENCH_TEXT=DIR prepares another text
-# make bench-gpu    those of a GPU, into results/gpu
+# make gpu-check    on a GPU: its tests, and whether it computes what the CPU does, 5 minutes; see docs/training.md
+# make bench-gpu    on a GPU: the tables of docs/results.md into results/gpu, 20 minutes; STAGES="conv loss" measures some
+# make gpu-train    on a GPU: DATA=DIR, a folder of text or prepared data: trains 340M for some minutes, kills and resumes
+#                   it, and tries FSDP, DDP, Muon and checkpointing. These three install nothing: they take .venv if it is
+#                   there, else PYTHON. TOY=--toy runs them in toy sizes on a CPU
+# make test-oldest  the test suite with the oldest versions that pyproject.toml allows, in an environment of its own
 # make experiments  the papers' figures and ours, docs/experiments.md, into results/experiments: under 60 minutes on two
 #                   cores. EXPERIMENTS="recall text" runs some, SIZE=--quick or SIZE=--full another size
 PYTHON ?= python3
@@ -21,7 +26,7 @@ export TIKTOKEN_CACHE_DIR ?= $(FLASH_STU_EXTRA_DATA)/tiktoken
 endif
 BENCH_TEXT ?= embedded
 
-.PHONY: quickstart test lint bench-cpu bench-gpu experiments clean
+.PHONY: quickstart test test-oldest lint bench-cpu gpu-check bench-gpu gpu-train experiments clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python scripts/quickstart.py
@@ -51,17 +56,16 @@ bench-cpu: $(INSTALLED)
 	$(BENCH)/optimizers.py --output results/cpu
 	$(BENCH)/tables.py
 
-bench-gpu: $(INSTALLED)
-	$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'bench-gpu needs a CUDA GPU')"
-	$(BENCH)/conv.py --dtype bfloat16 --output results/gpu
-	$(BENCH)/layers.py --dtype bfloat16 --output results/gpu
-	$(BENCH)/hotspots.py --config configs/flash_stu_340m.yaml --output results/gpu
-	$(BENCH)/training.py --config configs/flash_stu_340m.yaml --config configs/flash_stu_550m.yaml --output results/gpu
-	$(BENCH)/loss.py --output results/gpu
-	$(BENCH)/lds.py --output results/gpu
-	$(BENCH)/generation.py --config configs/flash_stu_340m.yaml --compile --lengths 4096 16384 131072 --repeats 1 \
-		--output results/gpu
-	$(BENCH)/tables.py
+GPU = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON)) scripts/gpu.py $(TOY)
+STAGES ?= bench
+gpu-check:
+	$(GPU) check
+
+bench-gpu:
+	$(GPU) $(STAGES)
+
+gpu-train:
+	$(GPU) train --data "$(DATA)"
 
 EXPERIMENTS ?= $(basename $(notdir $(shell grep -l '^def render' scripts/experiments/*.py)))
 experiments: $(INSTALLED)

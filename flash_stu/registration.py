@@ -15,7 +15,7 @@ _REGISTRARS = {
     "transformers.models.auto.configuration_auto": "flash_stu.model.config",
     "transformers.models.auto.modeling_auto": "flash_stu.model.modeling",
     "transformers.cli.serving.model_manager": "flash_stu.model.serving",
-    "peft.utils.constants": "flash_stu.model.adapters",
+    "peft.tuners.tuners_utils": "flash_stu.model.adapters",
 }
 
 

@@ -90,10 +90,21 @@ def finish(name: str, results: dict, render: Callable, plot: Callable, output: s
     print("\n" + render(results), flush=True)
     if output is None:
         return
+    save(name, results, output)
     path = Path(output) / f"{name}.json"
-    write_text(path, as_json(results))
     plot(results, path.with_suffix(".png"))
     print(f"\nwritten to {path} and {path.with_suffix('.png').name}")
+
+
+def save(name: str, results: dict, output: str | None) -> None:
+    """Leave what was measured so far in the output folder, if there is one, as NAME.json."""
+    if output is not None:
+        write_text(Path(output) / f"{name}.json", as_json(results))
+
+
+def failure_cells(row: dict, columns: int) -> list[str]:
+    """Cells of a row whose measurement failed: the reason under "failed", and nothing in the other columns."""
+    return [row["failed"], *[""] * (columns - 1)]
 
 
 def as_json(results: dict) -> str:

@@ -1,6 +1,8 @@
 """Fixtures that several packages' tests share."""
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 # Tests of the CPU behave alike where a GPU is visible; those of a GPU ask for it: FLASH_STU_GPU_TESTS=1.
@@ -54,3 +56,17 @@ def tiny_model(tiny_config):
         return FlashSTUForCausalLM(tiny_config(**changes)).eval()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The modules of scripts/bench and scripts/experiments by name; others of their names come back afterwards."""
+    folders = [Path(__file__).parents[1] / "scripts" / name for name in ("bench", "experiments")]
+    names = [path.stem for folder in folders for path in folder.glob("*.py")]
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path[:0] = map(str, folders)
+    yield {name: importlib.import_module(name) for name in names}
+    del sys.path[: len(folders)]
+    for name in names:
+        del sys.modules[name]
+    sys.modules.update(others)

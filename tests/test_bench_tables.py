@@ -1,6 +1,5 @@
 """Tables of benchmarks and experiments: scripts render what they leave in a file; tables.py keeps docs/ like it."""
 
-import importlib
 import json
 import re
 import sys
@@ -20,19 +19,6 @@ PATHS = [path for folder in FOLDERS for path in folder.glob("*.py")]
 EXPERIMENTS = sorted(path.stem for path in FOLDERS[1].glob("*.py") if "\ndef render(" in path.read_text())
 CPU = torch.device("cpu")
 PLACES = {"cpu/loss": "old", "gpu/loss": "not yet"}
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """The modules of both folders by name; other modules of their names come back afterwards."""
-    names = [path.stem for path in PATHS]
-    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path[:0] = map(str, FOLDERS)
-    yield {name: importlib.import_module(name) for name in names}
-    del sys.path[: len(FOLDERS)]
-    for name in names:
-        del sys.modules[name]
-    sys.modules.update(others)
 
 
 def test_scripts_have_names_of_their_own():
@@ -74,16 +60,20 @@ def results(scripts):
     training = {"curve": [[20, 3.0], [40, 2.5]], "validation": 2.75}
     part = {"part": "STU layers", "of": None, "seconds": [0.02, 0.03]}
     variant = {"variant": "PyTorch alone", "seconds": [0.1, 0.2], "product_rates": [1e11, 2e11]}
+    failed = {"failed": "out of memory"}
+    fine = {"differences": {"logits": 1e-7}, "bounds": {"logits": 1e-6}, "within": True}
     lengths = {"curve": [[0, 0.0], [3, 0.1]], "seconds": [[3, [0.1, 0.2]]], "rates": [[3, [20.0, 30.0]]]}
     made = {
         "conv": {
             "rates": {"flops": 1e11, "bytes": 1e10},
             "batch": 2, "channels": 3, "dtype": "float32",
-            "rows": [row for n in shape.lengths for row in conv.compare(n, shape, CPU, torch.float32)],
+            "rows": [row for n in shape.lengths for row in conv.compare(n, shape, CPU, torch.float32)]
+            + [{"variant": name, "length": 36, **failed} for name in ("chunked", conv.TWO_BRANCH)],
         },
         "layers": {
             "batch": 2, "width": 16, "dtype": "float32",
-            "rows": [row for n in shape.lengths for row in layers.compare(n, shape, CPU, torch.float32, *built)],
+            "rows": [row for n in shape.lengths for row in layers.compare(n, shape, CPU, torch.float32, *built)]
+            + [{"layer": "MLP", "length": 36, **failed}],
         },
         "hotspots": {
             "config": "configs/a.yaml", "dtype": "float32", "tokens": 64, "milliseconds": 5.0,
@@ -93,9 +83,9 @@ def results(scripts):
             "rows": [{
                 "config": "configs/a.yaml", "dtype": "float32", "parameters": 10, "tokens": 64, "shape": (2, 16),
                 "micro_batches": 2, "train_flops": 1e6, "forward_flops": 1e5, "peak_flops": 1e12,
-                "variants": [variant | {"peak_memory_gib": memory} for memory in (None, 1.5)],
+                "variants": [first, *(variant | {"peak_memory_gib": memory} for memory in (None, 1.5))],
                 "parts": [part, part | {"part": "convolution", "of": "STU layers"}],
-            }],
+            } for first in (variant | {"peak_memory_gib": None}, {"variant": "two-branch", **failed})],
         },
         "generation": {
             "shape": "quickstart", "dtype": "float32", "batch": 1, "bandwidth": 1e10, "lengths": [3],
@@ -115,12 +105,39 @@ def results(scripts):
         "loss": {
             "hidden": 8, "vocabulary": 64,
             "rows": [{"variant": name, "tokens": 4, "seconds": [0.1], "bytes": 2**20, "loss": 1.0, **more}
-                     for name, more in {"plain": {}, "chunked": {"differences": [0.0, 1e-7, 1e-7]}}.items()],
+                     for name, more in {"plain": {}, "chunked": {"differences": [0.0, 1e-7, 1e-7]}}.items()]
+            + [{"variant": "liger", "tokens": 4, **failed}],
         },
         "optimizers": {
             "steps": 40, "sweep_steps": 20,
             "rows": [{"optimizer": name, "sweep": [[1e-3, 3.0], [1e-2, 2.9]], "best": 1e-2, **training}
                      for name in ("adamw", "muon")],
+        },
+        "agreement": {
+            "rows": [
+                {"what": "model", "dtype": "float32", "backends": backends, **more}
+                for backends, more in (
+                    ({"conv_backend": "fft", "attention_backend": "sdpa", "loss_backend": "liger"}, fine),
+                    ({}, fine | {"within": False}), ({}, {"failed": "out of memory", "within": False}),
+                    ({}, {"unavailable": "it needs a GPU"}),
+                )
+            ],
+        },
+        "ceilings": {
+            "rows": [{"dtype": "bfloat16", "flops": 8e14, "bytes": 3e12, "peak": 1e15},
+                     {"dtype": "float32", "flops": 8e14, "bytes": 3e12, "peak": None}, {"dtype": "a", **failed}],
+        },
+        "convsweep": {
+            "batch": 2, "channels": 3, "left_out": 1,
+            "rows": [{"settings": {"_CHANNELS": 32}, "length": 24, "forward": [0.1], "total": [0.2]},
+                     {"settings": {"_CHANNELS": 64}, "length": 24, **failed}],
+        },
+        "gputraining": {
+            "config": "configs/a.yaml", "toy": False, "data": "text",
+            "resumed": {"after": 4, "killed_at": 6, "difference": 0.0},
+            "rows": [{"what": "FSDP", "processes": 1, "steps": 2, "tokens_per_second": 1e5, "mfu": mfu,
+                      "memory_gib": 1.5, "losses": [[1, 3.0], [2, None]]} for mfu in (None, 0.3)]
+            + [{"what": "DDP", "processes": 1, "steps": 0, **failed}],
         },
         "imports": {"rows": [{"what": "import a", "seconds": [[0.2, 0.1], [0.3, 0.1]]}]},
         "data": {

@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from flash_stu import UserError
 from flash_stu.data.tokenizer import load_tokenizer
 from flash_stu.model.modeling import FlashSTUForSequenceClassification, FlashSTUForTokenClassification
 
@@ -150,9 +151,17 @@ def test_lora_adapts_the_mixers_if_it_is_not_told(tiny_model, changes):
     ids = torch.randint(0, 61, (2, 9))
     model = peft.get_peft_model(tiny_model(**changes), peft.LoraConfig(init_lora_weights=False))
     adapted = {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
-    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    attention = {"qkv_proj", "o_proj"}
     assert adapted == (attention if "layer_types" in changes else attention | {"in_proj"})
     _agrees_with_itself_merged(model.eval(), ids)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "o_proj"], r".*\.1\.mixer\.(v_proj|o_proj)", ["layers.1.mlp.up_proj"]])
+def test_lora_refuses_parts_of_fused_layers(tiny_model, targets):
+    """PEFT would leave them out without a word, as it would what an older adapter has for them."""
+    peft = pytest.importorskip("peft")
+    with pytest.raises(UserError, match="_proj, which is a part of (qkv|gate_up)_proj"):
+        peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=targets))
 
 
 @pytest.mark.parametrize("name", ["M_filters", "M_phi"])

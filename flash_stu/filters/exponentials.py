@@ -47,7 +47,9 @@ def tail_states(lags: int, offset: int) -> int:
 
 
 @cache
-def tail_map(lags: int, offset: int, both_signs: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tail_map(
+    lags: int, offset: int, both_signs: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns decays (states,), sampled lags (samples,), and the map from a filter there to weights (states, samples).
 
     With them, filter[offset + n] = sum_j decay[j]^n weights[j] for all n < lags - offset.
@@ -57,6 +59,9 @@ def tail_map(lags: int, offset: int, both_signs: bool) -> tuple[torch.Tensor, to
     From offset 33 on, the spectral filters of length 512 to 131,072 are met within 2e-7 of their norm (K = 24), and
     no weight is above 1; of length 128, within 4e-6.
     """
+    if device.type != "cpu":  # kept there too: a copy at every call would have to be waited for
+        decay, points, weights = tail_map(lags, offset, both_signs, torch.device("cpu"))
+        return decay.to(device), points.to(device), weights.to(device)
     first, last = math.log(_SLOWEST / lags), math.log(_FASTEST / offset)
     rates = torch.linspace(first, last, tail_states(lags, offset), dtype=torch.float64).exp()
     decay = torch.exp(-rates).float().double()

@@ -94,7 +94,7 @@ class FlashSTUConfig(PreTrainedConfig):
             Read at every prefill, so it can be changed on a model in use.
         conv_backend: how the STU layers convolve, see flash_stu.ops.conv.choice.
         attention_backend: how the attention layers attend, see flash_stu.ops.attention.choice.
-        loss_backend: how head and loss are computed, see flash_stu.ops.cross_entropy.
+        loss_backend: how head and loss are computed, see flash_stu.ops.cross_entropy.choice.
         use_cache: generate with a cache.
         pad_token_id: token id of padding; None for none.
         bos_token_id: token id that begins a text; None for none.

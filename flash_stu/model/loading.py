@@ -21,6 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from flash_stu.errors import UserError
 from flash_stu.model.config import check_bounds
+from flash_stu.model.layers.linear import FusedLinear, join, separate_layers
 from flash_stu.model.modeling import OPTIONAL_TENSORS, FlashSTUForCausalLM
 from flash_stu.model.weights import StoredTensor, check_finite, check_written, find_tensors
 from flash_stu.reading import read_json
@@ -86,16 +87,30 @@ def check_tensors(directory: Path, config: PreTrainedConfig) -> bool:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{directory}: no causal language model: {_one_line(error)}") from None
-    problem = _difference(found, model)
+    problem = _difference(found, model, _expected(found, model))
     if problem and isinstance(model, FlashSTUForCausalLM):
         raise UserError(f"{directory}: {problem}")
     return problem is None
 
 
-def _difference(found: dict[str, StoredTensor], model: PreTrainedModel) -> str | None:
-    """Returns the first difference between stored tensors and a model's, or None."""
-    tied = set(model.all_tied_weights_keys)
+def _expected(found: dict[str, StoredTensor], model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a model's tensors by the names that a directory has for them; tied ones once."""
+    tied, separate = model.all_tied_weights_keys, {joined[0] for joined in map(join, found) if joined}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    for name, module in model.named_modules():
+        for layer, part in separate_layers(module, name) if isinstance(module, FusedLinear) else ():
+            for key, tensor in part.named_parameters():
+                if f"{name}.{key}" in separate:
+                    expected.pop(f"{name}.{key}", None)
+                    expected[f"{layer}.{key}"] = tuple(tensor.shape)
+    return expected
+
+
+def _difference(
+    found: dict[str, StoredTensor], model: PreTrainedModel, expected: dict[str, tuple[int, ...]]
+) -> str | None:
+    """Returns the first difference between stored tensors and a model's, or None."""
+    tied = model.all_tied_weights_keys
     for name, shape in expected.items():
         optional = any(re.search(pattern, name) for pattern in OPTIONAL_TENSORS)
         if name not in found and not optional:

@@ -7,6 +7,7 @@ parallelism, training or distillation; those act on it from outside.
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    Concatenate,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
+    WeightConverter,
 )
 from transformers import initialization as hf_init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -42,10 +46,11 @@ from flash_stu.model.layers.attention import AttentionWeights, check_implementat
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.documents import Documents
 from flash_stu.model.layers.exact import SpectralFilters
-from flash_stu.model.layers.linear import DepthScaledLinear
+from flash_stu.model.layers.linear import FUSED, DepthScaledLinear, FusedLinear, join, join_tensors
+from flash_stu.model.layers.norm import RMSNorm
 from flash_stu.model.padding import read_mask, restored
 from flash_stu.model.saving import add_remote_code
-from flash_stu.ops.cross_entropy import linear_cross_entropy
+from flash_stu.ops.cross_entropy.choice import linear_cross_entropy
 from flash_stu.ops.parts import Part
 from flash_stu.ops.positions import rotary_angles
 
@@ -65,11 +70,11 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         linear = STU if config.lds_state_dim is None else LDS
         mixer = linear if kind == "linear_attention" else SlidingWindowAttention
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = mixer(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(
         self,
@@ -87,8 +92,11 @@ class Block(GradientCheckpointingLayer):
             index: this block's place in the model.
         """
         states = None if past_key_values is None else past_key_values.states
-        x = x + self.dropout(self.mixer(self.mixer_norm(x), context, states, index))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + self._drop(self.mixer(self.mixer_norm(x), context, states, index))
+        return x + self._drop(self.mlp(self.mlp_norm(x)))
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
 class FlashSTUPreTrainedModel(PreTrainedModel):
@@ -116,7 +124,10 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Called once for every module that holds tensors of its own, so no factor can accumulate.
-        if isinstance(module, DepthScaledLinear):
+        if isinstance(module, FusedLinear):
+            for _, layer in module.separate():
+                self._init_weights(layer)
+        elif isinstance(module, DepthScaledLinear):
             _draw(module, (2 * self.config.num_hidden_layers * module.in_features) ** -0.5)
         elif isinstance(module, nn.Linear):
             _draw(module, module.in_features**-0.5)
@@ -153,9 +164,16 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
         check_implementation(attn_implementation, self.config)
         return attn_implementation
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in torch; the weights may be of layers that are not fused yet."""
+        return super().load_state_dict(
+            join_tensors(state_dict) if any(map(join, state_dict)) else state_dict, *args, **kwargs
+        )
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the directory also loads where nothing of ours is imported (trust_remote_code=True)."""
         Path(save_directory, MANIFEST).unlink(missing_ok=True)  # of what this program had written there before
+        kwargs.setdefault("save_original_format", False)  # fused layers stay so
         super().save_pretrained(save_directory, *args, **kwargs)
         add_remote_code(save_directory)
 
@@ -175,7 +193,7 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.filters = SpectralFilters(config.max_position_embeddings, config.num_filters) if config.uses_stu else None
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.block_types)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -244,6 +262,10 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
             raise UserError("output_attentions is True; that is not done for several documents in a row")
         context = context._replace(documents=documents, weights=past + x.shape[1] if weights else None)
         context = context.in_part(part, cached=bool(use_cache) or cache is not None)
+        if cache is None and documents is None and part is None:
+            mixers = (block.mixer for block in self.layers)
+            attention = next((mixer for mixer in mixers if isinstance(mixer, SlidingWindowAttention)), None)
+            context = context._replace(band=None if attention is None else attention.band(x))
         outputs = self._run(self.dropout(x), context, cache, return_dict=True, **wanted)
         return outputs if alignment is None else restored(outputs, alignment)
 
@@ -402,6 +424,16 @@ class FlashSTUForTokenClassification(GenericForTokenClassification, FlashSTUPreT
 
     accepts_loss_kwargs = False
 
+
+# how from_pretrained reads a model whose layers were not fused yet
+register_checkpoint_conversion_mapping(
+    FlashSTUConfig.model_type,
+    [
+        WeightConverter([rf"\.{part}\." for part in parts], f".{fused}.", [Concatenate(dim=0)])
+        for fused, parts in FUSED.items()
+    ],
+    overwrite=True,
+)
 
 for _auto, _model in (
     (AutoModel, FlashSTUModel),

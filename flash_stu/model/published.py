@@ -198,9 +198,11 @@ def _translate(weights: dict[str, torch.Tensor], config: FlashSTUConfig, path: P
         return tensor
 
     def linear(source: str, target: str, outputs: int, inputs: int) -> None:
-        state[f"{target}.weight"] = take(f"{source}.weight", outputs, inputs)
-        if f"{source}.bias" in left:
-            state[f"{target}.bias"] = take(f"{source}.bias", outputs)
+        """Take a linear layer; its outputs come after those that the target has already."""
+        for key, shape in (("weight", (outputs, inputs)), ("bias", (outputs,))):
+            if key == "weight" or f"{source}.{key}" in left:
+                tensor, there = take(f"{source}.{key}", *shape), state.get(f"{target}.{key}")
+                state[f"{target}.{key}"] = tensor if there is None else torch.cat([there, tensor])
 
     size, inner, filters = config.hidden_size, config.intermediate_size, config.num_filters
     head, embedding, vocabulary = "lm_head.weight", "tok_emb.weight", (config.vocab_size, size)
@@ -219,15 +221,11 @@ def _translate(weights: dict[str, torch.Tensor], config: FlashSTUConfig, path: P
         short = "attn" if kind == "sliding_attention" else "stu"
         state[f"{new}.mixer_norm.weight"] = take(f"{old}.{short}_norm.weight", size)
         state[f"{new}.mlp_norm.weight"] = take(f"{old}.mlp_norm.weight", size)
-        for name, shape in (("gate_proj", (inner, size)), ("up_proj", (inner, size)), ("down_proj", (size, inner))):
-            linear(f"{old}.mlp.{name}", f"{new}.mlp.{name}", *shape)
+        linear(f"{old}.mlp.gate_proj", f"{new}.mlp.gate_up_proj", inner, size)
+        linear(f"{old}.mlp.up_proj", f"{new}.mlp.gate_up_proj", inner, size)
+        linear(f"{old}.mlp.down_proj", f"{new}.mlp.down_proj", size, inner)
         if kind == "sliding_attention":
-            linear(f"{old}.attn.c_attn", f"{new}.mixer.c_attn", 3 * size, size)
-            for suffix in ("weight", "bias"):
-                fused = state.pop(f"{new}.mixer.c_attn.{suffix}", None)
-                if fused is not None:
-                    for name, part in zip(("q_proj", "k_proj", "v_proj"), fused.chunk(3), strict=True):
-                        state[f"{new}.mixer.{name}.{suffix}"] = part.contiguous()
+            linear(f"{old}.attn.c_attn", f"{new}.mixer.qkv_proj", 3 * size, size)
             linear(f"{old}.attn.c_proj", f"{new}.mixer.o_proj", size, size)
         elif config.stu_type == "tensordot":
             state[f"{new}.mixer.in_proj.weight"] = take(f"{old}.stu.M_inputs", size, size).t().contiguous()

@@ -58,9 +58,16 @@ def zero_state(
 
 
 def lds_advance(x: torch.Tensor, decay: torch.Tensor, state: State) -> State:
-    """Returns the state after one more token x (batch, channels): the oldest of its tensors becomes the newest."""
-    dtype = state[0].dtype
-    return (*state[1:], torch.addcmul(x[:, None].to(dtype), decay[:, None].to(dtype), state[0]))
+    """Returns the state after one more token x (batch, channels).
+
+    The oldest of its tensors becomes the newest, in place where no gradient is taken.
+    """
+    oldest = state[0]
+    x, decay = x[:, None].to(oldest.dtype), decay[:, None].to(oldest.dtype)
+    if torch.is_grad_enabled():
+        return (*state[1:], torch.addcmul(x, decay, oldest))
+    torch.addcmul(x, decay, oldest, out=oldest)
+    return (*state[1:], oldest)
 
 
 def lds_chunked(

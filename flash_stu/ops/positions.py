@@ -14,20 +14,23 @@ def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float) -> tuple
         theta: base of the geometric frequencies theta^(-2i / head_dim).
 
     Returns:
-        cosines and sines (batch, 1, length, head_dim / 2), float32.
+        cosines and sines (batch, 1, length, head_dim), float32, as `rotate` takes them: each twice, the first sine
+        with a minus.
 
     Source: Su et al. 2021, RoFormer (arXiv 2104.09864), section 3.2.
     """
     # float64 frequencies: at position 10^6 a float32 angle is off by 0.06 rad
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
     angles = positions[:, None, :, None].double() * theta**-exponent
-    return angles.cos().float(), angles.sin().float()
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (i, i + head_dim / 2) of queries or keys (batch, heads, length, head_dim)."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return torch.addcmul(wide * cos, torch.cat([second, first], dim=-1), sin).to(x.dtype)
 
 
 def alibi_slopes(heads: int, scale: float = 1.0, device: torch.device | str | None = None) -> torch.Tensor:

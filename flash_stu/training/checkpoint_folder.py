@@ -9,16 +9,26 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future as TorchFuture
 
 from flash_stu import files, reading
 from flash_stu.errors import UserError, writing
+from flash_stu.model.layers.linear import join
 from flash_stu.reading import DamagedError
 from flash_stu.settings import first_problem
 
@@ -89,7 +99,7 @@ def open_reader(path: Path) -> tuple[HuggingFaceStorageReader, dict[str, TensorS
         OSError, DamagedError: if a tensor is not there in full.
     """
     names = [str(path / name) for name in tensor_files(path)]
-    reader = HuggingFaceStorageReader(str(path))
+    reader = _Reader(str(path))
     reader.fs.ls = lambda _: names  # pyright: ignore[reportAttributeAccessIssue]  # other files may lie beside them
     saved: dict[str, TensorStorageMetadata] = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
@@ -99,6 +109,39 @@ def open_reader(path: Path) -> tuple[HuggingFaceStorageReader, dict[str, TensorS
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
             raise DamagedError(f"a part of {name} is missing")
     return reader, saved
+
+
+class _Reader(HuggingFaceStorageReader):
+    """Reads layers that were not fused yet when the checkpoint was written as chunks of the tensors that they now are.
+
+    Of a moment's numbers without rows, such as the count of steps, the first part's is everybody's.
+    """
+
+    def read_metadata(self) -> Metadata:
+        metadata = super().read_metadata()
+        tensors = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
+        self._on_disk: dict[MetadataIndex, MetadataIndex] = {}
+        fused: dict[str, dict[int, str]] = {}
+        for name in tensors:
+            if joined := join(name):
+                fused.setdefault(joined[0], {})[joined[1]] = name
+        for name, parts in fused.items():
+            entries = [(part, tensors.pop(part)) for _, part in sorted(parts.items())]
+            whole = TensorStorageMetadata(entries[0][1].properties, torch.Size(), [])
+            for part, entry in entries[: None if entries[0][1].size else 1]:
+                start = whole.size[0] if whole.size else 0
+                for chunk in entry.chunks:
+                    offsets = torch.Size([start + chunk.offsets[0], *chunk.offsets[1:]] if entry.size else [])
+                    self._on_disk[MetadataIndex(name, offsets)] = MetadataIndex(part, chunk.offsets)
+                    whole.chunks.append(ChunkStorageMetadata(offsets, chunk.sizes))
+                whole.size = torch.Size([start + entry.size[0], *entry.size[1:]] if entry.size else [])
+            tensors[name] = whole
+        return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> TorchFuture[None]:
+        places = [self._on_disk.get(item.storage_index, item.storage_index) for item in plan.items]
+        items = [replace(item, storage_index=place) for item, place in zip(plan.items, places, strict=True)]
+        return super().read_data(replace(plan, items=items), planner)
 
 
 def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flash_stu.errors import UserError
 from flash_stu.model.config import FlashSTUConfig
+from flash_stu.model.layers.linear import separate_layers
 from flash_stu.model.loading import resolve_model_dir
 from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.model.weights import StoredTensor, check_finite, find_tensors
@@ -32,8 +33,9 @@ def initialize(model: FlashSTUForCausalLM, device: torch.device, seed: int) -> N
     """Give a model on the meta device, sharded by FSDP2 or not, its initial weights, in place."""
 
     def fill(module: nn.Module, name: str) -> None:
-        torch.manual_seed(_module_seed(seed, name))
-        model.initialize_module(module)
+        for layer_name, layer in separate_layers(module, name):
+            torch.manual_seed(_module_seed(seed, layer_name))
+            model.initialize_module(layer)
 
     _materialize(model, device, fill)
 
@@ -60,8 +62,8 @@ def read_initial_weights(model: FlashSTUForCausalLM, device: torch.device, direc
     stored = check_initial_weights(directory)
 
     def fill(module: nn.Module, name: str) -> None:
-        for key, tensor in _own_tensors(module):
-            weight = f"{name}.{key}"
+        layers = [(name, module)] if f"{name}.weight" in stored else separate_layers(module, name)
+        for weight, tensor in ((f"{layer}.{key}", t) for layer, part in layers for key, t in _own_tensors(part)):
             if weight not in stored and model.may_be_missing(weight):
                 tensor.zero_()  # as they are in a distilled model that is made trainable
                 continue

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from flash_stu.model.layers.linear import FusedLinear
 from flash_stu.model.modeling import Block
 from flash_stu.training.muon import Muon
 from flash_stu.training.run_config import OptimizerConfig
@@ -35,16 +36,16 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     """Returns the optimizers of a model's parameters; each parameter is in exactly one of them.
 
     Parameters of two or more dimensions decay, norms and biases do not. With "muon", Muon takes the weight matrices of
-    the blocks' linear layers and AdamW the rest: embedding and head, whose rows are used one at a time, the STU's
-    coefficients and taps, which are no maps between features, and vectors. Muon's updates are scaled to the size of
-    AdamW's, so that one learning rate and one weight decay serve both.
+    the blocks' linear layers, of fused ones the parts, and AdamW the rest: embedding and head, whose rows are used one
+    at a time, the STU's coefficients and taps, which are no maps between features, and vectors. Muon's updates are
+    scaled to the size of AdamW's, so that one learning rate and one weight decay serve both.
 
     Call it after the parallel strategy was applied, since sharding replaces the parameters.
 
     Source: Loshchilov and Hutter 2019 (arXiv 1711.05101); Muon: Jordan et al. 2024, with the scaling of Liu et al. 2025
     (arXiv 2502.16982), eq. 4.
     """
-    matrices = _block_matrices(model) if config.name == "muon" else []
+    matrices = _block_matrices(model) if config.name == "muon" else {}
     taken = {id(p) for p in matrices}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     groups = [
@@ -70,11 +71,15 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     return optimizers
 
 
-def _block_matrices(model: nn.Module) -> list[torch.Tensor]:
-    """Returns the trained weights of the linear layers within the model's blocks, in the order of the parameters."""
+def _block_matrices(model: nn.Module) -> dict[torch.Tensor, tuple[int, ...]]:
+    """Returns the trained weights of the linear layers within the model's blocks, and the rows of their parts."""
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     linears = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
-    return [linear.weight for linear in linears if linear.weight.requires_grad]
+    return {
+        linear.weight: tuple(linear.parts.values()) if isinstance(linear, FusedLinear) else (linear.out_features,)
+        for linear in linears
+        if linear.weight.requires_grad
+    }
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], value: float) -> None:

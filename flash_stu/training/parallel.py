@@ -98,9 +98,8 @@ def parallelize(model: FlashSTUForCausalLM, config: RunConfig, world: World) -> 
         world: the processes.
 
     Returns:
-        the module to call. Parameters stay float32. With dtype bfloat16 the products run in bfloat16: by
-        autocast, or by FSDP's mixed precision with float32 reduction, where the residual stream is bfloat16
-        too.
+        the module to call. Parameters stay float32. With dtype bfloat16 the products run in bfloat16, and the residual
+        stream is: by autocast from the embedding on, or by FSDP's mixed precision with float32 reduction.
 
     Raises:
         UserError: for replicas that do not divide the processes, or initial weights that do not fit.
@@ -115,6 +114,7 @@ def parallelize(model: FlashSTUForCausalLM, config: RunConfig, world: World) -> 
     else:
         read_initial_weights(model, world.device, config.train.initial_weights)
     if bfloat16 and strategy != "fsdp":
+        model.model.embed_tokens.register_forward_hook(lambda _module, _inputs, x: x.bfloat16())
         model.forward = torch.autocast(world.device.type, torch.bfloat16)(model.forward)
     if strategy == "ddp":
         devices = [world.device] if world.device.type == "cuda" else None

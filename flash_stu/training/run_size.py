@@ -8,7 +8,7 @@ from tabulate import tabulate
 from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.model.modeling import FlashSTUForCausalLM
-from flash_stu.ops.cross_entropy import CHUNK_BYTES
+from flash_stu.ops.cross_entropy.chunked import CHUNK_BYTES
 from flash_stu.ops.parts import part_size
 from flash_stu.training.initialization import build_model
 from flash_stu.training.parallel import check_context, resolve_resharding, resolve_strategy
@@ -74,11 +74,10 @@ def estimate_memory(model: FlashSTUForCausalLM, config: RunConfig, strategy: str
     Parameters, gradients and the two moments of AdamW (Muon has one) are float32 and divided among the processes of
     a replica by FSDP, where gathered weights and unreduced gradients come on top: of two blocks and the embedding, or
     of the whole model where weights stay gathered or gradients are accumulated. For each token a block keeps about 7.5
-    vectors of hidden_size (in bfloat16 if the residual stream is, which takes FSDP, else float32) and 4 of
-    intermediate_size in compute precision; an attention block besides queries, keys, values and outputs, as its GPU
-    kernels do, an STU block with output taps its outputs before rounding. Tokens are those of a part, where sequences
-    are in parts. With checkpointing it keeps its input, if
-    selective also the results of its products, and one block at a time the rest.
+    vectors of hidden_size and 4 of intermediate_size in compute precision; an attention block besides queries, keys,
+    values and outputs, as its GPU kernels do, an STU block with output taps its outputs before rounding. Tokens are
+    those of a part, where sequences are in parts. With checkpointing it keeps its input, if selective also the results
+    of its products, and one block at a time the rest.
     """
     train, shape = config.train, config.model
     parameters = model.num_parameters()
@@ -94,28 +93,26 @@ def estimate_memory(model: FlashSTUForCausalLM, config: RunConfig, strategy: str
         gathered += (parameters if accumulates else in_turn) * 4  # gradients that are not reduced yet
     elif size == 2:
         gathered = parameters * 2  # autocast's copies
-    residual = size if strategy == "fsdp" else 4
     parts = config.parallel.context * train.sequence_chunks
     tokens = train.micro_batch_size * (part_size(train.sequence_length, parts) if parts > 1 else train.sequence_length)
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     attends = [kind == "sliding_attention" for kind in shape["layer_types"]]
     solved = 4 * hidden * bool(model.config.stu_output_taps)
     blocks = [
-        tokens * (7.5 * residual * hidden + size * 4 * inner + (size * 4 * hidden if attention else solved))
+        tokens * (size * (7.5 * hidden + 4 * inner) + (size * 4 * hidden if attention else solved))
         for attention in attends
     ]
     kept = {
         "none": 0,
         "selective": sum(
-            tokens
-            * (residual * hidden + size * (2 * inner + hidden * (6 if attention else 3)) + solved * (not attention))
+            tokens * (size * (2 * inner + hidden * (7 if attention else 4)) + solved * (not attention))
             for attention in attends
         ),
-        "full": len(blocks) * tokens * residual * hidden,
+        "full": len(blocks) * tokens * size * hidden,
     }[train.activation_checkpointing]
     return {
         "states": states,
         "gathered and cast weights": gathered,
         "activations": int(max(blocks) + kept if train.activation_checkpointing != "none" else sum(blocks)),
-        "logits": min(6 * tokens * shape["vocab_size"], CHUNK_BYTES),
+        "logits": min(size * tokens * shape["vocab_size"], CHUNK_BYTES["cuda"]),
     }

@@ -28,7 +28,7 @@ from flash_stu.model.config import LARGEST_LENGTH
 from flash_stu.ops.backends import why_not
 from flash_stu.ops.conv.choice import CHUNK, causal_conv, spectral_conv
 from flash_stu.ops.conv.fft import fft_size
-from flash_stu.results import environment, finish, page, spread, table
+from flash_stu.results import environment, failure_cells, finish, page, save, spread, table
 
 TWO_BRANCH = "two-branch FFT (published form)"
 NAMES = {"polyphase FFT": "fft", "chunked": "chunked", "Triton": "triton", "polyphase flashfftconv": "flashfftconv"}
@@ -91,9 +91,8 @@ def operations(name: str, batch: int, length: int, channels: int) -> float:
     steps = -(-length // 2)
     if name == "direct sum":
         return 3 * 2 * batch * 2 * channels * steps * (steps + 1) / 2
-    if name in ("chunked", "Triton"):  # a band for every channel, in three products; or for every feature, in two
-        bands = 3 if name == "chunked" else 2 * FEATURES
-        return batch * length * channels * (bands * 4 * CHUNK[name.lower()] + 10 * STATES)
+    if name in ("chunked", "Triton"):  # a band of near lags for every channel, in three products
+        return batch * length * channels * (3 * 4 * CHUNK[name.lower()] + 10 * STATES)
     if name.startswith("two-branch"):
         size, signals = 2 << (length - 1).bit_length(), 2 * batch
     elif name.startswith("one"):
@@ -119,7 +118,8 @@ def compare(length: int, args: Namespace, device: torch.device, dtype: torch.dty
     compared = variants(filters_of(length).to(device), device, dtype, length <= args.direct_up_to)
     calls = {name: lambda f=f: forward_and_backward(f, (x, weights)) for name, f in compared.items()}
     moved = 5 * x.numel() * x.element_size()
-    return [
+    failed: dict[str, str] = {}
+    rows = [
         {
             "variant": name,
             "length": length,
@@ -128,25 +128,36 @@ def compare(length: int, args: Namespace, device: torch.device, dtype: torch.dty
             "flops": operations(name, args.batch, length, args.channels),
             "bytes": moved,
         }
-        for name, samples in take_turns(calls, args.repeats, args.seconds).items()
+        for name, samples in take_turns(calls, args.repeats, args.seconds, failed).items()
     ]
+    return rows + [{"variant": name, "length": length, "failed": reason} for name, reason in failed.items()]
+
+
+def measured(rows: list[dict]) -> list[dict]:
+    """Those rows that have figures."""
+    return [row for row in rows if "failed" not in row]
 
 
 def render(results: dict) -> str:
     """One table of all lengths and variants, and how the time grows."""
     rates, rows = results["rates"], []
+    references = {
+        r["length"]: statistics.median(r["total"]) for r in measured(results["rows"]) if r["variant"] == TWO_BRANCH
+    }
     for row in results["rows"]:
-        of_length = [other for other in results["rows"] if other["length"] == row["length"]]
-        reference = next(statistics.median(other["total"]) for other in of_length if other["variant"] == TWO_BRANCH)
+        label = f"{row['length']:,}: {row['variant']}"
+        if "failed" in row:
+            rows.append([label, *failure_cells(row, 5)])
+            continue
         taken = statistics.median(row["total"])
         share, over = row["flops"] / taken / rates["flops"], taken / (row["bytes"] / rates["bytes"])
-        label = f"{row['length']:,}: {row['variant']}"
+        reference = references.get(row["length"])
         rows.append(
             [
                 label,
                 spread(row["forward"]),
                 spread(row["total"]),
-                f"{reference / taken:.1f}x",
+                "" if reference is None else f"{reference / taken:.1f}x",
                 f"{share:.0%}",
                 f"{over:,.1f}x",
             ]
@@ -163,7 +174,7 @@ def render(results: dict) -> str:
         f"Batch {results['batch']}, {results['channels']} channels, {results['dtype']}; a matrix product runs at "
         f"{rates['flops'] / 1e9:,.0f} GFLOP/s, a copy at {rates['bytes'] / 1e9:,.1f} GB/s."
     )
-    return page(results, shape, table(header, rows), growth(results["rows"]), fastest(results["rows"]))
+    return page(results, shape, table(header, rows), growth(measured(results["rows"])), fastest(results["rows"]))
 
 
 def growth(rows: list[dict]) -> str:
@@ -185,26 +196,28 @@ def fastest(rows: list[dict]) -> str:
     """Which of the back ends won at each length."""
     winners = []
     for length in sorted({row["length"] for row in rows}):
-        mine = [row for row in rows if row["length"] == length and row["variant"] in NAMES]
-        best = min(mine, key=lambda row: statistics.median(row["total"]))
-        winners.append(f"`{NAMES[best['variant']]}` at {length:,}")
+        mine = [row for row in measured(rows) if row["length"] == length and row["variant"] in NAMES]
+        if mine:
+            best = min(mine, key=lambda row: statistics.median(row["total"]))
+            winners.append(f"`{NAMES[best['variant']]}` at {length:,}")
     return f"Fastest back end: {', '.join(winners)}."
 
 
 def plot(results: dict, path: Path) -> None:
     title = f"batch {results['batch']}, {results['channels']} channels, {results['dtype']}"
-    moved = {row["length"]: row["bytes"] / results["rates"]["bytes"] for row in results["rows"]}
-    against_length(results["rows"], "variant", path, title, {"moving the activations once": moved})
+    rows = measured(results["rows"])
+    moved = {row["length"]: row["bytes"] / results["rates"]["bytes"] for row in rows}
+    against_length(rows, "variant", path, title, {"moving the activations once": moved})
 
 
 def main() -> None:
     device = default_device()
+    cuda = device.type == "cuda"
+    lengths = [2048, 8192, 32768] if cuda else [512, 2048, 8192, 32768, 131072]
     parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "--lengths", type=integer(1, LARGEST_LENGTH), nargs="+", default=[512, 2048, 8192, 32768, 131072]
-    )
-    parser.add_argument("--channels", type=integer(1, 2**17), default=1024 if device.type == "cuda" else 256)
-    parser.add_argument("--batch", type=integer(1, 2**16), default=8 if device.type == "cuda" else 1)
+    parser.add_argument("--lengths", type=integer(1, LARGEST_LENGTH), nargs="+", default=lengths)
+    parser.add_argument("--channels", type=integer(1, 2**17), default=1024 if cuda else 256)
+    parser.add_argument("--batch", type=integer(1, 2**16), default=4 if cuda else 1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=integer(1, 10000), default=7)
     parser.add_argument("--seconds", type=SECONDS, default=10, help="a variant that took so long is not repeated")
@@ -228,6 +241,7 @@ def main() -> None:
     for length in args.lengths:
         print(f"{length:,} tokens", flush=True)
         results["rows"] += compare(length, args, device, dtype)
+        save(f"conv-{args.dtype}", results, args.output)
     finish(f"conv-{args.dtype}", results, render, plot, args.output)
 
 

@@ -24,7 +24,7 @@ from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.model.config import LARGEST_LENGTH
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.modeling import FlashSTUModel
-from flash_stu.results import environment, finish, page, spread, table
+from flash_stu.results import environment, failure_cells, finish, page, save, spread, table
 
 LAYERS = ("STU", "LDS", "sliding-window attention", "MLP")
 
@@ -67,31 +67,30 @@ def compare(
 
         return forward_and_backward(run, (x, *layer.parameters()))
 
-    taken = take_turns({name: lambda name=name: call(name) for name in layers}, args.repeats, args.seconds)
-    return [
+    failed: dict[str, str] = {}
+    taken = take_turns({name: lambda name=name: call(name) for name in layers}, args.repeats, args.seconds, failed)
+    rows = [
         {"layer": name, "length": length, "forward": [f for f, _ in samples], "total": [t for _, t in samples]}
         for name, samples in taken.items()
     ]
+    return rows + [{"layer": name, "length": length, "failed": reason} for name, reason in failed.items()]
 
 
 def render(results: dict) -> str:
     """One table of all lengths and layers."""
-    rows = [
-        [
-            f"{row['length']:,}: {row['layer']}",
-            spread(row["forward"]),
-            spread(row["total"]),
-            f"{results['batch'] * row['length'] / statistics.median(row['total']):,.0f}",
-        ]
-        for row in results["rows"]
-    ]
+    rows = []
+    for row in results["rows"]:
+        cells = failure_cells(row, 3) if "failed" in row else [spread(row["forward"]), spread(row["total"])]
+        if "failed" not in row:
+            cells.append(f"{results['batch'] * row['length'] / statistics.median(row['total']):,.0f}")
+        rows.append([f"{row['length']:,}: {row['layer']}", *cells])
     shape = f"Batch {results['batch']}, width {results['width']}, {results['dtype']}."
     return page(results, shape, table(["length: layer", "forward, ms", "forward + backward, ms", "tokens/s"], rows))
 
 
 def plot(results: dict, path: Path) -> None:
     title = f"batch {results['batch']}, width {results['width']}, {results['dtype']}"
-    against_length(results["rows"], "layer", path, title)
+    against_length([row for row in results["rows"] if "failed" not in row], "layer", path, title)
 
 
 def main() -> None:
@@ -102,10 +101,10 @@ def main() -> None:
         "--lengths",
         type=integer(1, LARGEST_LENGTH),
         nargs="+",
-        default=[1024, 8192, 32768] if cuda else [1024, 4096, 16384],
+        default=[2048, 8192, 32768] if cuda else [1024, 4096, 16384],
     )
     parser.add_argument("--width", type=integer(16, 2**17), default=1024 if cuda else 256, help="divisible by 16")
-    parser.add_argument("--batch", type=integer(1, 2**16), default=8 if cuda else 1)
+    parser.add_argument("--batch", type=integer(1, 2**16), default=4 if cuda else 1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
     parser.add_argument("--repeats", type=integer(1, 10000), default=7)
     parser.add_argument("--seconds", type=SECONDS, default=10, help="a layer that took so long is not repeated")
@@ -119,6 +118,7 @@ def main() -> None:
     for length in args.lengths:
         print(f"{length:,} tokens", flush=True)
         results["rows"] += compare(length, args, device, dtype, layers, context)
+        save(f"layers-{args.dtype}", results, args.output)
     finish(f"layers-{args.dtype}", results, render, plot, args.output)
 
 

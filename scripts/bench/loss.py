@@ -1,12 +1,13 @@
-"""Time and memory of the head's loss, forward and backward: plain, in chunks, and Liger's where it is installed.
+"""Time and memory of the head's loss, forward and backward: plain, in chunks, and by Triton kernels on a GPU.
 
     python scripts/bench/loss.py [--tokens 2048] [--chunked-tokens 512 8192] [--hidden 1024] [--vocabulary 200064]
-        [--output results/cpu]
+        [--dtype bfloat16] [--output results/cpu]
 
-Each measurement has a process of its own. Numbers of tokens without the plain loss are there for the memory: one call.
-Memory is the peak above the inputs, the weight and their gradients: of the process on the CPU, of PyTorch's allocator
-on a GPU. Differences are the largest ones, relative to the largest entry of the plain loss's gradient. The plain loss
-at 2,048 tokens of the default shape takes about 6 GiB.
+Weights are float32; with --dtype bfloat16 the loss runs under autocast, as it does in training. Each measurement has a
+process of its own; one that fails, out of memory for example, says so in its row. Numbers of tokens without the plain
+loss are there for the memory: one call. Memory is the peak above the inputs, the weight and their gradients: of the
+process on the CPU, of PyTorch's allocator on a GPU. Differences are the largest ones, relative to the largest entry of
+the plain loss's gradient. The plain loss at 2,048 tokens of the default shape takes about 6 GiB.
 """
 
 import json
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,14 +28,15 @@ from torch.nn import functional as F
 
 from flash_stu.arguments import integer, output_directory, output_file
 from flash_stu.devices import default_device
-from flash_stu.errors import ArgumentParser, UserError, run_cli
+from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.files import replacing_file
 from flash_stu.model.config import LARGEST_LENGTH
-from flash_stu.ops.backends import why_not
-from flash_stu.ops.cross_entropy import linear_cross_entropy
-from flash_stu.results import environment, finish, page, spread, table
+from flash_stu.ops.cross_entropy import BACKENDS
+from flash_stu.ops.cross_entropy.choice import linear_cross_entropy
+from flash_stu.results import environment, failure_cells, finish, page, save, spread, table
 
 ROWS = 8192  # of the weight's gradient compared at a time
+OTHERS = [name for name in BACKENDS if name != "auto"]
 
 
 def loss_of(variant: str, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -65,13 +68,16 @@ def measure(args: Namespace) -> dict:
     before, taken, losses = peak_bytes(device), [], []
 
     def there_and_back() -> None:
-        loss = loss_of(args.variant, hidden, weight, labels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss = loss_of(args.variant, hidden, weight, labels)
         loss.backward()
         losses.append(loss.item())
 
-    for _ in range(args.repeats):
+    for turn in range(args.repeats + (device.type == "cuda")):  # there the first call loads and compiles kernels
         hidden.grad = weight.grad = None
-        taken.append(seconds(there_and_back, device))
+        second = seconds(there_and_back, device)
+        if turn or device.type != "cuda":
+            taken.append(second)
     gradients = (hidden.numel() + weight.numel()) * weight.itemsize
     result = {"seconds": taken, "bytes": peak_bytes(device) - before - gradients, "loss": losses[-1]}
     if args.save:
@@ -84,13 +90,14 @@ def measure(args: Namespace) -> dict:
 def in_a_process(args: Namespace, variant: str, tokens: int, repeats: int, save: Path | None = None) -> dict:
     """The same in a fresh process."""
     print(f"{variant}, {tokens:,} tokens", flush=True)
-    options = {"variant": variant, "tokens": tokens, "hidden": args.hidden, "vocabulary": args.vocabulary}
+    options = {"variant": variant, "tokens": tokens, **{k: getattr(args, k) for k in ("hidden", "vocabulary", "dtype")}}
     command = [sys.executable, __file__, f"--repeats={repeats}"]
     command += [f"--{key}={value}" for key, value in (options | ({"save": save} if save else {})).items()]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        raise UserError(f"the {variant} loss of {tokens} tokens ended with status {run.returncode}; see above")
-    return {"variant": variant, "tokens": tokens, **json.loads(run.stdout)}
+        lines = run.stderr.strip().splitlines() or [f"ended with status {run.returncode}"]
+        return {"variant": variant, "tokens": tokens, "failed": lines[-1].removeprefix("error: ")[:160]}
+    return {"variant": variant, "tokens": tokens, **json.loads(run.stdout.splitlines()[-1])}
 
 
 def largest_difference(path: Path, reference: Path, name: str) -> float:
@@ -105,26 +112,36 @@ def largest_difference(path: Path, reference: Path, name: str) -> float:
     return difference / largest
 
 
-def compare(args: Namespace) -> list[dict]:
-    """All variants at --tokens, with their differences from the plain loss; then the others at other numbers."""
-    others = ["chunked"] + (["liger"] if why_not("liger") is None else [])
+def compare(args: Namespace, rows: list[dict]) -> Iterator[None]:
+    """Add all variants at --tokens, with their differences from the plain loss; then the others at other numbers."""
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder, "plain")
         plain = in_a_process(args, "plain", args.tokens, args.repeats, reference)
-        rows = [plain]
-        for variant in others:
+        rows.append(plain)
+        for variant in OTHERS:
             path = Path(folder, variant)
             row = in_a_process(args, variant, args.tokens, args.repeats, path)
-            differences = [abs(row["loss"] - plain["loss"]) / abs(plain["loss"])]
-            differences += [largest_difference(path, reference, name) for name in ("hidden", "weight")]
-            rows.append(row | {"differences": differences})
-            path.unlink()
-    return rows + [in_a_process(args, variant, n, 1) for n in args.chunked_tokens for variant in others]
+            if "failed" not in row | plain:
+                differences = [abs(row["loss"] - plain["loss"]) / abs(plain["loss"])]
+                differences += [largest_difference(path, reference, name) for name in ("hidden", "weight")]
+                row["differences"] = differences
+            rows.append(row)
+            path.unlink(missing_ok=True)
+            yield
+    for tokens in args.chunked_tokens:
+        for variant in (row["variant"] for row in rows[1 : 1 + len(OTHERS)] if not _absent(row)):
+            rows.append(in_a_process(args, variant, tokens, 1))
+            yield
+
+
+def _absent(row: dict) -> bool:
+    return "is not available" in row.get("failed", "")
 
 
 def render(results: dict) -> str:
     """One table of all variants."""
-    shape = f"Width {results['hidden']:,}, vocabulary {results['vocabulary']:,}, float32."
+    dtype = results.get("dtype", "float32")
+    shape = f"Width {results['hidden']:,}, vocabulary {results['vocabulary']:,}, {dtype}."
     header = [
         "loss",
         "tokens",
@@ -138,8 +155,7 @@ def render(results: dict) -> str:
         [
             row["variant"],
             f"{row['tokens']:,}",
-            spread(row["seconds"], 1),
-            f"{row['bytes'] / 2**30:.2f}",
+            *(failure_cells(row, 2) if "failed" in row else (spread(row["seconds"], 1), f"{row['bytes'] / 2**30:.2f}")),
             *(f"{difference:.1e}" for difference in row.get("differences", [])),
         ]
         for row in results["rows"]
@@ -148,9 +164,10 @@ def render(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    labels = [f"{row['variant']}, {row['tokens']:,} tokens" for row in results["rows"]]
-    taken = [row["seconds"] for row in results["rows"]]
-    memory = [[row["bytes"] / 2**30] for row in results["rows"]]
+    rows = [row for row in results["rows"] if "failed" not in row]
+    labels = [f"{row['variant']}, {row['tokens']:,} tokens" for row in rows]
+    taken = [row["seconds"] for row in rows]
+    memory = [[row["bytes"] / 2**30] for row in rows]
     panels = {"forward + backward, s": taken, "memory, GiB": memory}
     bars({title: dict(zip(labels, samples, strict=True)) for title, samples in panels.items()}, path)
 
@@ -168,15 +185,18 @@ def main() -> None:
     parser.add_argument("--hidden", type=integer(1, 2**17), default=1024)
     parser.add_argument("--vocabulary", type=integer(2, 2**24), default=200064)
     parser.add_argument("--repeats", type=integer(1, 10000), default=3)
-    parser.add_argument("--variant", choices=["plain", "chunked", "liger"], help="measure one in this process")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--variant", choices=["plain", *OTHERS], help="measure one in this process")
     parser.add_argument("--save", type=output_file, help="with --variant: write its gradients to this file")
     parser.add_argument("--output", type=output_directory, metavar="DIR", help="write loss.json and .png there")
     args = parser.parse_args()
     if args.variant:
         print(json.dumps(measure(args)))
         return
-    results = {"environment": environment(default_device()), "hidden": args.hidden, "vocabulary": args.vocabulary}
-    results["rows"] = compare(args)
+    results = {"environment": environment(default_device()), "rows": []}
+    results |= {"hidden": args.hidden, "vocabulary": args.vocabulary, "dtype": args.dtype}
+    for _ in compare(args, results["rows"]):
+        save("loss", results, args.output)
     finish("loss", results, render, plot, args.output)
 
 

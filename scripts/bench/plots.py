@@ -35,6 +35,7 @@ def against_length(rows: list[dict], kind: str, path: Path, title: str, limits: 
 
 def bars(groups: dict[str, dict[str, list[float]]], path: Path, log: bool = False) -> None:
     """Draw horizontal bars of medians with their range, a panel for each group: {what and unit: {name: samples}}."""
+    groups = groups or {"nothing was measured": {}}
     figure, grid = panels(len(groups), height=1.2 + 0.3 * max(map(len, groups.values())))
     for axes, (title, group) in zip(grid, groups.items(), strict=True):
         medians, reach = _range(list(group.values()))

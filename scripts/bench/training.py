@@ -4,14 +4,15 @@
 
 A step is the trainer's: micro batches forward and backward, gradient clipping, optimizer; the tokens are random, so no
 data is needed. Variants take the same step with the two-branch FFT of the published code, with one back end changed at
-a time as far as it is available, and as the config has it. The parts are timed alone, forward and backward, at the
-step's shapes, so they need not add up to it. The rate of a large matrix product is measured between the steps, and the
-model's FLOPs (flash_stu/training/flops.py) are given as a share of it. On a CPU: --config configs/quickstart.yaml.
+a time as far as it is available, and as the config has it; one that fails says so in its row. The parts are timed
+alone, forward and backward, at the step's shapes, so they need not add up to it. The rate of a large matrix product is
+measured between the steps, and the model's FLOPs (flash_stu/training/flops.py) are given as a share of it. On a CPU:
+--config configs/quickstart.yaml.
 """
 
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from conv import two_branch_fft
-from measuring import seconds
+from measuring import attempt, seconds
 from plots import bars
 
 from flash_stu.arguments import input_file, integer, output_directory
@@ -32,8 +33,9 @@ from flash_stu.model.modeling import Block, FlashSTUForCausalLM
 from flash_stu.ops.attention.choice import sliding_window_attention
 from flash_stu.ops.backends import why_not
 from flash_stu.ops.conv.choice import spectral_conv
-from flash_stu.ops.cross_entropy import linear_cross_entropy
-from flash_stu.results import environment, finish, page, spread, table
+from flash_stu.ops.cross_entropy import BACKENDS
+from flash_stu.ops.cross_entropy.choice import linear_cross_entropy
+from flash_stu.results import environment, failure_cells, finish, page, save, spread, table
 from flash_stu.training import RunConfig, join_world, load_config
 from flash_stu.training.flops import forward_flops, peak_flops, train_flops
 from flash_stu.training.initialization import build_model
@@ -50,7 +52,7 @@ CHOICES = {
     "with triton": {"conv_backend": "triton"},
     "with flashfftconv": {"conv_backend": "flashfftconv"},
     "with flash_attn": {"attention_backend": "flash_attn"},
-    "with liger": {"loss_backend": "liger"},
+    **{f"with {name} loss": {"loss_backend": name} for name in BACKENDS if name not in ("auto", "chunked")},
 }
 
 
@@ -125,40 +127,47 @@ class Bench:
 
         return 10 * 2 * side**3 / seconds(products, self.device)
 
-    def run(self) -> dict:
-        """All variants; the parts of the last one, the config's own."""
-        variants, parameters, parts = [], 0, []
-        for name, changes in self.variants().items():
-            gc.collect()  # the model before
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            model, optimizers = self.build(name, changes)
-            for _ in range(WARM_UP):
-                self.step(model, optimizers)
-                self.product_rate()
-            taken, rates = [], []
-            for _ in range(self.repeats):  # in turn, so that a drifting clock hits both alike
-                taken.append(seconds(lambda m=model, o=optimizers: self.step(m, o), self.device))
-                rates.append(self.product_rate())
-            # of a CPU's process, the variants before count too
-            memory = peak_memory(self.device) if self.device.type == "cuda" else None
-            variants.append({"variant": name, "seconds": taken, "product_rates": rates, "peak_memory_gib": memory})
-            parameters = model.num_parameters()
-            if name == list(self.variants())[-1]:
-                parts = self.parts(model, optimizers)
-            del model, optimizers
-        return {
-            "parameters": parameters,
+    def run(self, row: dict) -> Iterator[None]:
+        """Add all variants to a row, and the parts of the last one, the config's own; yields when there is more."""
+        row |= {
+            "parameters": build_model(self.config.architecture()).num_parameters(),
             "tokens": self.micro_batches * self.shape[0] * self.shape[1],
             "shape": self.shape,
             "micro_batches": self.micro_batches,
             "train_flops": train_flops(self.config.architecture(), self.shape[1]),
             "forward_flops": forward_flops(self.config.architecture(), self.shape[1]),
             "peak_flops": peak_flops(self.device, self.dtype),
-            "variants": variants,
-            "parts": parts,
+            "variants": [],
+            "parts": [],
         }
+        variants = self.variants()
+        for name, changes in variants.items():
+            last = name == list(variants)[-1]
+            measured, reason = attempt(lambda n=name, c=changes, last=last: self.variant(n, c, last))
+            row["variants"].append({"variant": name, **({"failed": reason} if reason else measured[0])})
+            if last and not reason:
+                row["parts"] = measured[1]
+            yield
+
+    def variant(self, name: str, changes: dict[str, str], parts: bool) -> tuple[dict, list[dict]]:
+        """Returns the steps' seconds, products' rates and peak memory, and if wanted the parts."""
+        cuda = self.device.type == "cuda"
+        gc.collect()  # the model before
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        model, optimizers = self.build(name, changes)
+        for _ in range(WARM_UP):
+            self.step(model, optimizers)
+            self.product_rate()
+        taken, rates = [], []
+        for _ in range(self.repeats):  # in turn, so that a drifting clock hits both alike
+            taken.append(seconds(lambda: self.step(model, optimizers), self.device))
+            rates.append(self.product_rate())
+        # of a CPU's process, the variants before count too
+        memory = peak_memory(self.device) if cuda else None
+        row = {"seconds": taken, "product_rates": rates, "peak_memory_gib": memory}
+        return row, self.parts(model, optimizers) if parts else []
 
     def parts(self, model: FlashSTUForCausalLM, optimizers: list[torch.optim.Optimizer]) -> list[dict]:
         """Seconds that each part of the model would take in a step if every call took as long as it does alone."""
@@ -201,7 +210,11 @@ class Bench:
                     for n in (mixer.heads, mixer.kv_heads, mixer.kv_heads)
                 ]
                 attend = partial(
-                    sliding_window_attention, window=mixer.window, softcap=mixer.softcap, backend=mixer.backend
+                    sliding_window_attention,
+                    window=mixer.window,
+                    softcap=mixer.softcap,
+                    backend=mixer.backend,
+                    band=context.band,
                 )
                 add("attention", name, count, lambda q, k, v, attend=attend: attend(q, k, v), *heads)
         add("MLPs", None, len(layers), layers[0].mlp.forward, normed)
@@ -246,18 +259,24 @@ def render(results: dict) -> str:
 
 def _tables(row: dict) -> list[str]:
     batch, length = row["shape"]
-    rates = [rate for variant in row["variants"] for rate in variant["product_rates"]]
+    variants = [variant for variant in row["variants"] if "failed" not in variant]
+    rates = [rate for variant in variants for rate in variant["product_rates"]]
     shape = (
         f"{Path(row['config']).stem}, {row['dtype']}: {row['parameters']:,} parameters, "
         f"{row['train_flops'] / 1e9:.3g} GFLOPs a token; a step is {row['micro_batches']} x {batch} x {length:,} "
-        f"tokens; a matrix product runs at {spread(rates, 1e-9)} GFLOP/s."
+        f"tokens"
     )
-    reference = statistics.median(row["variants"][0]["seconds"])
+    shape += f"; a matrix product runs at {spread(rates, 1e-9)} GFLOP/s." if rates else "."
+    reference = row["variants"][0].get("seconds")
     steps = []
     for variant in row["variants"]:
+        if "failed" in variant:
+            steps.append([variant["variant"], *failure_cells(variant, 5)])
+            continue
         speeds = [row["tokens"] / taken for taken in variant["seconds"]]
         achieved = statistics.median(speeds) * row["train_flops"]
         memory, peak = variant["peak_memory_gib"], row["peak_flops"]
+        faster = reference and statistics.median(reference) / statistics.median(variant["seconds"])
         steps.append(
             [
                 variant["variant"],
@@ -265,16 +284,19 @@ def _tables(row: dict) -> list[str]:
                 "" if memory is None else f"{memory:.1f} GiB",
                 "" if peak is None else f"{achieved / peak:.1%}",
                 f"{achieved / statistics.median(variant['product_rates']):.1%}",
-                f"{reference / statistics.median(variant['seconds']):.2f}x",
+                "" if faster is None else f"{faster:.2f}x",
             ]
         )
     header = ["step", "tokens/s", "peak memory", "MFU", "of product rate", "speed-up"]
-    step = statistics.median(row["variants"][-1]["seconds"])
-    shares = [
-        [_label(part), spread(part["seconds"]), f"{statistics.median(part['seconds']) / step:.1%}"]
-        for part in row["parts"]
-    ]
-    return [shape, table(header, steps), table(["part, run alone", "ms", "over the last step above"], shares)]
+    tables = [shape, table(header, steps)]
+    if row["parts"]:
+        step = statistics.median(row["variants"][-1]["seconds"])
+        shares = [
+            [_label(part), spread(part["seconds"]), f"{statistics.median(part['seconds']) / step:.1%}"]
+            for part in row["parts"]
+        ]
+        tables.append(table(["part, run alone", "ms", "over the last step above"], shares))
+    return tables
 
 
 def _label(part: dict) -> str:
@@ -288,6 +310,7 @@ def plot(results: dict, path: Path) -> None:
                 _label(part): [1000 * taken for taken in part["seconds"]] for part in row["parts"]
             }
             for row in results["rows"]
+            if row["parts"]
         },
         path,
     )
@@ -307,9 +330,12 @@ def main() -> None:
     for path in args.config or CONFIGS:
         config = load_config(path, [*args.overrides, "parallel.strategy=none"])
         print(path, flush=True)
+        row = {"config": path, "dtype": config.train.dtype}
+        results["rows"].append(row)
         with join_world(config) as world:
-            measured = Bench(config, world, args.repeats).run()
-        results["rows"].append({"config": path, "dtype": config.train.dtype, **measured})
+            for _ in Bench(config, world, args.repeats).run(row):
+                print(row["variants"][-1]["variant"], flush=True)
+                save("training", results, args.output)
     finish("training", results, render, plot, args.output)
 
 

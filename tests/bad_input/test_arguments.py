@@ -99,6 +99,12 @@ TABLE = [
     ("scripts/quickstart.py", [], "--config", ["", LONG, "absent.yaml", "a\nb", "/dev/zero"]),
 ]
 BENCHMARKS = {
+    "agreement": {"--output": PLACES},
+    "ceilings": {"--repeats": [*NUMBERS, "0"], "--output": PLACES},
+    "convsweep": {
+        **dict.fromkeys(("--lengths", "--channels", "--batch", "--repeats"), [*NUMBERS, "0"]),
+        **{"--minutes": NUMBERS, "--output": PLACES},
+    },
     "conv": {
         **dict.fromkeys(("--lengths", "--channels", "--batch", "--repeats"), [*NUMBERS, "0"]),
         **{"--seconds": NUMBERS, "--direct-up-to": NUMBERS, "--dtype": ["int8"], "--output": PLACES},
@@ -131,7 +137,7 @@ BENCHMARKS = {
     },
     "loss": {
         **dict.fromkeys(("--tokens", "--chunked-tokens", "--hidden", "--vocabulary", "--repeats"), [*NUMBERS, "0"]),
-        **{"--variant": ["nope"], "--output": PLACES},
+        **{"--variant": ["nope"], "--dtype": ["int8"], "--output": PLACES},
     },
     "optimizers": {
         **dict.fromkeys(("--steps", "--sweep-steps", "--rates"), [*NUMBERS, "0"]),
@@ -151,6 +157,15 @@ EXPERIMENTS: dict[str, dict[str, list]] = {
     },
     "text": {"--runs": PLACES, "--output": PLACES},
 }
+_TRAIN = ["train", "--data", "folder"]
+TABLE += [
+    ("scripts/gpu.py", ["--toy", "train"], "--data", ["", "absent"]),
+    ("scripts/bench/gputraining.py", ["train"], "--data", NOT_FOLDERS),
+    ("scripts/bench/gputraining.py", _TRAIN, "--minutes", NUMBERS),
+    ("scripts/bench/gputraining.py", _TRAIN, "--steps", [*NUMBERS, "2"]),
+    ("scripts/bench/gputraining.py", _TRAIN, "--ways", ["nope"]),
+    ("scripts/bench/gputraining.py", _TRAIN, "--output", PLACES),
+]
 TABLE += [
     (f"scripts/{folder}/{name}.py", [], option, values)
     for folder, scripts in {"bench": BENCHMARKS, "experiments": EXPERIMENTS}.items()

@@ -171,7 +171,7 @@ def test_values_that_are_not_finite(refuses, model_dir, name):
 
 
 def test_logits_that_are_not_finite(refuses, model_dir):
-    weights(lambda t: t["model.layers.0.mlp.up_proj.weight"].fill_(3e38))(model_dir)
+    weights(lambda t: t["model.layers.0.mlp.gate_up_proj.weight"].fill_(3e38))(model_dir)
     refuses(
         "scripts/generate.py", ["--model", "model", "--prompt", "a", "--max-new-tokens", 2], "logits are not finite"
     )

@@ -82,9 +82,9 @@ def test_rolling_log_likelihood_is_the_sum_of_the_models_own_loss(name, request,
 def test_missing_weights_are_an_error_not_random_numbers(stu_dir):
     path = stu_dir / "model.safetensors"
     weights = load_file(path)
-    del weights["model.layers.1.mlp.up_proj.weight"]
+    del weights["model.layers.1.mlp.gate_up_proj.weight"]
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"stu.*no tensor .*up_proj"):
+    with pytest.raises(UserError, match=r"stu.*no tensor .*gate_up_proj"):
         EvaluatedLM.load(stu_dir, "cpu", 1)
 
 

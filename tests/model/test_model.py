@@ -172,7 +172,7 @@ def test_initialisation_scales_each_residual_projection_once():
     residual = (2 * 8) ** -0.5
     for block in model.model.layers:
         assert block.mlp.down_proj.weight.std().item() == pytest.approx(512**-0.5 * residual, rel=0.05)
-        assert block.mlp.up_proj.weight.std().item() == pytest.approx(256**-0.5, rel=0.05)
+        assert block.mlp.gate_up_proj.weight.std().item() == pytest.approx(256**-0.5, rel=0.05)
     for block in model.model.layers[1::2]:
         assert block.mixer.o_proj.weight.std().item() == pytest.approx(256**-0.5 * residual, rel=0.05)
     for block in model.model.layers[::2]:

@@ -104,7 +104,7 @@ def test_attentions_are_the_weights_that_the_layer_uses(tiny_model, positions):
     seen = {}
     layer.weights.register_forward_hook(lambda _m, inputs, y: seen.update(weights=y))
     layer.o_proj.register_forward_hook(lambda _m, inputs, _y: seen.update(mixed=inputs[0]))
-    layer.v_proj.register_forward_hook(lambda _m, _i, y: seen.update(value=y))
+    layer.qkv_proj.register_forward_hook(lambda _m, _i, y: seen.update(value=y[..., 32 + 16 :]))
     model(tokens(), output_attentions=True)
     value = seen["value"].unflatten(-1, (2, 8)).transpose(1, 2).repeat_interleave(2, dim=1)
     mixed = (seen["weights"] @ value).transpose(1, 2).flatten(2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flash_stu.errors import UserError
+from flash_stu.filters.exponentials import tail_map
 from flash_stu.filters.spectral import spectral_filters
 from flash_stu.ops.conv import choice as module
 from flash_stu.ops.conv.choice import causal_conv, spectral_conv
@@ -187,12 +188,41 @@ def test_auto_says_once_what_it_chose_and_why(caplog, monkeypatch):
         for length in (49, 50, 60, 120):
             spectral_conv(torch.randn(1, length, 2), phi, weights)
         spectral_conv(torch.randn(1, 60, 2, dtype=torch.float64), phi, weights)
+        spectral_conv(torch.randn(1, 60, 2), phi, weights, smooth_tail=False)
     assert [record.getMessage() for record in caplog.records] == [
         "convolution on cpu in float32: fft, the fastest measured from 0 tokens on",
         "convolution on cpu in float32: chunked, the fastest measured from 50 tokens on",
         "convolution on cpu in float32: fft, the sequence is longer than the filters",
         "convolution on cpu in float64: fft, nothing was measured there",
+        "convolution on cpu in float32: fft, the filters do not end in exponentials",
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_auto_on_a_gpu_is_an_estimate(dtype, monkeypatch):
+    present = {"triton"}
+    monkeypatch.setattr(module.backends, "why_not", lambda name: None if name in present else "not here")
+    name, reason = module._fastest_for_exponentials("cuda", dtype, 1024)
+    assert name == "triton" and "estimate" in reason
+    assert module._fastest_for_exponentials("cuda", dtype, 1023)[0] == "fft"
+    present.clear()
+    assert module._fastest_for_exponentials("cuda", dtype, 8192)[0] == "fft"
+    assert module._fastest_for_exponentials("cuda", torch.float64, 8192)[0] == "fft"
+
+
+def test_filters_that_jump_have_no_far_states():
+    x, filters, weights = torch.randn(1, 40, 2), torch.randn(50, 3), torch.randn(3, 2)
+    got = spectral_conv(x, filters, weights, smooth_tail=False)
+    torch.testing.assert_close(got, causal_conv(x, filters @ weights, "direct"))
+    with pytest.raises(UserError, match="back end is 'chunked'; allowed: auto, direct, fft, flashfftconv"):
+        spectral_conv(x, filters, weights, "chunked", smooth_tail=False)
+
+
+def test_the_map_of_the_tail_is_kept_on_every_device():
+    first = tail_map(200, 33, True, torch.device("meta"))
+    assert first is tail_map(200, 33, True, torch.device("meta"))
+    shapes = [tensor.shape for tensor in tail_map(200, 33, True, torch.device("cpu"))]
+    assert [tensor.shape for tensor in first] == shapes and all(tensor.is_meta for tensor in first)
 
 
 def test_bad_arguments():

@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flash_stu import FlashSTUConfig, UserError
-from flash_stu.ops import backends, cross_entropy
-from flash_stu.ops.cross_entropy import linear_cross_entropy
+from flash_stu.ops import backends
+from flash_stu.ops.cross_entropy.choice import linear_cross_entropy
+from flash_stu.ops.cross_entropy.chunked import CHUNK_BYTES
 
 VOCABULARY, SIZE = 53, 8
 
@@ -20,7 +21,7 @@ VOCABULARY, SIZE = 53, 8
 @pytest.fixture(params=[1, 7, 1000])
 def chunk(request, monkeypatch):
     """Let chunks hold so many tokens (in float32)."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", request.param * 4 * VOCABULARY)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", request.param * 4 * VOCABULARY)
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def products(function) -> float:
 
 
 def test_logits_are_computed_once_and_gradients_only_if_wanted(inputs, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 7 * 4 * VOCABULARY)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 7 * 4 * VOCABULARY)
     (hidden, weight, bias), labels = inputs()
     assert products(lambda: linear_cross_entropy(hidden, weight, labels, bias).backward()) == 3
     with torch.no_grad():
@@ -118,7 +119,7 @@ class Allocations(TorchDispatchMode):
 def test_one_chunk_of_logits_is_all_that_is_held(inputs, monkeypatch):
     """Beside the gradients of hidden and weight, which are no larger than what they belong to."""
     rows = 9
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * 4 * VOCABULARY)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", rows * 4 * VOCABULARY)
     (hidden, weight, bias), labels = inputs()
     with Allocations() as allocations:
         linear_cross_entropy(hidden, weight, labels, bias).backward()
@@ -171,7 +172,7 @@ def test_a_retained_graph_gives_the_gradient_again(inputs):
 @pytest.mark.parametrize("mode", ["autocast", "parameters"])
 def test_bfloat16(monkeypatch, mode):
     """The loss of bfloat16 logits exactly; gradients within bfloat16's rounding of the float32 ones."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 7 * 6 * VOCABULARY)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 7 * 6 * VOCABULARY)
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 13, 64), torch.randn(VOCABULARY, 64) / 8
     labels = torch.randint(0, VOCABULARY, (2, 13))
@@ -195,7 +196,7 @@ def test_many_chunks_add_up_in_float32():
     hidden = torch.ones(4096, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_entropy, "CHUNK_BYTES", 2 * 6)
+        patch.setitem(CHUNK_BYTES, "cpu", 2 * 6)
         linear_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.long)).backward()
     assert weight.grad.flatten().tolist() == [-0.5, 0.5]
 
@@ -221,7 +222,7 @@ def test_no_tokens_at_all():
 
 def test_back_end_names(inputs):
     (hidden, weight, _), labels = inputs()
-    with pytest.raises(UserError, match="'fused'; allowed: auto, chunked, liger"):
+    with pytest.raises(UserError, match="'fused'; allowed: auto, chunked, triton, liger"):
         linear_cross_entropy(hidden, weight, labels, backend="fused")
 
 
@@ -252,7 +253,7 @@ def liger_stand_in(monkeypatch):
 
 
 def test_the_call_of_liger(inputs, liger_stand_in, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 20 * 4 * VOCABULARY)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 20 * 4 * VOCABULARY)
     (hidden, weight, bias), labels = inputs()
     loss = linear_cross_entropy(hidden, weight, labels, bias, backend="liger")
     plain = plain_loss(hidden, weight, labels, bias)
@@ -277,5 +278,5 @@ def test_the_model_s_config_chooses(tiny_model, monkeypatch):
     ids = torch.arange(12)[None]
     with pytest.raises(UserError, match="loss back end 'liger' is not available: there is none"):
         tiny_model(loss_backend="liger")(input_ids=ids, labels=ids)
-    with pytest.raises(UserError, match="loss_backend is 'fused'; allowed: auto, chunked, liger"):
+    with pytest.raises(UserError, match="loss_backend is 'fused'; allowed: auto, chunked, triton, liger"):
         FlashSTUConfig.from_user({"loss_backend": "fused"})

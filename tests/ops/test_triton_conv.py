@@ -1,15 +1,16 @@
-"""The Triton kernels against the PyTorch form: interpreted on a CPU, compiled where there is a GPU."""
+"""The Triton kernels against direct sums: interpreted on a CPU, compiled where there is a GPU."""
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from flash_stu.errors import UserError
-from flash_stu.ops.conv.chunked import chunked_conv
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -21,14 +22,16 @@ needs_kernels = pytest.mark.skipif(
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 SHAPES = [
-    # batch, length, channels, chunk, features, states, dilation
-    (2, 37, 3, 16, 5, 3, 1),
-    (1, 133, 66, 16, 24, 18, 2),
-    (1, 70, 3, 32, 1, 17, 1),
-    (1, 1, 2, 16, 2, 1, 3),
+    # batch, length, channels, chunk, states, dilation, segments
+    (2, 37, 3, 16, 3, 1, 1),
+    (1, 101, 35, 16, 18, 2, 3),
+    (1, 70, 3, 32, 17, 1, 2),
+    (3, 60, 2, 16, 40, 1, 4),
+    (1, 97, 2, 16, 3, 2, 4),
+    (1, 1, 2, 16, 1, 3, 1),
 ]
 if DEVICE == "cuda":
-    SHAPES += [(2, 1001, 65, 32, 24, 32, 2), (3, 4097, 130, 16, 48, 80, 1), (1, 300, 32, 64, 7, 64, 1)]
+    SHAPES += [(2, 1001, 65, 32, 32, 2, 4), (3, 4097, 130, 16, 80, 1, 7), (1, 300, 32, 64, 64, 1, 2)]
 
 
 @needs_triton
@@ -42,14 +45,40 @@ def test_interpreted_in_a_process_of_its_own():
 
 
 def draw(shape, dtype):
-    batch, length, channels, chunk, features, states, dilation = shape
+    """Inputs, near taps, decays and readout of a filter whose lags from chunk + 1 on are exponentials."""
+    batch, length, channels, chunk, states, dilation, _ = shape
     torch.manual_seed(0)
     x = torch.randn(batch, length, channels).to(DEVICE, dtype).requires_grad_()
-    near = torch.randn(2 * chunk, features, device=DEVICE)
-    weights = torch.randn(features, channels, device=DEVICE, requires_grad=True)
     decay = torch.rand(states, dtype=torch.float64, device=DEVICE) * 1.8 - 0.9
     readout = (torch.randn(states, channels, device=DEVICE) / 3).requires_grad_()
-    return x, near, weights, decay, readout, dilation
+    first = torch.randn(chunk + 1, channels, device=DEVICE).requires_grad_()
+    return x, first, decay, readout, dilation
+
+
+def near_taps(first, decay, readout):
+    lags = torch.arange(len(first) - 2, dtype=decay.dtype, device=decay.device)[:, None]
+    return torch.cat([first, (decay**lags).to(readout.dtype) @ readout])
+
+
+def direct_sum(x, first, decay, readout, dilation):
+    lags = torch.arange(x.shape[1], dtype=decay.dtype, device=decay.device)[:, None]
+    filters = torch.cat([first, decay**lags @ readout])
+    y = torch.zeros_like(x)
+    for lag in range(0, x.shape[1], dilation):
+        y[:, lag:] += filters[lag // dilation] * x[:, : x.shape[1] - lag]
+    return y
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Returns a function that makes the next convolutions cut a sequence into so many segments."""
+
+    def into(segments):
+        from flash_stu.ops.conv import triton as module
+
+        monkeypatch.setattr(module, "_count_segments", lambda *_: segments)
+
+    return into
 
 
 @needs_kernels
@@ -57,17 +86,17 @@ def draw(shape, dtype):
     ("shape", "dtype"),
     [(shape, torch.float32) for shape in SHAPES] + [(SHAPES[0], torch.float16), (SHAPES[1], torch.bfloat16)],
 )
-def test_against_the_pytorch_form(shape, dtype):
+def test_against_the_direct_sum(shape, dtype, cut):
     from flash_stu.ops.conv.triton import triton_conv
 
-    x, near, weights, decay, readout, dilation = draw(shape, dtype)
-    y = triton_conv(x, near, weights, decay, readout, dilation)
+    cut(shape[-1])
+    x, first, decay, readout, dilation = draw(shape, dtype)
+    y = triton_conv(x, near_taps(first, decay, readout), decay, readout, dilation)
     assert y.dtype == dtype
     up = torch.randn_like(y)
-    got = (y, *torch.autograd.grad((y * up).sum(), (x, weights, readout)))
-    exact_inputs = tuple(t.detach().double().requires_grad_() for t in (x, weights, readout))
-    x64, weights64, readout64 = exact_inputs
-    exact, _ = chunked_conv(x64, near.double() @ weights64, decay, readout64, None, dilation)
+    got = (y, *torch.autograd.grad((y * up).sum(), (x, first, readout)))
+    exact_inputs = tuple(t.detach().double().requires_grad_() for t in (x, first, readout))
+    exact = direct_sum(*exact_inputs[:2], decay, exact_inputs[2], dilation)
     expected = (exact, *torch.autograd.grad((exact * up.double()).sum(), exact_inputs))
     for result, reference in zip(got, expected, strict=True):
         assert (result.double() - reference).norm() <= TOLERANCES[dtype] * reference.norm()
@@ -91,34 +120,58 @@ def test_is_the_stus_convolution(separate):
     assert (got - exact).norm() <= 1e-5 * exact.norm()
 
 
+KERNELS = {  # the most registers of a thread, in bf16 and in float32, and bytes of shared memory of a program
+    "_ends_kernel": (64, 128, 8192),
+    "_outputs_kernel": (168, 232, 65536),
+    "_tap_gradient_kernel": (168, 255, 8192),
+    "_readout_gradient_kernel": (96, 168, 16384),
+}
+
+
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("states", [32, 128])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", ["_forward_kernel", "_backward_kernel"])
-def test_compiles_for_an_h100(name, dtype):
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles_for_an_h100_without_spills(name, dtype, states, tmp_path):
     """The compiler needs no GPU; what it refuses, the interpreter does not see."""
+    import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from flash_stu.ops.conv import triton as triton_conv
+    from flash_stu.ops.conv import triton as module
 
-    kernel = getattr(triton_conv, name)
-    constants = {"CHUNK": 16, "STATES": 32, "BLOCK": 64, "FEATURES": 24, "KINDS": 32, "PRECISION": "tf32x3"}
+    kernel, places = getattr(module, name), {}
+    warps = module.warps_of(name, states)
+    constants = {"CHUNK": 16, "STATES": states, "TILE": 32, "BLOCK": 32, "PRECISION": "tf32x3", "REVERSE": True}
     constants["FACTOR"] = tl.bfloat16 if dtype == "bf16" else tl.float32
-    kinds = dict.fromkeys(("length", "channels", "dilation"), "i32") | dict.fromkeys(constants, "constexpr")
-    kinds |= dict.fromkeys(("x", "y", "grad", "grad_x", "bands"), f"*{dtype}")
+    kinds = dict.fromkeys(("length", "channels", "dilation", "sequences", "chunks"), "i32")
+    kinds |= dict.fromkeys(constants, "constexpr") | dict.fromkeys(("x", "y", "grad"), f"*{dtype}")
     signature = {name: kinds.get(name, "*fp32") for name in kernel.arg_names}
-    constants = {(place,): constants[name] for place, name in enumerate(kernel.arg_names) if name in constants}
-    source = ASTSource(kernel, signature, constants)
-    assert compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 2}).asm["cubin"]
+    for place, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            places[(place,)] = constants[argument]
+    aligned = [place for place, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name == "channels"]
+    source = ASTSource(kernel, signature, places, {(place,): [["tt.divisibility", 16]] for place in aligned})
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 2})
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    report = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    use = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    half, single, shared = KERNELS[name]
+    assert use["STACK"] == use["LOCAL"] == 0
+    assert use["REG"] <= (half if dtype == "bf16" else single)
+    assert compiled.metadata.shared <= shared
 
 
 @needs_kernels
 def test_operator_is_registered_soundly():
     from flash_stu.ops.conv import triton as triton_conv  # noqa: F401
 
-    inputs = draw((1, 5, 2, 16, 3, 1, 2), torch.float32)
+    x, first, decay, readout, dilation = draw((1, 5, 2, 16, 1, 2, 1), torch.float32)
+    inputs = (x, near_taps(first, decay, readout).detach().requires_grad_(), decay, readout, dilation)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.flash_stu.triton_conv.default, inputs, test_utils=checks)
 
@@ -127,29 +180,41 @@ def test_operator_is_registered_soundly():
 def test_compiles_to_one_graph():
     from flash_stu.ops.conv.triton import triton_conv
 
-    x, near, weights, *system = draw((1, 7, 2, 16, 3, 1, 2), torch.float32)
+    x, first, decay, readout, dilation = draw((1, 7, 2, 16, 1, 2, 1), torch.float32)
+    taps = near_taps(first, decay, readout).detach().requires_grad_()
 
-    def function(x, weights):
-        return triton_conv(x.sin(), near, weights, *system).cos()
+    def function(x, taps):
+        return triton_conv(x.sin(), taps, decay, readout, dilation).cos()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(x, weights).sum(), (x, weights))
-    torch.testing.assert_close(got, torch.autograd.grad(function(x, weights).sum(), (x, weights)))
+    got = torch.autograd.grad(compiled(x, taps).sum(), (x, taps))
+    torch.testing.assert_close(got, torch.autograd.grad(function(x, taps).sum(), (x, taps)))
+
+
+@needs_kernels
+def test_segments_fill_a_gpu():
+    from flash_stu.ops.conv.triton import _count_segments
+
+    assert _count_segments(132, 2, 256) == 32  # never below eight chunks
+    assert _count_segments(132, 10000, 256) == 1
+    assert 512 * _count_segments(132, 512, 256) >= 32 * 132
+    assert _count_segments(132, 2, 3) == 1
 
 
 @needs_kernels
 def test_bad_arguments():
     from flash_stu.ops.conv.triton import triton_conv
 
-    x, near, weights, *system = draw((1, 7, 2, 16, 3, 1, 2), torch.float32)
+    x, first, decay, readout, dilation = draw((1, 7, 2, 16, 1, 2, 1), torch.float32)
+    taps = near_taps(first, decay, readout)
     with pytest.raises(UserError, match="got torch.float64; allowed: float32, bfloat16, float16"):
-        triton_conv(x.double(), near, weights, *system)
+        triton_conv(x.double(), taps, decay, readout, dilation)
     with pytest.raises(UserError, match="got chunks of 12; allowed: powers of two from 16 on"):
-        triton_conv(x, near[:24], weights, *system)
+        triton_conv(x, taps[:24], decay, readout, dilation)
     with pytest.raises(UserError, match="triton_conv takes x"):
-        triton_conv(x, near, weights[:, :1], *system)
+        triton_conv(x, taps[:, :1], decay, readout, dilation)
     with pytest.raises(UserError, match="no gradient"):
-        triton_conv(x, near.requires_grad_(), weights, *system)
+        triton_conv(x, taps, decay.requires_grad_(), readout, dilation)
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="says what is missing on a machine without a GPU")

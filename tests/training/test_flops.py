@@ -46,12 +46,12 @@ def test_matrix_products_are_those_that_run(tiny_model, branches, kv_heads):
     )
     seen = counted(model, LENGTH)
     ours = {part: LENGTH * count for part, count in forward_flops(model.config, LENGTH).items()}
-    projections = total(seen, "q_proj", "k_proj", "v_proj", "o_proj", "in_proj")
+    projections = total(seen, "qkv_proj", "o_proj", "in_proj")
     assert ours["projections"] == projections
     assert ours["mlp"] == total(seen, "mlp")
     assert ours["head"] == total(seen, "lm_head")
     scores = sum(total(seen, f"layers.{i}.mixer") - total(seen, f"layers.{i}.mixer.o_proj") for i in (1, 3))
-    scores -= total(seen, "q_proj", "k_proj", "v_proj")
+    scores -= total(seen, "qkv_proj")
     assert ours["attention"] == pytest.approx(scores * (LENGTH + 1) / (2 * LENGTH))
 
     dilation = 2 if branches == "shared" else 1

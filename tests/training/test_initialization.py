@@ -41,16 +41,16 @@ def test_the_seed_and_the_name_decide(config_file):
     again, _ = initial_weights(config_file)
     other, _ = initial_weights(config_file, "seed=2")
     deeper, _ = initial_weights(config_file, "model.num_hidden_layers=4")
-    gate = "model.layers.1.mlp.gate_proj.weight"
+    gate = "model.layers.1.mlp.gate_up_proj.weight"
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first[gate], other[gate])
     assert torch.equal(first[gate], deeper[gate])
-    assert not torch.equal(first[gate], first["model.layers.0.mlp.gate_proj.weight"])
+    assert not torch.equal(first[gate], first["model.layers.0.mlp.gate_up_proj.weight"])
 
 
 def test_they_have_the_sizes_the_model_asks_for(config_file):
     weights, _ = initial_weights(config_file, "model.hidden_size=64", "model.intermediate_size=96")
-    assert weights["model.layers.0.mlp.gate_proj.weight"].std() == pytest.approx(64**-0.5, rel=0.05)
+    assert weights["model.layers.0.mlp.gate_up_proj.weight"].std() == pytest.approx(64**-0.5, rel=0.05)
     assert weights["model.layers.0.mlp.down_proj.weight"].std() == pytest.approx((4 * 96) ** -0.5, rel=0.05)
     assert torch.equal(weights["model.norm.weight"], torch.ones(64))
     assert weights["model.filters.phi"].abs().sum() > 0

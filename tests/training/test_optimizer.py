@@ -83,7 +83,7 @@ def test_every_parameter_has_one_optimizer(tiny_model, name):
     }
 
 
-@pytest.mark.parametrize("key", ["mlp.down_proj", "mlp.up_proj", "mixer.in_proj"])
+@pytest.mark.parametrize("key", ["mlp.down_proj", "mixer.in_proj"])
 def test_a_step_of_muon_is_a_near_rotation_as_large_as_a_step_of_adamw(tiny_model, key):
     model = tiny_model()
     weight = model.model.layers[0].get_submodule(key).weight
@@ -118,7 +118,7 @@ def test_muon_on_a_cpu_is_pytorchs_but_for_the_rounding():
     weights = [torch.nn.Parameter(torch.eye(6, 4)) for _ in range(2)]
     settings = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9}
     optimizers = [
-        Muon(weights[:1], **settings),
+        Muon({weights[0]: (6,)}, **settings),
         torch.optim.Muon(weights[1:], **settings, adjust_lr_fn="match_rms_adamw"),
     ]
     generator = torch.Generator().manual_seed(0)

@@ -200,6 +200,48 @@ def test_bfloat16_fsdp_keeps_float32_weights(load, fit, tmp_path):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
+def backward(config_file: str, *overrides: str) -> tuple[set[torch.dtype], float, dict[str, torch.Tensor]]:
+    """The dtypes of the residual stream between the blocks, and loss and gradients of a batch."""
+    config = load_config(config_file, list(overrides))
+    ids = torch.arange(2 * 25).view(2, 25) * 7 % 61
+    with join_world(config) as world:
+        model = parallelize(build_model(config.architecture()), config, world)
+        inner, dtypes = getattr(model, "module", model), set()
+        for block in inner.model.layers:
+            block.register_forward_hook(lambda _block, inputs, y: dtypes.update([inputs[0].dtype, y.dtype]))
+        loss = model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:], skip_logits=True).loss
+        loss.backward()
+        grads = {name: p.grad for name, p in inner.named_parameters() if p.grad is not None}
+        whole = {name: getattr(g, "full_tensor", lambda g=g: g)().clone() for name, g in grads.items()}
+        return dtypes, loss.item(), whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["model.stu_type=full", "model.stu_branches=separate"],
+        ["model.stu_input_taps=2", "model.stu_output_taps=1"],
+        ["model.lds_state_dim=8", "model.lds_trainable=true"],
+    ],
+)
+def test_the_residual_stream_is_bfloat16_with_every_strategy(config_file, changes):
+    exact = backward(str(config_file), *changes)
+    assert exact[0] == {torch.float32}
+    found = [
+        run_processes(1, backward, str(config_file), f"parallel.strategy={name}", "train.dtype=bfloat16", *changes)[0]
+        for name in ("none", "ddp", "fsdp")
+    ]
+    for dtypes, loss, grads in found:
+        assert dtypes == {torch.bfloat16}
+        assert loss == pytest.approx(exact[1], rel=2**-8)
+        assert grads.keys() == exact[2].keys() == found[2][2].keys()
+        for name, grad in grads.items():  # a few roundings to 8 bits in a row
+            assert (grad - found[2][2][name]).norm() <= 0.05 * exact[2][name].norm(), name
+    assert found[0][1] == found[1][1]
+    assert all(torch.equal(found[0][2][name], found[1][2][name]) for name in found[0][2])
+
+
 def test_strategy_of_auto():
     auto = ParallelConfig()
     assert resolve_strategy(auto, 1, 10**10) == "none"

@@ -1,6 +1,6 @@
 """Causal sliding-window attention with RoPE, ALiBi or no positions, grouped heads and a softcap."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -9,13 +9,16 @@ from torch.nn import functional
 from flash_stu.errors import UserError
 from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.layers.context import SequenceContext
-from flash_stu.model.layers.linear import DepthScaledLinear
+from flash_stu.model.layers.linear import DepthScaledLinear, FusedLinear
 from flash_stu.model.layers.mixer import Mixer
 from flash_stu.model.layers.state import WindowState
 from flash_stu.ops import backends
-from flash_stu.ops.attention.choice import sliding_window_attention
+from flash_stu.ops.attention.choice import shared_band, sliding_window_attention
 from flash_stu.ops.attention.dense import attend_to_window, attention_weights
 from flash_stu.ops.positions import alibi_slopes, rotate
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # what transformers calls our back ends
 _IMPLEMENTATIONS = {
@@ -88,9 +91,8 @@ class SlidingWindowAttention(Mixer):
         self.alibi_scale = config.alibi_scale if config.position_embedding == "alibi" else None
         self.dropout = config.dropout
         inner = self.heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.bias)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.bias)
+        keys = self.kv_heads * self.head_dim
+        self.qkv_proj = FusedLinear("qkv_proj", config.hidden_size, (inner, keys, keys), config.bias)
         self.o_proj = DepthScaledLinear(inner, config.hidden_size, bias=config.bias)
         self.weights = AttentionWeights()
 
@@ -99,6 +101,10 @@ class SlidingWindowAttention(Mixer):
         """The attention back end in use: what attn_implementation asks for, else config.attention_backend."""
         name = self.config._attn_implementation  # noqa: SLF001 - transformers has no public name for it
         return self.config.attention_backend if name is None else _IMPLEMENTATIONS[name]
+
+    def band(self, x: torch.Tensor) -> "BlockMask | None":
+        """Returns what attention layers share of flex_attention over whole sequences x (batch, length, channels)."""
+        return shared_band(self.backend, x.shape[1], self.window, x.device)
 
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Attend over a whole sequence, or a part of one after the keys and values of a window before it."""
@@ -126,24 +132,22 @@ class SlidingWindowAttention(Mixer):
     def step(self, x: torch.Tensor, context: SequenceContext, state: WindowState) -> tuple[torch.Tensor, WindowState]:
         """One more token x (batch, 1, channels): the cost is the window's. The ring in `state` is changed in place."""
         query, key, value = self._heads(x, context)
-        now = state.slot
-        state = state.put(key, value, context.mask)
         bias, slopes = None, self._slopes(x.device)
         if slopes is not None:
-            distance = (now - torch.arange(self.window, device=x.device)) % self.window
+            distance = (state.slot - torch.arange(self.window, device=x.device)) % self.window
             bias = -slopes[:, None] * distance
+        state.put(key, value, context.mask)
         if context.weights is not None:
             return self._attend(query, *state.in_order(), context), state
         y = attend_to_window(query, state.keys, state.values, state.real, self.softcap, bias)
         return self.o_proj(y.flatten(1)[:, None]), state
 
     def _heads(self, x: torch.Tensor, context: SequenceContext) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        turned, value = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if context.rotary is not None:
-            query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
+            turned = rotate(turned, *context.rotary)
+        query, key = turned.split([self.heads, self.kv_heads], dim=1)
         return query, key, value
 
     def _slopes(self, device: torch.device) -> torch.Tensor | None:
@@ -166,6 +170,6 @@ class SlidingWindowAttention(Mixer):
             y = weights @ value.repeat_interleave(self.heads // self.kv_heads, dim=1)
         else:
             y = sliding_window_attention(
-                query, key, value, key_mask=mask, dropout=dropout, backend=self.backend, **options
+                query, key, value, key_mask=mask, dropout=dropout, backend=self.backend, band=context.band, **options
             )
         return self.o_proj(y.transpose(1, 2).flatten(2))

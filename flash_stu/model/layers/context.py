@@ -1,6 +1,6 @@
 """Values that the model computes once per call and all layers share."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -8,16 +8,20 @@ from flash_stu.errors import UserError
 from flash_stu.model.layers.documents import Documents
 from flash_stu.ops.parts import Part, Past
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 
 class SequenceContext(NamedTuple):
     """Shared by all layers of one forward call.
 
     Attributes:
         filters: spectral filters (filter_length, num_filters), float32; None in a model without STU layers.
-        rotary: cosines and sines (batch, 1, length, head_dim / 2) of this call's positions; None without RoPE.
+        rotary: cosines and sines (batch, 1, length, head_dim) of this call's positions; None without RoPE.
         mask: (batch, length), False where a token of this call is padding; None when none is.
         documents: in the rows of this call, kept apart by every mixer; None if each row is one.
         weights: of attention layers are wanted: the tokens of this call and before it; None if they are not.
+        band: of flex_attention, over the whole sequences of a call without a cache; None where that is not taken.
         part: of a longer sequence that this call is about; None if it is about a whole one.
         past: the parts before, for the layer that this context is handed to.
     """
@@ -27,6 +31,7 @@ class SequenceContext(NamedTuple):
     mask: torch.Tensor | None = None
     documents: Documents | None = None
     weights: int | None = None
+    band: "BlockMask | None" = None
     part: Part | None = None
     past: Past | None = None
 
@@ -72,4 +77,4 @@ class SequenceContext(NamedTuple):
         if rotary is not None:
             cos, sin = (table.expand(shape[0], -1, -1, -1)[:, 0].flatten(0, 1)[places][:, None] for table in rotary)
             rotary = cos, sin
-        return self._replace(rotary=rotary, mask=None, documents=None)
+        return self._replace(rotary=rotary, mask=None, documents=None, band=None)

@@ -148,14 +148,14 @@ class LDS(KeepFloat32, Mixer):
         return y.to(x.dtype), state
 
     def step(self, x: torch.Tensor, context: SequenceContext, state: TappedState) -> tuple[torch.Tensor, TappedState]:
-        """One more token x (batch, 1, channels), in constant time."""
+        """One more token x (batch, 1, channels), in constant time; `state` is taken over."""
         inputs = self._inputs(x, context)
         core: LDSState = state.core
         slots = lds_advance(inputs[:, 0], core.decay, core.slots)
-        with torch.autocast(x.device.type, enabled=False):
-            if self.tensordot:
-                y = slots[-1].to(torch.float64, copy=True).mul_(core.readout).sum(dim=1)
-            else:
+        if self.tensordot:
+            y = (slots[-1] * core.weights).sum(dim=1, dtype=torch.float64)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
                 features = core.readout.t() @ slots[-1].double()
                 y = features.to(self.M_phi.dtype).flatten(1) @ self.M_phi.flatten(0, 1)
         y, state = self.taps.proceed(y[:, None], inputs, state, core._replace(slots=slots))
@@ -170,7 +170,7 @@ class LDS(KeepFloat32, Mixer):
         self.config.resolve_decode_backend()  # refuses one that an LDS layer does not have
         dtype = getattr(torch, self.config.lds_state_dtype)
         decay, readout = self.system()
-        return LDSState(self._zero(inputs, dtype), decay.to(dtype), readout)
+        return LDSState(self._zero(inputs, dtype), decay.to(dtype), readout, readout.to(dtype))
 
     def _zero(self, inputs: torch.Tensor, dtype: torch.dtype) -> State:
         return zero_state(inputs.shape[0], len(self.decay), inputs.shape[2], self.dilation, inputs.device, dtype)

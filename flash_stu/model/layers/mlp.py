@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flash_stu.model.config import FlashSTUConfig
-from flash_stu.model.layers.linear import DepthScaledLinear
+from flash_stu.model.layers.linear import DepthScaledLinear, FusedLinear
 
 
 class GatedMLP(nn.Module):
@@ -20,10 +20,10 @@ class GatedMLP(nn.Module):
     def __init__(self, config: FlashSTUConfig) -> None:
         super().__init__()
         size, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(size, inner, bias=config.bias)
-        self.up_proj = nn.Linear(size, inner, bias=config.bias)
+        self.gate_up_proj = FusedLinear("gate_up_proj", size, (inner, inner), config.bias)
         self.down_proj = DepthScaledLinear(inner, size, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, length, hidden_size) to the same, token by token."""
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)

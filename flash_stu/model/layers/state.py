@@ -16,11 +16,13 @@ class LDSState(NamedTuple):
         slots: its newest states, oldest first; each (batch, states, channels), float32 or float64.
         decay: (states,), in the slots' dtype, fixed for the sequence.
         readout: (states, channels or features), float64, fixed for the sequence.
+        weights: the same in the slots' dtype, whose rounding of a product is no more than that of a slot.
     """
 
     slots: tuple[torch.Tensor, ...]
     decay: torch.Tensor
     readout: torch.Tensor
+    weights: torch.Tensor
 
     def select(self, rows: torch.Tensor) -> "LDSState":
         """Returns the state of these rows of the batch."""
@@ -35,6 +37,8 @@ class WindowState(NamedTuple):
         values: like keys.
         real: (batch, window), False in slots that are empty or hold padding.
         slot: where the next token goes, (1,); a tensor, so that a captured step can move it.
+
+    Writing a token changes all of them in place: a window is too much to copy for every token.
     """
 
     keys: torch.Tensor
@@ -54,18 +58,15 @@ class WindowState(NamedTuple):
             torch.full((1,), kept % window, device=keys.device),
         )
 
-    def put(self, key: torch.Tensor, value: torch.Tensor, real: torch.Tensor | None) -> "WindowState":
-        """Write one token's key and value (batch, kv_heads, 1, head_dim); real is (batch, 1), None for all True.
-
-        The tensors are changed in place: a window is too much to copy for every token.
-        """
+    def put(self, key: torch.Tensor, value: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Write one token's key and value (batch, kv_heads, 1, head_dim); real is (batch, 1), None for all True."""
         self.keys.index_copy_(2, self.slot, key)
         self.values.index_copy_(2, self.slot, value)
         if real is None:
             self.real.index_fill_(1, self.slot, True)
         else:
             self.real.index_copy_(1, self.slot, real)
-        return self._replace(slot=(self.slot + 1) % self.real.shape[1])
+        self.slot.add_(1).remainder_(self.real.shape[1])
 
     def in_order(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns keys, values and real, oldest first, without the slots in front that are empty in every row."""
@@ -78,4 +79,4 @@ class WindowState(NamedTuple):
     def select(self, rows: torch.Tensor) -> "WindowState":
         """Returns the state of these rows of the batch."""
         keys, values, real = (tensor.index_select(0, rows) for tensor in self[:3])
-        return WindowState(keys, values, real, self.slot)
+        return WindowState(keys, values, real, self.slot.clone())

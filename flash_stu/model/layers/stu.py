@@ -98,15 +98,14 @@ class STU(Mixer):
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Convolve a sequence (batch, length, channels), at most as long as the filters, or a part of one."""
         inputs, features, past = self._inputs(x, context), self.features(context.spectral_filters()), context.past
+        smooth = self.config.filter_basis != TENSOR
         options = {"backend": self.backend, "dilation": self.dilation, "both_signs": self.oscillating}
-        if self.config.filter_basis == TENSOR:  # jumps every sqrt(L) lags, which no smooth tail has
-            if past is not None:
-                raise UserError("filter_basis 'tensor' has no states that stand for the past of a sequence in parts")
-            return self.taps(self._convolve(inputs, self.kernel(context.spectral_filters())), inputs)
         if past is None:
-            convolve = partial(spectral_conv, inputs, **options)
-        else:
+            convolve = partial(spectral_conv, inputs, smooth_tail=smooth, **options)
+        elif smooth:
             convolve = PartialConv(inputs, features, past=past, **options)
+        else:
+            raise UserError("filter_basis 'tensor' has no states that stand for the past of a sequence in parts")
         if self.tensordot:
             return self.taps(convolve(features, self.M_filters.flatten(0, 1)), inputs, past)
         outputs, same = inputs.new_zeros(()), features.new_ones(1, inputs.shape[-1])

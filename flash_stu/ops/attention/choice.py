@@ -5,6 +5,8 @@ Back ends: `banded` (plain PyTorch in tiles, everywhere: the reference), `sdpa` 
 transformers.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from flash_stu.errors import UserError
@@ -14,7 +16,23 @@ from flash_stu.ops.attention.banded import banded_attention
 from flash_stu.ops.attention.dense import sdpa_attention
 from flash_stu.ops.attention.flash import flash_attention
 
-_WORTH_COMPILING = 512  # queries; flex_attention is compiled anew for every length, and prompts come in all lengths
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+_WORTH_COMPILING = 512  # tokens
+
+
+def shared_band(backend: str, length: int, window: int, device: torch.device) -> "BlockMask | None":
+    """Returns what flex_attention in all layers shares in one call over whole sequences; None where it is not taken.
+
+    To be called outside of compiled code, which would make it anew in every layer.
+    """
+    worth_it = backend == "auto" and device.type == "cuda" and length >= _WORTH_COMPILING
+    if not (worth_it or backend == "flex_attention") or backends.why_not("flex_attention") is not None:
+        return None
+    from flash_stu.ops.attention.flex import window_band
+
+    return window_band(length, length, window, device)
 
 
 def sliding_window_attention(
@@ -27,6 +45,7 @@ def sliding_window_attention(
     key_mask: torch.Tensor | None = None,
     dropout: float = 0.0,
     backend: str = "auto",
+    band: "BlockMask | None" = None,
 ) -> torch.Tensor:
     """Attend to the last `window` keys; the last query is aligned with the last key.
 
@@ -39,8 +58,9 @@ def sliding_window_attention(
         slopes: ALiBi slopes (heads,): slope * distance in tokens is subtracted from the capped score.
         key_mask: (batch, keys), False where a key is padding; None if there is none.
         dropout: probability of dropping an attention weight.
-        backend: one of BACKENDS; "auto" takes flash_attn, then flex_attention on a GPU and for 512 queries or more,
-            else banded.
+        backend: one of BACKENDS; "auto" takes flash_attn on a GPU, then flex_attention where there is a band, else
+            banded.
+        band: see `shared_band`. A prompt, which continues a cache and is of any length, has none.
 
     Returns:
         (batch, heads, queries, head_dim) in the query's dtype; the softmax is in float32, in `banded` with float64
@@ -51,20 +71,25 @@ def sliding_window_attention(
 
     Source: Beltagy et al. 2020 (arXiv 2004.05150); softcap: Gemma 2 (arXiv 2408.00118); ALiBi: arXiv 2108.12409.
     """
-    backend = _choose(backend, query, softcap, key_mask, dropout)
+    backend = _choose(backend, query, softcap, key_mask, dropout, band is not None)
     if backend == "flash_attn":
         return flash_attention(query, key, value, window, softcap, slopes, dropout)
     if backend == "flex_attention":
         from flash_stu.ops.attention.flex import compiled_flex_attention  # takes a second to import
 
-        return compiled_flex_attention(query, key, value, window, softcap, slopes, key_mask)
+        return compiled_flex_attention(query, key, value, window, softcap, slopes, key_mask, band)
     if backend == "sdpa":
         return sdpa_attention(query, key, value, window, slopes, key_mask, dropout)
     return banded_attention(query, key, value, window, softcap, slopes, key_mask, dropout)
 
 
 def _choose(
-    backend: str, query: torch.Tensor, softcap: float | None, key_mask: torch.Tensor | None, dropout: float
+    backend: str,
+    query: torch.Tensor,
+    softcap: float | None,
+    key_mask: torch.Tensor | None,
+    dropout: float,
+    has_band: bool,
 ) -> str:
     if backend not in BACKENDS:
         raise UserError(f"attention back end is {backend!r}; allowed: {', '.join(BACKENDS)}")
@@ -77,9 +102,8 @@ def _choose(
     if backend == "auto":
         if not query.is_cuda:
             return "banded"
-        least = {"flash_attn": 1, "flex_attention": _WORTH_COMPILING}
-        for name, queries in least.items():
-            if lacks[name] is None and backends.why_not(name) is None and query.shape[2] >= queries:
+        for name in ("flash_attn", "flex_attention") if has_band else ("flash_attn",):
+            if lacks[name] is None and backends.why_not(name) is None:
                 return name
         return "banded"
     if backend in ("flash_attn", "flex_attention"):

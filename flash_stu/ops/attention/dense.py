@@ -81,11 +81,12 @@ def attend_to_window(
     """
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
-    grouped = (query * head_dim**-0.5).view(batch, kv_heads, heads // kv_heads, head_dim)
-    scores = (grouped @ key.transpose(-1, -2)).float()
+    grouped = (query * head_dim**-0.5).reshape(batch * kv_heads, heads // kv_heads, head_dim)
+    scores = torch.bmm(grouped, key.flatten(0, 1).mT).float()
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+        scores = (scores / softcap).tanh() * softcap
+    scores = scores.view(batch, kv_heads, heads // kv_heads, -1)
     if bias is not None:
         scores = scores + bias.view(kv_heads, heads // kv_heads, -1)
-    weights = torch.where(visible[:, None, None], scores, MASKED).softmax(dim=-1).to(value.dtype)
-    return (weights @ value).view(batch, heads, 1, head_dim)
+    weights = scores.masked_fill(~visible[:, None, None], MASKED).softmax(dim=-1).to(value.dtype)
+    return torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).view(batch, heads, 1, head_dim)

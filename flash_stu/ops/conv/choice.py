@@ -28,11 +28,13 @@ _ANY_FILTER = {"direct": direct_conv, "fft": fft_conv, "flashfftconv": flash_fft
 CHUNK = {"chunked": 32, "triton": 16}  # tokens of one phase; twice as many lags are near
 
 # The fastest back end from so many tokens on, forward and backward, as scripts/bench/conv.py found it: torch 2.13 on
-# one thread of a Xeon with AVX-512 (batch 1, 256 channels, dilation 2). A GPU has no row until it was measured.
+# one thread of a Xeon with AVX-512 (batch 1, 256 channels, dilation 2).
 _FASTEST = {
     ("cpu", torch.float32): ((0, "fft"), (1024, "chunked")),
     ("cpu", torch.bfloat16): ((0, "fft"), (1024, "chunked")),
 }
+# An estimate from the instructions and the memory traffic of the compiled kernels, until a GPU was measured: tokens.
+_TRITON_FROM = {("cuda", dtype): 1024 for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 _log = logging.getLogger(__name__)
 _explained: set[tuple[str, str, str, str]] = set()
 
@@ -60,7 +62,7 @@ def causal_conv(x: torch.Tensor, filters: torch.Tensor, backend: str = "auto", d
             f"got {tuple(x.shape)} and {tuple(filters.shape)}"
         )
     _check(backend, ANY_FILTER_BACKENDS)
-    run = _ANY_FILTER[_fastest_for_any_filter(x) if backend == "auto" else backend]
+    run = _ANY_FILTER[_fastest_for_any_filter(x.device.type, x.dtype) if backend == "auto" else backend]
     batch, length, channels = x.shape
     if length == 0:
         return x
@@ -80,6 +82,7 @@ def spectral_conv(
     backend: str = "auto",
     dilation: int = 1,
     both_signs: bool = False,
+    smooth_tail: bool = True,
 ) -> torch.Tensor:
     """Convolve each channel d with the filter sum_k filters[:, k] weights[k, d]: the STU's convolution.
 
@@ -87,10 +90,12 @@ def spectral_conv(
         x: inputs, (batch, length, channels), any floating dtype.
         filters: spectral filters at lags 0, dilation, 2 dilation, ..., (lags, features); they get no gradient.
         weights: (features, channels).
-        backend: one of BACKENDS; "auto" takes the fastest of those that were measured.
+        backend: one of BACKENDS; "auto" takes the fastest of those that were measured, or what is estimated to be it.
         dilation: distance between lags, in tokens.
         both_signs: whether the filters oscillate, as (-1)^t phi(t) and those of the hankel_l basis do at dilation 1;
             read by "chunked" and "triton" only.
+        smooth_tail: whether the filters end in decaying exponentials, as all but those of the tensor basis do, which
+            jump; "chunked" and "triton" take no others.
 
     Returns:
         outputs (batch, length, channels) in x's dtype; sums are accumulated in float32 (float64 for float64 inputs).
@@ -107,8 +112,8 @@ def spectral_conv(
             f"got {tuple(filters.shape)} and {tuple(weights.shape)}"
         )
     steps, lags = (x.shape[1] + dilation - 1) // dilation, filters.shape[0]
-    _check(backend, BACKENDS)
-    name = _fastest_for_spectral_filters(x, steps <= lags) if backend == "auto" else backend
+    _check(backend, BACKENDS if smooth_tail else ANY_FILTER_BACKENDS)
+    name = _fastest_for_spectral_filters(x, steps <= lags, smooth_tail) if backend == "auto" else backend
     wide = torch.promote_types(x.dtype, torch.float32)
     if name in _ANY_FILTER:
         return causal_conv(x, mix(filters[:steps], weights, wide), name, dilation)
@@ -120,12 +125,12 @@ def spectral_conv(
     decay = tail[:, 0].double()
     if lags > 2 * chunk:
         decay, tail = exponential_tail(filters, chunk + 1, both_signs)
-    readout = mix(tail, weights, wide)
+    taps, readout = mix(near, weights, wide), mix(tail, weights, wide)
     if name == "chunked":
-        return chunked_conv(x, mix(near, weights, wide), decay, readout, None, dilation)[0]
+        return chunked_conv(x, taps, decay, readout, None, dilation)[0]
     from flash_stu.ops.conv.triton import triton_conv
 
-    return triton_conv(x, near, weights, decay, readout, dilation)
+    return triton_conv(x, taps, decay, readout, dilation)
 
 
 def any_filter_backend(backend: str) -> str:
@@ -146,25 +151,35 @@ def _check(backend: str, allowed: tuple[str, ...]) -> None:
         backends.require("convolution", backend)
 
 
-def _fastest_for_any_filter(x: torch.Tensor) -> str:
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return "flashfftconv" if half and x.is_cuda and backends.why_not("flashfftconv") is None else "fft"
+def _fastest_for_any_filter(device: str, dtype: torch.dtype) -> str:
+    half = dtype in (torch.bfloat16, torch.float16)
+    return "flashfftconv" if half and device == "cuda" and backends.why_not("flashfftconv") is None else "fft"
 
 
-def _fastest_for_spectral_filters(x: torch.Tensor, long_enough: bool) -> str:
+def _fastest_for_spectral_filters(x: torch.Tensor, long_enough: bool, smooth_tail: bool) -> str:
     """The back end for inputs like x; the reason is logged, once for each case."""
-    measured = _FASTEST.get((x.device.type, x.dtype))
+    device, dtype = x.device.type, x.dtype
     if torch.compiler.is_exporting():
         return "fft"  # at every length
     if not long_enough:
-        name, reason = _fastest_for_any_filter(x), "the sequence is longer than the filters"
-    elif measured is None:
-        name, reason = _fastest_for_any_filter(x), "nothing was measured there"
+        name, reason = _fastest_for_any_filter(device, dtype), "the sequence is longer than the filters"
+    elif not smooth_tail:
+        name, reason = _fastest_for_any_filter(device, dtype), "the filters do not end in exponentials"
     else:
-        least, name = [row for row in measured if row[0] <= x.shape[1]][-1]
-        reason = f"the fastest measured from {least} tokens on"
-    _explain_once(x.device.type, str(x.dtype).removeprefix("torch."), name, reason)
+        name, reason = _fastest_for_exponentials(device, dtype, x.shape[1])
+    _explain_once(device, str(dtype).removeprefix("torch."), name, reason)
     return name
+
+
+def _fastest_for_exponentials(device: str, dtype: torch.dtype, tokens: int) -> tuple[str, str]:
+    """Returns the back end for filters that end in exponentials, and the reason."""
+    case = device, dtype
+    if case in _FASTEST:
+        least, name = [row for row in _FASTEST[case] if row[0] <= tokens][-1]
+        return name, f"the fastest measured from {least} tokens on"
+    if case in _TRITON_FROM and tokens >= _TRITON_FROM[case] and backends.why_not("triton") is None:
+        return "triton", f"by an estimate the fastest from {_TRITON_FROM[case]} tokens on, not measured yet"
+    return _fastest_for_any_filter(device, dtype), "nothing was measured there"
 
 
 @torch.compiler.assume_constant_result  # logging would break the graph

@@ -68,14 +68,14 @@ class PartialConv:
             return y[:, self.history.shape[1] :]
         near = filters[: 2 * self.chunk]
         decay, tail = exponential_tail(filters, self.chunk + 1, self.both_signs)
-        readout = mix(tail, weights, wide)
+        taps, readout = mix(near, weights, wide), mix(tail, weights, wide)
         if self.name == "chunked":
             state = ChunkedState(self.history, self.x[:, :0], self.far)
-            return chunked_conv(self.x, mix(near, weights, wide), decay, readout, state, self.dilation)[0]
+            return chunked_conv(self.x, taps, decay, readout, state, self.dilation)[0]
         from flash_stu.ops.conv.triton import triton_conv
 
         extended = torch.cat([self.history, self.x], dim=1)
-        y = triton_conv(extended, near, weights, decay, readout, self.dilation)[:, self.history.shape[1] :]
+        y = triton_conv(extended, taps, decay, readout, self.dilation)[:, self.history.shape[1] :]
         return (y + free_response(self.far, decay, readout, self.x.shape[1])).to(y.dtype)
 
 

@@ -18,7 +18,7 @@ def exponential_tail(filters: torch.Tensor, offset: int, both_signs: bool) -> tu
     Returns:
         decay (states,), float64, and weights (states, features), float32, on the filters' device.
     """
-    decay, points, weights = (tensor.to(filters.device) for tensor in tail_map(len(filters), offset, both_signs))
+    decay, points, weights = tail_map(len(filters), offset, both_signs, filters.device)
     return decay.clone(), (weights @ filters[points].double()).float()
 
 

@@ -1,14 +1,17 @@
-"""The chunked convolution of flash_stu.ops.conv.chunked as Triton kernels: one forward, one for all gradients.
+"""The chunked convolution of flash_stu.ops.conv.chunked as Triton kernels.
 
-One program takes one phase of one sequence and a block of channels, and goes through the chunks in order (backward: in
-reverse) with the far states in registers: inputs are read, outputs written, and no state goes through memory. All
-products are on the tensor cores. Far lags are products of a chunk with the exponentials, which all channels share.
-Near lags have a Toeplitz matrix of their own for every channel; but all of those are combinations of the features'
-matrices, so that a chunk is multiplied by each of these and the channels' weights are applied to the results. That is
-the STU's definition read literally, and keeps 64 shifted loads and multiply-adds per output off the slow path.
+A sequence is cut into segments of whole chunks, one program for each, so that a launch fills a GPU whatever the batch:
 
-In bf16 and fp16 the factors of the products are rounded to that dtype; it costs no more than their rounding if the
-readout is that of flash_stu.filters.exponentials, whose terms do not cancel. Sums are float32.
+1. `_ends_kernel`: the far states that each segment alone gives to the next, which need no other segment;
+2. `_outputs_kernel`: the states before the segment, a sum over the earlier ends; then its outputs, chunk by chunk with
+   the states in registers. Near lags are sums of shifted rows in float32, far lags products on the tensor cores.
+
+The gradient of the inputs is the same convolution of the outputs' gradient with time reversed, so the same two kernels
+compute it. The other two are correlations: `_tap_gradient_kernel` for the near lags, `_readout_gradient_kernel` for the
+states. Every program writes a share of its own, so that the sum does not depend on who came first.
+
+In bf16 and fp16 the factors of the far lags' products are rounded to that dtype; it costs no more than their rounding
+if the readout is that of flash_stu.filters.exponentials, whose terms do not cancel. Sums are float32.
 
 Import this module only where flash_stu.ops.backends accepts "triton". With TRITON_INTERPRET=1 it runs on a CPU.
 """
@@ -25,27 +28,24 @@ from flash_stu.ops.conv.chunked import chunk_maps
 from flash_stu.ops.kept import kept_op
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Fewest instructions for an H100 among those tried that spill no registers, at 24 features in bf16; not yet timed.
-_CHANNELS = 64  # in a block
-_WARPS = 4
-_UNROLL = tl.constexpr(4)  # features
+# Chosen by counting registers and instructions of kernels compiled for an H100; not timed yet.
+_CHANNELS = 32  # in a block
+_STATES = 32  # in a block, where states need not be summed
+_TIMES = tl.constexpr(8)  # steps at once in the taps' gradient
+_UNROLL = tl.constexpr(4)  # lags
+_WARPS = 32  # of a launch for each multiprocessor, if the sequence is long enough
+_CHUNKS = 8  # in a segment, at least
 
 
 def triton_conv(
-    x: torch.Tensor,
-    near: torch.Tensor,
-    weights: torch.Tensor,
-    decay: torch.Tensor,
-    readout: torch.Tensor,
-    dilation: int = 1,
+    x: torch.Tensor, taps: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, dilation: int = 1
 ) -> torch.Tensor:
-    """As chunked_conv with the taps near @ weights and without a state.
+    """As chunked_conv without a state.
 
     Args:
         x: inputs, (batch, length, channels), float32, bf16 or fp16.
-        near: constant features at lags 0 .. 2 chunk - 1, (2 * chunk, features), the chunk a power of two from 16 on.
-        weights: (features, channels).
-        decay: constants in (-1, 1), (states,); they get no gradient, nor does `near`.
+        taps: the filter's near lags, (2 * chunk, channels), the chunk a power of two from 16 on.
+        decay: constants in (-1, 1), (states,); they get no gradient.
         readout: weights of the exponentials from lag chunk + 1 on, (states, channels).
         dilation: distance between lags, in tokens.
 
@@ -55,249 +55,364 @@ def triton_conv(
     Raises:
         UserError: for shapes that do not fit together, a dtype or a chunk length that the kernels do not take.
     """
-    _check(x, near, weights, decay, readout)
+    _check(x, taps, decay, readout)
     if x.numel() == 0:
         return x
-    return torch.ops.flash_stu.triton_conv(x, near.float(), weights.float(), decay.double(), readout.float(), dilation)
+    return torch.ops.flash_stu.triton_conv(x, taps.float(), decay.double(), readout.float(), dilation)
 
 
-def _check(
-    x: torch.Tensor, near: torch.Tensor, weights: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor
-) -> None:
-    channels, features = x.shape[-1], near.shape[-1]
-    if x.ndim != 3 or weights.shape != (features, channels) or readout.shape != (len(decay), channels):
+def _check(x: torch.Tensor, taps: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor) -> None:
+    channels = x.shape[-1]
+    if x.ndim != 3 or taps.ndim != 2 or taps.shape[1] != channels or readout.shape != (len(decay), channels):
         raise UserError(
-            f"triton_conv takes x (batch, length, channels), near (2 chunk, features), weights (features, channels), "
-            f"decay (states,) and readout (states, channels); got {tuple(x.shape)}, {tuple(near.shape)}, "
-            f"{tuple(weights.shape)}, {tuple(decay.shape)} and {tuple(readout.shape)}"
+            f"triton_conv takes x (batch, length, channels), taps (2 chunk, channels), decay (states,) and readout "
+            f"(states, channels); got {tuple(x.shape)}, {tuple(taps.shape)}, {tuple(decay.shape)} and "
+            f"{tuple(readout.shape)}"
         )
-    if decay.requires_grad or near.requires_grad:
-        raise UserError("triton_conv gives its decays and features no gradient")
+    if decay.requires_grad:
+        raise UserError("triton_conv gives its decays no gradient")
     if x.dtype not in _DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise UserError(f"convolution back end 'triton' got {x.dtype}; allowed: {allowed}")
-    chunk = near.shape[0] / 2
+    chunk = taps.shape[0] / 2
     if chunk < 16 or int(chunk) & (int(chunk) - 1) or chunk % 1:
         raise UserError(f"convolution back end 'triton' got chunks of {chunk:g}; allowed: powers of two from 16 on")
 
 
 @triton.jit
-def _tile(
-    pointer: tl.tensor,
-    steps: tl.tensor,
-    first: tl.tensor,
-    stop: tl.tensor,
-    channels: tl.tensor,
-    columns: tl.tensor,
-    step_stride: tl.tensor,
-) -> tl.tensor:
-    """Rows `steps` of a phase, zero outside of [first, stop)."""
-    mask = ((steps >= first) & (steps < stop))[:, None] & (columns < channels)[None, :]
-    return tl.load(pointer + steps[:, None].to(tl.int64) * step_stride + columns[None, :], mask=mask, other=0.0)
+def _place(
+    length: tl.tensor, channels: tl.tensor, dilation: tl.tensor, sequences: tl.tensor, BLOCK: tl.constexpr
+) -> tuple:
+    """Returns which channels, sequence (a phase of a row of the batch) and segment are this program's; and of the
+    sequence the offset of its first step, the distance of its steps and their number."""
+    blocks = (channels + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    columns = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    sequence, segment = program // blocks % sequences, program // blocks // sequences
+    row, phase = sequence // dilation, sequence % dilation
+    start = (row.to(tl.int64) * length + phase) * channels
+    return columns, sequence, segment, start, dilation * channels, (length - phase + dilation - 1) // dilation
 
 
 @triton.jit
-def _forward_kernel(
+def _steps(
+    pointer: tl.tensor,
+    begin: tl.tensor,
+    times: tl.tensor,
+    stop: tl.tensor,
+    stride: tl.tensor,
+    columns: tl.tensor,
+    channels: tl.tensor,
+) -> tl.tensor:
+    """Loads the steps begin + times of a sequence, (times, columns), zero outside of [0, stop)."""
+    known = (begin + times >= 0) & (begin + times < stop)
+    mask = known[:, None] & (columns < channels)[None, :]
+    return tl.load(
+        pointer + begin.to(tl.int64) * stride + (times[:, None] * stride + columns[None, :]), mask=mask, other=0.0
+    )
+
+
+@triton.jit
+def _states_before(
+    ends: tl.tensor,
+    across: tl.tensor,
+    sequence: tl.tensor,
+    segment: tl.tensor,
+    sequences: tl.tensor,
+    states: tl.tensor,
+    columns: tl.tensor,
+    channels: tl.tensor,
+    STATES: tl.constexpr,
+) -> tl.tensor:
+    """Returns the states before a segment, (states, columns), from what each earlier one gives."""
+    carry = tl.load(across + states)[:, None]
+    mask = (columns < channels)[None, :]
+    z = carry * tl.zeros_like(columns)[None, :].to(tl.float32)
+    for earlier in range(segment):
+        rows = ((earlier * sequences + sequence).to(tl.int64) * STATES + states) * channels
+        z = z * carry + tl.load(ends + rows[:, None] + columns[None, :], mask=mask, other=0.0)
+    return z
+
+
+@triton.jit
+def _ends_kernel(
     x: tl.tensor,
-    y: tl.tensor,
-    bands: tl.tensor,
-    weights: tl.tensor,
+    ends: tl.tensor,
     into: tl.tensor,
-    out_of: tl.tensor,
     over: tl.tensor,
-    readout: tl.tensor,
     length: tl.tensor,
     channels: tl.tensor,
     dilation: tl.tensor,
+    sequences: tl.tensor,
+    chunks: tl.tensor,
+    CHUNK: tl.constexpr,
+    STATES: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FACTOR: tl.constexpr,
+    REVERSE: tl.constexpr,
+) -> None:
+    place = _place(length, channels, dilation, sequences, BLOCK)
+    columns, sequence, segment, start, stride, stop = place
+    if REVERSE:
+        start += (stop - 1) * stride
+        stride = -stride
+    times, states = tl.arange(0, CHUNK), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    enter = tl.load(into + times[None, :] * STATES + states[:, None]).to(FACTOR)
+    carry = tl.load(over + states)[:, None]
+    z = tl.zeros((TILE, BLOCK), dtype=tl.float32)
+    for index in range(chunks):  # the outputs of a chunk see the states of two chunks before
+        begin = (segment * chunks + index - 1) * CHUNK
+        earlier = _steps(x + start, begin, times, stop, stride, columns, channels).to(FACTOR)
+        z = z * carry + tl.dot(enter, earlier, input_precision=PRECISION)
+    rows = ((segment * sequences + sequence).to(tl.int64) * STATES + states) * channels
+    tl.store(ends + rows[:, None] + columns[None, :], z, mask=(columns < channels)[None, :])
+
+
+@triton.jit
+def _outputs_kernel(
+    x: tl.tensor,
+    y: tl.tensor,
+    ends: tl.tensor,
+    taps: tl.tensor,
+    readout: tl.tensor,
+    into: tl.tensor,
+    out_of: tl.tensor,
+    over: tl.tensor,
+    across: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    dilation: tl.tensor,
+    sequences: tl.tensor,
+    chunks: tl.tensor,
     CHUNK: tl.constexpr,
     STATES: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     FACTOR: tl.constexpr,
-    FEATURES: tl.constexpr,
+    REVERSE: tl.constexpr,
 ) -> None:
-    row, phase = tl.program_id(0) // dilation, tl.program_id(0) % dilation
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < channels
-    times, span, states = tl.arange(0, CHUNK), tl.arange(0, 2 * CHUNK), tl.arange(0, STATES)
-    start = (row.to(tl.int64) * length + phase) * channels
+    place = _place(length, channels, dilation, sequences, BLOCK)
+    columns, sequence, segment, start, stride, stop = place
+    if REVERSE:
+        start += (stop - 1) * stride
+        stride = -stride
     x, y = x + start, y + start
-    stride = dilation * channels
-    stop = (length - phase + dilation - 1) // dilation  # steps of this phase
-
-    entry = times[:, None] * 2 * CHUNK + span[None, :]  # of a feature's band
+    width = (channels + BLOCK - 1) // BLOCK * BLOCK  # of taps and readout
+    times, states = tl.arange(0, CHUNK), tl.arange(0, STATES)
     enter = tl.load(into + times[None, :] * STATES + states[:, None]).to(FACTOR)  # (states, chunk)
     leave = tl.load(out_of + states[None, :] * CHUNK + times[:, None]).to(FACTOR)  # (chunk, states)
     carry = tl.load(over + states)[:, None]
-    ahead = tl.load(readout + states[:, None] * channels + columns[None, :], mask=inside[None, :], other=0.0)
-    z = tl.zeros((STATES, BLOCK), dtype=tl.float32)
-    for begin in range(0, stop, CHUNK):
-        window = _tile(x, begin - CHUNK + span, 0, stop, channels, columns, stride).to(FACTOR)
-        total = tl.dot(leave, (ahead * z).to(FACTOR), input_precision=PRECISION)
-        for feature in tl.range(0, FEATURES, loop_unroll_factor=_UNROLL):
-            band = tl.load(bands + feature * 2 * CHUNK * CHUNK + entry)
-            weight = tl.load(weights + feature * channels + columns, mask=inside, other=0.0)
-            total += tl.dot(band, window, input_precision=PRECISION) * weight[None, :]
-        steps = begin + times
-        mask = (steps < stop)[:, None] & inside[None, :]
-        rows = y + steps[:, None].to(tl.int64) * stride
-        tl.store(rows + columns[None, :], total.to(y.dtype.element_ty), mask=mask)
-        earlier = _tile(x, steps - CHUNK, 0, stop, channels, columns, stride).to(FACTOR)
+    ahead = tl.load(readout + states[:, None] * width + columns[None, :])
+    z = _states_before(ends, across, sequence, segment, sequences, states, columns, channels, STATES)
+    inside = (columns < channels)[None, :]
+    offsets = times[:, None] * stride + columns[None, :]
+    origin = segment * chunks * CHUNK
+    for done in range(0, tl.minimum(stop - origin, chunks * CHUNK), CHUNK):
+        begin = origin + done
+        near = tl.zeros((CHUNK, BLOCK), dtype=tl.float32)
+        row, tap = x + begin.to(tl.int64) * stride, taps + columns
+        first = -tl.minimum(begin, CHUNK)  # of the steps that are not in the states
+        for lag in tl.range(0, 2 * CHUNK, loop_unroll_factor=_UNROLL):
+            known = (times >= first + lag) & (times < stop - begin + lag)
+            shifted = tl.load(row + offsets, mask=known[:, None] & inside, other=0.0)
+            near += shifted.to(tl.float32) * tl.load(tap)[None, :]
+            row -= stride
+            tap += width
+        total = near + tl.dot(leave, (ahead * z).to(FACTOR), input_precision=PRECISION)
+        mask = (times < stop - begin)[:, None] & inside
+        tl.store(y + begin.to(tl.int64) * stride + offsets, total.to(y.dtype.element_ty), mask=mask)
+        earlier = _steps(x, begin - CHUNK, times, stop, stride, columns, channels).to(FACTOR)
         z = z * carry + tl.dot(enter, earlier, input_precision=PRECISION)
 
 
 @triton.jit
-def _backward_kernel(
+def _tap_gradient_kernel(
     grad: tl.tensor,
     x: tl.tensor,
-    grad_x: tl.tensor,
-    grad_weights: tl.tensor,
-    grad_readout: tl.tensor,
-    bands: tl.tensor,
-    weights: tl.tensor,
-    into: tl.tensor,
-    out_of: tl.tensor,
-    over: tl.tensor,
-    readout: tl.tensor,
+    shares: tl.tensor,
     length: tl.tensor,
     channels: tl.tensor,
     dilation: tl.tensor,
+    sequences: tl.tensor,
+    chunks: tl.tensor,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    place = _place(length, channels, dilation, sequences, BLOCK)
+    columns, sequence, segment, start, stride, stop = place
+    x, grad = x + start, grad + start
+    inside = columns < channels
+    times, lags = tl.arange(0, _TIMES), tl.arange(0, 2 * CHUNK)
+    before = times[None, :] - lags[:, None]
+    offsets = before[:, :, None] * stride + columns[None, None, :]
+    total = tl.zeros((2 * CHUNK, _TIMES, BLOCK), dtype=tl.float32)
+    origin = segment * chunks * CHUNK
+    for done in range(0, tl.minimum(stop - origin, chunks * CHUNK), _TIMES):
+        begin = origin + done
+        first = tl.maximum(begin // CHUNK * CHUNK - CHUNK, 0) - begin
+        known = (before >= first) & (before < stop - begin)
+        mask = known[:, :, None] & inside[None, None, :]
+        shifted = tl.load(x + begin.to(tl.int64) * stride + offsets, mask=mask, other=0.0).to(tl.float32)
+        total += shifted * _steps(grad, begin, times, stop, stride, columns, channels).to(tl.float32)[None, :, :]
+    rows = ((segment * sequences + sequence).to(tl.int64) * 2 * CHUNK + lags) * channels
+    tl.store(shares + rows[:, None] + columns[None, :], tl.sum(total, axis=1), mask=inside[None, :])
+
+
+@triton.jit
+def _readout_gradient_kernel(
+    grad: tl.tensor,
+    x: tl.tensor,
+    shares: tl.tensor,
+    ends: tl.tensor,
+    into: tl.tensor,
+    out_of: tl.tensor,
+    over: tl.tensor,
+    across: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    dilation: tl.tensor,
+    sequences: tl.tensor,
+    chunks: tl.tensor,
     CHUNK: tl.constexpr,
     STATES: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     FACTOR: tl.constexpr,
-    FEATURES: tl.constexpr,
-    KINDS: tl.constexpr,
 ) -> None:
-    program = tl.program_id(0)
-    row, phase = program // dilation, program % dilation
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < channels
-    times, span, states = tl.arange(0, CHUNK), tl.arange(0, 2 * CHUNK), tl.arange(0, STATES)
-    kinds = tl.arange(0, KINDS)
-    start = (row.to(tl.int64) * length + phase) * channels
-    x, grad, grad_x = x + start, grad + start, grad_x + start
-    stride = dilation * channels
-    stop = (length - phase + dilation - 1) // dilation
-
-    entry = times[:, None] * 2 * CHUNK + span[None, :]
-    enter = tl.load(into + times[:, None] * STATES + states[None, :]).to(FACTOR)  # (chunk, states)
+    place = _place(length, channels, dilation, sequences, BLOCK)
+    columns, sequence, segment, start, stride, stop = place
+    x, grad = x + start, grad + start
+    times, states = tl.arange(0, CHUNK), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    enter = tl.load(into + times[None, :] * STATES + states[:, None]).to(FACTOR)  # (states, chunk)
     leave = tl.load(out_of + states[:, None] * CHUNK + times[None, :]).to(FACTOR)  # (states, chunk)
     carry = tl.load(over + states)[:, None]
-    ahead = tl.load(readout + states[:, None] * channels + columns[None, :], mask=inside[None, :], other=0.0)
-    # the gradient of the states from the outputs two chunks later and on, before the readout
-    q = tl.zeros((STATES, BLOCK), dtype=tl.float32)
-    to_readout = tl.zeros((STATES, BLOCK), dtype=tl.float32)
-    to_weights = tl.zeros((KINDS, BLOCK), dtype=tl.float32)
-    chunks = (stop + CHUNK - 1) // CHUNK
-    for index in range(0, chunks):
-        begin = (chunks - 1 - index) * CHUNK
-        steps = begin + times
-        own = _tile(x, steps, 0, stop, channels, columns, stride)
-        window = _tile(grad, begin + span, 0, stop, channels, columns, stride).to(FACTOR)
-        total = tl.dot(enter, (ahead * q).to(FACTOR), input_precision=PRECISION)
-        for feature in tl.range(0, FEATURES, loop_unroll_factor=_UNROLL):
-            band = tl.load(bands + feature * 2 * CHUNK * CHUNK + entry)
-            weight = tl.load(weights + feature * channels + columns, mask=inside, other=0.0)
-            asked = tl.dot(band, window, input_precision=PRECISION)  # the inputs' gradient from this feature's outputs
-            total += asked * weight[None, :]
-            share = tl.sum(asked * own.to(tl.float32), axis=0)
-            to_weights += tl.where(kinds[:, None] == feature, share[None, :], 0.0)
-        mask = (steps < stop)[:, None] & inside[None, :]
-        rows = grad_x + steps[:, None].to(tl.int64) * stride
-        tl.store(rows + columns[None, :], total.to(grad_x.dtype.element_ty), mask=mask)
-
-        to_readout += q * tl.dot(tl.trans(enter), own.to(FACTOR), input_precision=PRECISION)
-        later = _tile(grad, steps + CHUNK, 0, stop, channels, columns, stride).to(FACTOR)
-        q = q * carry + tl.dot(leave, later, input_precision=PRECISION)
-
-    # every program writes a share of its own, so that the sum does not depend on who came first
-    share = grad_weights + program.to(tl.int64) * FEATURES * channels
-    mask = (kinds < FEATURES)[:, None] & inside[None, :]
-    tl.store(share + kinds[:, None] * channels + columns[None, :], to_weights, mask=mask)
-    share = grad_readout + program.to(tl.int64) * STATES * channels
-    tl.store(share + states[:, None] * channels + columns[None, :], to_readout, mask=inside[None, :])
-
-
-def _bands(near: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns every feature's matrices (features, chunk, 2 chunk) twice: from the inputs of the chunk before and the
-    own one to outputs, and back from the outputs of the own chunk and the next to inputs."""
-    chunk = near.shape[0] // 2
-    taps = pad(near.t(), (2 * chunk, 2 * chunk)).to(dtype)  # [2 chunk + lag]
-    times, span = torch.arange(chunk, device=near.device)[:, None], torch.arange(2 * chunk, device=near.device)
-    return taps[:, 2 * chunk + times + chunk - span].contiguous(), taps[:, 2 * chunk + span - times].contiguous()
+    z = _states_before(ends, across, sequence, segment, sequences, states, columns, channels, STATES)
+    total = tl.zeros((TILE, BLOCK), dtype=tl.float32)
+    origin = segment * chunks * CHUNK
+    for done in range(0, tl.minimum(stop - origin, chunks * CHUNK), CHUNK):
+        begin = origin + done
+        own = _steps(grad, begin, times, stop, stride, columns, channels).to(FACTOR)
+        total += z * tl.dot(leave, own, input_precision=PRECISION)
+        earlier = _steps(x, begin - CHUNK, times, stop, stride, columns, channels).to(FACTOR)
+        z = z * carry + tl.dot(enter, earlier, input_precision=PRECISION)
+    rows = ((segment * sequences + sequence).to(tl.int64) * STATES + states) * channels
+    tl.store(shares + rows[:, None] + columns[None, :], total, mask=(columns < channels)[None, :])
 
 
 class _Launch(NamedTuple):
-    """Arguments that the two kernels share.
+    """What the kernels of one convolution share.
 
     Attributes:
-        bands: matrices of the forward and the backward pass, see _bands.
-        constants: weights, the maps of chunk_maps and the readout, with as many states as a power of two has.
-        grid: programs of a launch.
+        weights: taps and readout, with as many channels as whole blocks have; zero states make theirs a power of two.
+        maps: of chunk_maps for those states, and their decay over a segment.
+        sizes: length, channels, dilation, sequences, chunks in a segment.
+        segments: of a sequence.
+        programs: for a segment of all sequences.
         options: constants that the kernels are compiled for.
     """
 
-    bands: tuple[torch.Tensor, torch.Tensor]
-    constants: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-    grid: tuple[int, int]
+    weights: tuple[torch.Tensor, torch.Tensor]
+    maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    sizes: tuple[int, int, int, int, int]
+    segments: int
+    programs: int
     options: dict[str, Any]
 
-    def run(self, kernel: Any, *operands: Any, **options: Any) -> None:
-        kernel[self.grid](*operands, **self.options, **options)
+    @classmethod
+    def of(
+        cls, x: torch.Tensor, taps: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, dilation: int
+    ) -> "_Launch":
+        batch, length, channels = x.shape
+        chunk, sequences, blocks = taps.shape[0] // 2, batch * dilation, _ceil_div(channels, _CHANNELS)
+        states = max(1 << (len(decay) - 1).bit_length(), 16)
+        number = _ceil_div(length, dilation * chunk)
+        warps = blocks * sequences * warps_of("_outputs_kernel", states)
+        chunks = _ceil_div(number, _count_segments(_multiprocessors(x.device), warps, number))
+        decay = pad(decay, (0, states - len(decay)))
+        missing = blocks * _CHANNELS - channels
+        # the interpreter would multiply bf16 numbers as the integers that they are stored in
+        factor = torch.float32 if x.dtype == torch.bfloat16 and not x.is_cuda else x.dtype
+        options = {
+            "CHUNK": chunk,
+            "STATES": states,
+            "TILE": min(states, _STATES),
+            "BLOCK": _CHANNELS,
+            "FACTOR": _DTYPES[factor],
+            "PRECISION": "tf32x3",  # read for float32 only
+        }
+        return cls(
+            (pad(taps, (0, missing)).contiguous(), pad(readout, (0, missing, 0, states - len(readout))).contiguous()),
+            (*chunk_maps(decay, chunk, torch.float32), (decay ** (chunk * chunks)).float()),
+            (length, channels, dilation, sequences, chunks),
+            _ceil_div(number, chunks),
+            blocks * sequences,
+            options,
+        )
+
+    def run(self, kernel: Any, segments: int, *operands: Any, tiled: bool = False, **more: Any) -> None:
+        """Launch a kernel for so many segments, and for every block of states if it is tiled over them."""
+        options = {name: value for name, value in (self.options | more).items() if name in kernel.arg_names}
+        grid = (self.programs * segments, options["STATES"] // options["TILE"] if tiled else 1)
+        kernel[grid](
+            *operands, *self.sizes, **options, num_warps=warps_of(kernel.__name__, self.options["STATES"]), num_stages=2
+        )
+
+    def ends(self, x: torch.Tensor, reverse: bool) -> torch.Tensor:
+        """Returns the states that each segment but the last gives, (segments - 1, sequences, states, channels)."""
+        _, channels, _, sequences, _ = self.sizes
+        shape = (self.segments - 1, sequences, self.options["STATES"], channels)
+        ends = x.new_empty(shape, dtype=torch.float32)
+        if self.segments > 1:
+            into, _, over, _ = self.maps
+            self.run(_ends_kernel, self.segments - 1, x, ends, into, over, tiled=True, REVERSE=reverse)
+        return ends
+
+    def convolve(self, x: torch.Tensor, reverse: bool = False) -> torch.Tensor:
+        """Returns the convolution of x, or of x in reverse order, reversed."""
+        y = torch.empty_like(x)
+        operands = (x, y, self.ends(x, reverse), *self.weights, *self.maps)
+        self.run(_outputs_kernel, self.segments, *operands, REVERSE=reverse)
+        return y
+
+    def correlate(self, grad: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the gradients of the taps, and of the readout with its zero states."""
+        _, channels, _, sequences, _ = self.sizes
+        shares = self.segments * sequences
+        to_taps = x.new_empty((shares, 2 * self.options["CHUNK"], channels), dtype=torch.float32)
+        to_readout = x.new_empty((shares, self.options["STATES"], channels), dtype=torch.float32)
+        self.run(_tap_gradient_kernel, self.segments, grad, x, to_taps)
+        operands = (grad, x, to_readout, self.ends(x, reverse=False), *self.maps)
+        self.run(_readout_gradient_kernel, self.segments, *operands, tiled=True)
+        return to_taps.sum(dim=0), to_readout.sum(dim=0)
 
 
-def _prepare(
-    x: torch.Tensor,
-    near: torch.Tensor,
-    weights: torch.Tensor,
-    decay: torch.Tensor,
-    readout: torch.Tensor,
-    dilation: int,
-) -> _Launch:
-    chunk, channels = near.shape[0] // 2, x.shape[-1]
-    states = max(_next_power_of_2(len(decay)), 16)
-    missing = states - len(decay)
-    maps = chunk_maps(pad(decay, (0, missing)), chunk, torch.float32)
-    # the interpreter would multiply bf16 numbers as the integers that they are stored in
-    factor = torch.float32 if x.dtype == torch.bfloat16 and not x.is_cuda else x.dtype
-    options = {
-        "CHUNK": chunk,
-        "STATES": states,
-        "BLOCK": _CHANNELS,
-        "FEATURES": near.shape[1],
-        "FACTOR": _DTYPES[factor],
-        "PRECISION": "tf32x3",  # read for float32 only
-        "num_warps": _WARPS,
-        "num_stages": 2,
-    }
-    return _Launch(
-        _bands(near, factor),
-        (weights.contiguous(), *maps, pad(readout, (0, 0, 0, missing)).contiguous()),
-        (x.shape[0] * dilation, -(-channels // _CHANNELS)),
-        options,
-    )
+def _ceil_div(number: int, by: int) -> int:
+    return -(-number // by)
 
 
-def _next_power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+def warps_of(kernel: str, states: int) -> int:
+    """Returns how many warps run a program: as few as spill no registers."""
+    wide = kernel == "_tap_gradient_kernel" or (kernel == "_outputs_kernel" and states > _STATES)
+    return 4 if wide else 2
+
+
+def _count_segments(multiprocessors: int, warps: int, chunks: int) -> int:
+    """Returns into how many segments to cut sequences of so many chunks, which have so many warps if not cut."""
+    return max(min(_ceil_div(_WARPS * multiprocessors, warps), chunks // _CHUNKS), 1)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @kept_op("flash_stu::triton_conv")
 def _conv(
-    x: torch.Tensor,
-    near: torch.Tensor,
-    weights: torch.Tensor,
-    decay: torch.Tensor,
-    readout: torch.Tensor,
-    dilation: int,
+    x: torch.Tensor, taps: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, dilation: int
 ) -> torch.Tensor:
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    launch = _prepare(x, near, weights, decay, readout, dilation)
-    launch.run(_forward_kernel, x, y, launch.bands[0], *launch.constants, *x.shape[1:], dilation)
-    return y
+    return _Launch.of(x, taps, decay, readout, dilation).convolve(x.contiguous())
 
 
 @_conv.register_fake
@@ -309,27 +424,20 @@ def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
 def _conv_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
-    near: torch.Tensor,
-    weights: torch.Tensor,
+    taps: torch.Tensor,
     decay: torch.Tensor,
     readout: torch.Tensor,
     dilation: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad, x = grad.contiguous(), x.contiguous()
-    grad_x = torch.empty_like(x)
-    launch = _prepare(x, near, weights, decay, readout, dilation)
-    to_weights = weights.new_empty((launch.grid[0], *weights.shape))
-    to_readout = weights.new_empty((launch.grid[0], launch.options["STATES"], x.shape[2]))
-    results = (grad_x, to_weights, to_readout)
-    operands = (grad, x, *results, launch.bands[1], *launch.constants, *x.shape[1:], dilation)
-    launch.run(_backward_kernel, *operands, KINDS=_next_power_of_2(near.shape[1]))
-    return grad_x, to_weights.sum(dim=0), to_readout.sum(dim=0)[: len(decay)].clone()
+    launch, grad = _Launch.of(x, taps, decay, readout, dilation), grad.contiguous()
+    to_taps, to_readout = launch.correlate(grad, x.contiguous())
+    return launch.convolve(grad, reverse=True), to_taps, to_readout[: len(readout)].clone()
 
 
 @_conv_backward.register_fake
-def _(*operands: Any) -> tuple[torch.Tensor, ...]:
-    _, x, _, weights, _, readout, _ = operands
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weights, readout))
+def _(_grad: torch.Tensor, *operands: Any) -> tuple[torch.Tensor, ...]:
+    x, taps, _, readout, _ = operands
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, taps, readout))
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
@@ -338,8 +446,8 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    to_x, to_weights, to_readout = torch.ops.flash_stu.triton_conv_backward(grad, *ctx.saved_tensors, ctx.dilation)
-    return to_x, None, to_weights, None, to_readout, None
+    to_x, to_taps, to_readout = torch.ops.flash_stu.triton_conv_backward(grad, *ctx.saved_tensors, ctx.dilation)
+    return to_x, to_taps, None, to_readout, None
 
 
 _conv.register_autograd(_differentiate, setup_context=_save_inputs)
