@@ -10,7 +10,8 @@
 #                   there, else PYTHON. TOY=--toy runs them in toy sizes on a CPU
 # make test-oldest  the test suite with the oldest versions that pyproject.toml allows, in an environment of its own
 # make experiments  the papers' figures and ours, docs/experiments.md, into results/experiments: under 60 minutes on two
-#                   cores. EXPERIMENTS="recall text" runs some, SIZE=--quick or SIZE=--full another size
+#                   cores. EXPERIMENTS="recall text" runs some, SIZE=--quick or SIZE=--full another size;
+#                   with FLASH_STU_EXTRA_DATA text.py runs on the text there too
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,6 +34,14 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+OLDEST := .venv-oldest
+TORCH ?= $(shell grep '^torch==' constraints-oldest.txt)
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v '^torch==' constraints-oldest.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --progress-bar off '$(TORCH)' -c $(OLDEST)/constraints.txt -e '.[dev]'
+	$(OLDEST)/bin/python -m pytest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -67,10 +76,13 @@ bench-gpu:
 gpu-train:
 	$(GPU) train --data "$(DATA)"
 
+BOOKS = --name books $(or $(SIZE),--steps 120) --bpe 4096 --output results/experiments \
+	data.dataset=$(FLASH_STU_EXTRA_DATA)/text data.max_documents=2000
 EXPERIMENTS ?= $(basename $(notdir $(shell grep -l '^def render' scripts/experiments/*.py)))
 experiments: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev,experiments]'
 	set -e; for name in $(EXPERIMENTS); do $(BIN)/python scripts/experiments/$$name.py $(SIZE) --output results/experiments; done
+	$(if $(and $(FLASH_STU_EXTRA_DATA),$(filter text,$(EXPERIMENTS))),$(BIN)/python scripts/experiments/text.py $(BOOKS))
 	$(BENCH)/tables.py
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -81,4 +93,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache *.egg-info

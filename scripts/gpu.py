@@ -164,7 +164,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's, with a wrong command line reported in one line; flash_stu's needs packages that may be missing."""
 
     def error(self, message: str) -> NoReturn:
-        raise SystemExit(fail(message))
+        raise ValueError(message)
 
 
 def main() -> int:
@@ -174,7 +174,10 @@ def main() -> int:
     parser.add_argument("--toy", action="store_true", help="in toy sizes; runs without a GPU")
     parser.add_argument("--data", metavar="DIR", help="for train: a folder of text, or prepared data")
     parser.add_argument("--output", metavar="DIR", default="results/gpu", help="where the results go")
-    args = parser.parse_intermixed_args()
+    try:
+        args = parser.parse_intermixed_args()
+    except ValueError as error:
+        return fail(f"{error}; see --help")
     names = [name for word in args.stages for name in GROUPS.get(word, [word])]
     if lacking := missing():
         return fail(f"{sys.executable} lacks {', '.join(lacking)}; pip install {' '.join(lacking)}")

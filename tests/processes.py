@@ -115,7 +115,7 @@ def run_processes(world_size: int, function: Callable, *arguments, timeout: floa
 def _run(connection, function: Callable, arguments: tuple, environment: dict[str, str]) -> None:
     import torch
 
-    os.environ.update(environment)
+    os.environ.update({"CUDA_VISIBLE_DEVICES": ""} | environment)  # there may be fewer GPUs than processes
     torch.set_num_threads(1)
     try:
         answer = function(*arguments), None

@@ -45,3 +45,4 @@ def test_a_killed_process_has_no_result():
     with pytest.raises(ProcessError, match="exit code -9"):
         child.result()
     assert Child(os.getenv, "NAME", environment={"NAME": "value"}).result() == "value"
+    assert Child(os.getenv, "CUDA_VISIBLE_DEVICES").result() == ""

@@ -260,7 +260,7 @@ class _Run:
 
         states, head = self._hidden(ids, past)
         states = states.flatten(0, 1)[positions.to(device)]
-        log_probs, greedy = _project(states, head, self.model.config.vocab_size, entry_position.to(device), tokens)
+        log_probs, greedy = _project(states, head, self.model.config.vocab_size, entry_position, tokens)
 
         parts = zip(continuations, log_probs.cpu().split(lengths), greedy.cpu().split(lengths), strict=True)
         found: dict[int, list[Score]] = {row: [] for row in batch}
@@ -303,6 +303,10 @@ def _project(
 
     The head takes states (positions, channels) to logits, some positions at a time; an entry has a position and a
     target.
+
+    Args:
+        entry_position: (entries,), on the CPU, where choosing some waits for no GPU.
+        targets: (entries,), where the states are.
     """
     log_probs = torch.empty(len(targets), device=states.device)
     greedy = torch.empty(len(targets), dtype=torch.bool, device=states.device)
@@ -310,7 +314,8 @@ def _project(
     for start in range(0, len(states), step):
         logits = head(states[start : start + step]).float()
         here = ((entry_position >= start) & (entry_position < start + step)).nonzero().squeeze(1)
-        local = entry_position[here] - start
+        local = (entry_position[here] - start).to(states.device)
+        here = here.to(states.device)
         log_probs[here] = logits[local, targets[here]] - logits.logsumexp(-1)[local]
         greedy[here] = logits.argmax(-1)[local] == targets[here]
     return log_probs, greedy

@@ -72,27 +72,27 @@ def read_mask(mask: Any, batch: int, length: int, cache: FlashSTUCache | None) -
     if known is None and bool((mask == 1).all()):
         return None  # one look at the mask per token is enough where nothing is padding
     real = mask.bool()
-    if not bool((real == mask).all()):
+    new, rows = real[:, past:], real.any(dim=1)
+    before = torch.ones_like(real[:, :past])
+    if known is not None and past:
+        before[:, : known.shape[1]] = known
+    # all in one more look, since each waits for the GPU
+    checks = ((real == mask).all(), new.all(), rows.all(), (real[:, :past] == before).all())
+    binary, whole, no_empty_row, as_before = torch.stack(checks).tolist()
+    if not binary:
         raise UserError("attention_mask has values other than 0 (padding) and 1")
+    if past and not whole:
+        raise UserError("attention_mask hides tokens after those in the cache; padding can only be in the first call")
+    if not as_before:
+        raise UserError("attention_mask hides other tokens of the cache than the call that read them did")
     if past:
-        _check_continuation(real, past, known)
         return None
-    if not bool(real.any(dim=1).all()):
-        row = int(real.any(dim=1).int().argmin())
+    if not no_empty_row:
+        row = int(rows.int().argmin())
         raise UserError(f"attention_mask hides every token of row {row}; a row needs at least one")
     if cache is not None:
         cache.padding = real
     return Alignment.of(real)
-
-
-def _check_continuation(real: torch.Tensor, past: int, known: torch.Tensor | None) -> None:
-    if not bool(real[:, past:].all()):
-        raise UserError("attention_mask hides tokens after those in the cache; padding can only be in the first call")
-    before = torch.ones_like(real[:, :past])
-    if known is not None:
-        before[:, : known.shape[1]] = known
-    if not torch.equal(real[:, :past], before):
-        raise UserError("attention_mask hides other tokens of the cache than the call that read them did")
 
 
 def restored(outputs: Any, alignment: Alignment) -> Any:

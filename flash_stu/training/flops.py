@@ -58,6 +58,9 @@ _TERAFLOPS = (
 )
 
 
+DATA_SHEET_RATES = dict(_TERAFLOPS)
+
+
 def forward_flops(config: FlashSTUConfig, length: int) -> dict[str, float]:
     """Returns the FLOPs per token of a forward pass, by part.
 

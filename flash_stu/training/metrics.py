@@ -215,7 +215,7 @@ def start_wandb(config: RunConfig, folder: Path, run_id: str) -> "wandb.Run | No
             mode=mode,
             project=config.wandb.project,
             name=config.wandb.name or folder.name,
-            dir=folder,
+            dir=str(folder),
             id=run_id,
             resume="allow" if mode == "online" else None,  # an offline run cannot be resumed; sync appends by id
             config=config.model_dump(mode="json"),

@@ -1,10 +1,11 @@
-"""The size of a run, worked out from its config alone: nothing is read, written or allocated."""
+"""The size of a run and the time of a step, worked out from its config: nothing is read or written."""
 
 import os
 
 import torch
 from tabulate import tabulate
 
+from flash_stu.devices import default_device
 from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.model.modeling import FlashSTUForCausalLM
@@ -13,6 +14,7 @@ from flash_stu.ops.parts import part_size
 from flash_stu.training.initialization import build_model
 from flash_stu.training.parallel import check_context, resolve_resharding, resolve_strategy
 from flash_stu.training.run_config import RunConfig
+from flash_stu.training.step_time import estimates, measured, table_of
 
 
 def describe(config: RunConfig, processes: int) -> str:
@@ -45,7 +47,12 @@ def describe(config: RunConfig, processes: int) -> str:
         + ", ".join(f"{name} {size / 2**30:.1f}" for name, size in memory.items())
         + ")",
     }
-    return f"{config.to_yaml()}\n{tabulate(rows.items(), tablefmt='plain', disable_numparse=True)}"
+    sizes = tabulate(rows.items(), tablefmt="plain", disable_numparse=True)
+    columns = estimates(config, processes, measured(default_device(), getattr(torch, train.dtype)))
+    header, *parts = table_of(columns, config, processes)
+    align = ["left", *["right"] * (len(header) - 1)]
+    times = tabulate(parts, header, "plain", disable_numparse=True, colalign=align)
+    return f"{config.to_yaml()}\n{sizes}\n\n{times}"
 
 
 def check_size(config: RunConfig, world: World) -> None:

@@ -126,7 +126,7 @@ def _allowed(entry: dict[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,g}"
 
 
 def _yaml(value: Any) -> str:

@@ -74,8 +74,9 @@ def accumulate_gradients(
 ) -> torch.Tensor:
     """Add up the gradients of this process's part of a global batch; returns its mean loss in nats per token."""
     model.train()
-    micro_batches, chunks = batch.split(config.train.micro_batch_size), config.train.sequence_chunks
-    total = torch.zeros((), device=world.device)
+    # all at once: between micro batches a copy from pageable memory would wait for the one before
+    micro_batches = batch.to(world.device).split(config.train.micro_batch_size)
+    chunks, total = config.train.sequence_chunks, torch.zeros((), device=world.device)
     for index, windows in enumerate(micro_batches):
         name, last = f"micro batch {index + 1} of {len(micro_batches)}", index == len(micro_batches) - 1
         mark(name)

@@ -6,8 +6,8 @@ A step is the trainer's: micro batches forward and backward, gradient clipping, 
 data is needed. Variants take the same step with the two-branch FFT of the published code, with one back end changed at
 a time as far as it is available, and as the config has it; one that fails says so in its row. The parts are timed
 alone, forward and backward, at the step's shapes, so they need not add up to it. The rate of a large matrix product is
-measured between the steps, and the model's FLOPs (flash_stu/training/flops.py) are given as a share of it. On a CPU:
---config configs/quickstart.yaml.
+measured between the steps, and the model's FLOPs (flash_stu/training/flops.py) are given as a share of it; beside the
+measured step stands its estimate by part (step_time.py there). On a CPU: --config configs/quickstart.yaml.
 """
 
 import gc
@@ -43,6 +43,7 @@ from flash_stu.training.metrics import peak_memory
 from flash_stu.training.optimizer import build_optimizers
 from flash_stu.training.parallel import clip_gradients, parallelize
 from flash_stu.training.step import train_step
+from flash_stu.training.step_time import PARTS, estimates, measured, milliseconds
 
 TWO_BRANCH = "two-branch FFT (published)"
 WARM_UP = 2
@@ -139,14 +140,15 @@ class Bench:
             "peak_flops": peak_flops(self.device, self.dtype),
             "variants": [],
             "parts": [],
+            "estimate": estimates(self.config, 1, measured(self.device, self.dtype)),
         }
         variants = self.variants()
         for name, changes in variants.items():
             last = name == list(variants)[-1]
-            measured, reason = attempt(lambda n=name, c=changes, last=last: self.variant(n, c, last))
-            row["variants"].append({"variant": name, **({"failed": reason} if reason else measured[0])})
+            figures, reason = attempt(lambda n=name, c=changes, last=last: self.variant(n, c, last))
+            row["variants"].append({"variant": name, **({"failed": reason} if reason else figures[0])})
             if last and not reason:
-                row["parts"] = measured[1]
+                row["parts"] = figures[1]
             yield
 
     def variant(self, name: str, changes: dict[str, str], parts: bool) -> tuple[dict, list[dict]]:
@@ -296,6 +298,12 @@ def _tables(row: dict) -> list[str]:
             for part in row["parts"]
         ]
         tables.append(table(["part, run alone", "ms", "over the last step above"], shares))
+    if columns := row.get("estimate"):
+        cells = [[part, *(milliseconds(column[part]) for column in columns.values())] for part in PARTS]
+        cells.append(["step", *(milliseconds(sum(column.values())) for column in columns.values())])
+        if taken := row["variants"][-1].get("seconds"):
+            cells.append(["measured", milliseconds(statistics.median(taken)), *[""] * (len(columns) - 1)])
+        tables.append(table(["estimate, ms", *columns], cells))
     return tables
 
 

@@ -71,9 +71,11 @@ CURVES = ("marginal", "dense")
 NOISE = (0.0, 0.1)  # of the curves, over the outputs' standard deviation
 TABLE_NOISE = (0.0, 0.01, 0.1, 0.5)
 SUBSPACE = "subspace (nfoursid)"
+DESCENT = "LDS by descent"  # as SpectraLDS begins; "A uniform": the eigenvalues are drawn from (-1, 1)
 LEARNERS: dict[str, Callable[[Size], nn.Module]] = {
     "STU": lambda size: STU(size.length, 24, 3, 3),
-    "LDS by descent": lambda size: LDS(size.states, 3, 3),
+    DESCENT: lambda size: LDS(size.states, 3, 3),
+    f"{DESCENT}, A uniform": lambda size: LDS(size.states, 3, 3, uniform=True),
     "LRU": lambda size: LRU(size.states, 3, 3),
     "S4D": lambda size: S4D(size.states, 3, 3),
     "Mamba-2": lambda _: Network("mamba2", 3, 3),
@@ -83,7 +85,7 @@ NETWORKS = ("Mamba-2", "Transformer")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"Adagrad": torch.optim.Adagrad, "Adam": torch.optim.Adam}
 CHOICES = {  # optimizer and rate
     "STU": (("Adagrad", 1.0), ("Adam", 0.01), ("Adam", 0.1)),
-    **dict.fromkeys(("LDS by descent", "LRU", "S4D"), (("Adam", 1e-2), ("Adam", 3e-2))),
+    **dict.fromkeys((DESCENT, f"{DESCENT}, A uniform", "LRU", "S4D"), (("Adam", 1e-2), ("Adam", 3e-2))),
     **dict.fromkeys(NETWORKS, (("Adam", 1e-3), ("Adam", 5e-3))),
 }
 LOWEST = 1e-12  # of the picture
@@ -213,15 +215,19 @@ def render(results: dict) -> str:
 
 
 def _against_descent(results: dict) -> str:
-    slow_way = [row["curve"][-1] for row in _ends(results, "marginal", 0.1, "LDS by descent") if row["curve"]]
-    parts = []
-    for method in METHODS if slow_way else ():
-        rows = [row for row in _points(results, "marginal", 0.1, method) if row["rel"] is not None]
-        error = band([end[2] for end in slow_way])[0] / band([row["rel"] for row in rows])[0]
-        seconds = band([row["seconds"] for row in rows])[0] / band([end[1] for end in slow_way])[0]
-        parts.append(f"{method} {error:,.2g} in {seconds:.2g} of its CPU time")
-    what = "Error of the LDS by descent over that of a closed form, marginal, noise 0.1"
-    return f"{what}: {'; '.join(parts)}." if parts else ""
+    """One line for each noise and way to begin: how far descent ends above each closed form, in which time."""
+    lines = []
+    for name, sigma in ((name, sigma) for name in LEARNERS if name.startswith(DESCENT) for sigma in NOISE):
+        slow_way = [row["curve"][-1] for row in _ends(results, "marginal", sigma, name) if row["curve"]]
+        parts = []
+        for method in METHODS if slow_way else ():
+            rows = [row for row in _points(results, "marginal", sigma, method) if row["rel"] is not None]
+            error = band([end[2] for end in slow_way])[0] / band([row["rel"] for row in rows])[0]
+            seconds = band([row["seconds"] for row in rows])[0] / band([end[1] for end in slow_way])[0]
+            parts.append(f"{method} {error:,.2g} in {seconds:.2g} of its CPU time")
+        if parts:
+            lines.append(f"- {name}, noise {sigma:g}: {'; '.join(parts)}.")
+    return "\n".join(["Error of descent over that of a closed form, marginal:", "", *lines]) if lines else ""
 
 
 def _table_of_closed_forms(results: dict) -> list[str]:

@@ -64,16 +64,18 @@ class STU(Layer):
 
 
 class LDS(Layer):
-    """A symmetric system, y_t = sum_j C_j A_j^i B_j u_{t-i}: A drawn as clip(randn, -1, 1) and kept in [-1, 1].
+    """A symmetric system, y_t = sum_j C_j A_j^i B_j u_{t-i}, whose A is kept in [-1, 1].
 
     Args:
         states: number of eigenvalues.
         inputs, outputs: channels.
+        uniform: draw A from (-1, 1) instead of as SpectraLDS does, clip(randn, -1, 1): a third of them is 1 or -1.
     """
 
-    def __init__(self, states: int, inputs: int, outputs: int) -> None:
+    def __init__(self, states: int, inputs: int, outputs: int, uniform: bool = False) -> None:
         super().__init__(inputs, outputs)
-        self.A = nn.Parameter(torch.randn(states, dtype=torch.float64).clamp(-1, 1))
+        A = torch.randn(states, dtype=torch.float64).clamp(-1, 1)
+        self.A = nn.Parameter(2 * torch.rand(states, dtype=torch.float64) - 1 if uniform else A)
         self.B = nn.Parameter(torch.randn(states, inputs, dtype=torch.float64) / inputs)
         self.C = nn.Parameter(torch.randn(outputs, states, dtype=torch.float64) / states)
 

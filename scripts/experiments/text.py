@@ -1,22 +1,27 @@
 """Which model to train: the kinds of STU layers and attention alone on real text, with AdamW and with Muon.
 
-    python scripts/experiments/text.py [--quick | --full] [--runs runs/text] [--output DIR] [section.key=value ...]
+    python scripts/experiments/text.py [--quick | --full] [--steps N] [--runs runs/text] [--output DIR]
+        [--name NAME] [--bpe TOKENS] [section.key=value ...]
 
 The quickstart's settings, text and order of the data. Three hybrids, whose STU layers alternate with attention, and
 attention alone have the same number of parameters (the width of the MLP makes up for the mixers'), see the same tokens,
 and are trained from the same seeds. Settings as train.py takes them replace the config's for all: another text or
-tokenizer, for example. Runs that are finished are not trained again.
+tokenizer, for example, with --bpe one that is trained on the text. With --name the runs are in runs/text-NAME, and the
+results are text-NAME.json. Runs that are finished are not trained again.
 """
 
 import itertools
 import json
 import re
 import statistics
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from bpe import bpe_tokenizer
+
 from flash_stu import FlashSTUConfig
-from flash_stu.arguments import output_directory
+from flash_stu.arguments import integer, output_directory
 from flash_stu.devices import default_device
 from flash_stu.errors import run_cli
 from flash_stu.figures import save_figure
@@ -81,21 +86,45 @@ def compare(runs: Path, seeds: int, steps: int, settings: list[str]) -> list[dic
 
 
 def main() -> None:
+    args = parse()
+    name = f"text-{args.name}" if args.name else "text"
+    size = SIZES[args.size] | ({"steps": args.steps} if args.steps else {})
+    results = {"environment": environment(default_device()), "size": args.size, **size, "bpe": args.bpe}
+    results["settings"] = [shown(setting) for setting in args.settings]
+    with TemporaryDirectory() as folder:
+        quick = args.size == "quick"
+        runs = Path(folder if quick else args.runs or f"runs/{name}")
+        settings = [f"data.cache_dir={folder}/cache", *TINY, *args.settings] if quick else args.settings
+        if args.bpe:
+            tokenizer = bpe_tokenizer(runs / f"bpe-{args.bpe}", load_config(CONFIG, settings).data, args.bpe)
+            settings = [*settings, f"data.tokenizer={tokenizer}", f"model.vocab_size={args.bpe}"]
+        results["rows"] = compare(runs, **size, settings=settings)
+    finish(name, results, render, plot, args.output)
+
+
+def parse() -> Namespace:
+    """Returns the command line."""
     parser = experiment_parser(__doc__, "text")
-    parser.add_argument(
-        "--runs", type=output_directory, default="runs/text", metavar="DIR", help="where the run directories are"
-    )
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that replace the config's")
-    args = parser.parse_intermixed_args()
-    size = SIZES[args.size]
-    results = {"environment": environment(default_device()), "size": args.size, **size, "settings": args.settings}
-    if args.size == "quick":
-        with TemporaryDirectory() as folder:
-            settings = [f"data.cache_dir={folder}/cache", *TINY, *args.settings]
-            results["rows"] = compare(Path(folder), **size, settings=settings)
-    else:
-        results["rows"] = compare(Path(args.runs), **size, settings=args.settings)
-    finish("text", results, render, plot, args.output)
+    add = parser.add_argument
+    add("--steps", type=integer(), metavar="N", help="of a training, in place of the size's")
+    add("--runs", type=output_directory, metavar="DIR", help="where the run directories are (default: runs/text)")
+    add("--name", type=word, metavar="NAME", help="of another text's runs and results, text-NAME")
+    add("--bpe", type=integer(320, 2**17), metavar="TOKENS", help="train a tokenizer of so many tokens on the text")
+    add("settings", nargs="*", metavar="section.key=value", help="settings that replace the config's")
+    return parser.parse_intermixed_args()
+
+
+def word(value: str) -> str:
+    """Returns a name of letters, digits and dashes."""
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,40}", value):
+        raise ArgumentTypeError(f"{value!r}: allowed are up to 40 letters, digits and dashes")
+    return value
+
+
+def shown(setting: str) -> str:
+    """Returns a setting as the page shows it, the path of a dataset by its last part."""
+    key, _, value = setting.partition("=")
+    return f"{key}={Path(value).name}" if key == "data.dataset" else setting
 
 
 def groups(results: dict) -> dict[tuple[str, str], list[dict]]:
@@ -109,8 +138,9 @@ def groups(results: dict) -> dict[tuple[str, str], list[dict]]:
 def render(results: dict) -> str:
     """One table: loss, parameters and time of every model and optimizer."""
     tokens = results["rows"][0]["tokens"]
+    tokenizer = f"a BPE of {results['bpe']:,} tokens trained on the text; " if results.get("bpe") else ""
     what = (
-        f"{results['steps']} steps ({tokens:,} tokens) of {' '.join([CONFIG, *results['settings']])}; "
+        f"{results['steps']} steps ({tokens:,} tokens) of {' '.join([CONFIG, *results['settings']])}; {tokenizer}"
         f"seeds: {results['seeds']}; peak learning rates {', '.join(f'{r:g} ({n})' for n, r in RATES.items())}."
     )
     cells = []

@@ -71,6 +71,7 @@ def summary(report: dict) -> str:
             f"method            {report['method']}, {report['states']} states at {len(report['poles'])} poles",
             f"held-out error    {errors}, of the outputs' power",
             f"noise variance    {noise}, estimated",
+            f"initial state     {'at rest' if report['initial_state'] is None else 'estimated'}",
             f"time              {report['seconds']:.1f} s for {report['samples']} samples",
         ]
     )
@@ -80,7 +81,7 @@ def _plot_prediction(found: Found, inputs: np.ndarray, outputs: np.ndarray, path
     """Draw the outputs of the first held-out trajectory over what the system predicts that was fitted without it."""
     if inputs.ndim == 3:
         inputs, outputs = inputs[found.trajectory], outputs[found.trajectory]
-    predicted = found.trained.simulate(inputs)
+    predicted = found.trained.simulate(inputs, found.state)
     channels = min(outputs.shape[1], _SHOWN)
     figure = Figure(figsize=(10, 1 + 2.2 * channels), dpi=150, layout="constrained")
     last = min(len(outputs), found.first + _LONGEST)

@@ -1,7 +1,7 @@
 """The data of an identification: checked, scaled, split, and run through one-pole filters."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,8 @@ from flash_stu.errors import UserError
 
 SHORTEST = 16  # samples
 HELD_OUT = 0.2  # of the data
+STARTED = 8  # trajectories whose initial states are estimated: each takes an input more
+IMPULSE = 8.0  # between the sizes of fast and slow states under inputs of variance one: penalties fall on all alike
 _BLOCK_ROWS = 32768  # time steps of several trajectories that are worked on at once
 
 
@@ -22,10 +24,12 @@ class Records:
 
     Attributes:
         inputs: (batch, time, inputs), float64; outputs: (batch, time, outputs), float64.
+        impulses: how many of the inputs, the last, are impulses that stand for initial states; see `started`.
     """
 
     inputs: np.ndarray
     outputs: np.ndarray
+    impulses: int = 0
 
     @property
     def rows(self) -> int:
@@ -49,21 +53,38 @@ class Records:
         for first in range(0, len(self.inputs), count):
             yield self.inputs[first : first + count], self.outputs[first : first + count]
 
-    def split(self) -> tuple["Records", "Records", int]:
+    def split(self, share: float) -> tuple["Records", "Records", int]:
         """Returns the records to fit, those to judge the fit on, and the time step from which on to judge it.
 
-        Of several trajectories the last are held out; of a single one, its end, which the fitted system reaches from
-        rest at the beginning, never shown an output.
+        Of several trajectories from rest the last are held out. Else it is the end of every one, which the fitted
+        system reaches from the beginning, never shown an output.
+
+        Args:
+            share: of the data that is held out.
         """
         batch, time = self.inputs.shape[:2]
-        if batch > 1:
-            count = max(1, round(HELD_OUT * batch))
+        if batch > 1 and not self.impulses:
+            count = max(1, round(share * batch))
             return self[:-count], self[-count:], 0
-        start = time - max(1, round(HELD_OUT * time))
-        return Records(self.inputs[:, :start], self.outputs[:, :start]), self, start
+        start = time - max(1, round(share * time))
+        return replace(self, inputs=self.inputs[:, :start], outputs=self.outputs[:, :start]), self, start
+
+    def started(self) -> "Records":
+        """Returns the records of trajectories that begin in states which are to be found.
+
+        What an initial state adds to the outputs is the response to an impulse before the first input. So each
+        trajectory gets one time step more, at its beginning, with such an impulse as an input of its own; the impulse's
+        direct term takes up the output there, which is zero.
+        """
+        batch, time = self.inputs.shape[:2]
+        inputs = np.zeros((batch, time + 1, self.inputs.shape[2] + batch))
+        inputs[:, 1:, :-batch] = self.inputs
+        inputs[np.arange(batch), 0, self.inputs.shape[2] + np.arange(batch)] = IMPULSE
+        outputs = np.concatenate([np.zeros_like(self.outputs[:, :1]), self.outputs], axis=1)
+        return Records(inputs, outputs, impulses=batch)
 
     def __getitem__(self, index: slice) -> "Records":
-        return Records(self.inputs[index], self.outputs[index])
+        return replace(self, inputs=self.inputs[index], outputs=self.outputs[index])
 
 
 def filtered(inputs: np.ndarray, poles: np.ndarray) -> np.ndarray:

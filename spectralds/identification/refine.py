@@ -281,8 +281,8 @@ def _reduced(fit: _Fit, max_states: int) -> _Model:
             alone = design[:, own] - others @ (others.T @ design[:, own])
             root = triangle([alone])
             left, size, _ = np.linalg.svd(root @ solution[own])
-            loss = size[rank - 1] ** 2 if rank <= len(size) else 0.0
-            gains.append(loss - price * (inputs + outputs - 2 * rank + 1 + (rank == 1)))
+            spared = inputs + outputs - 2 * rank + 1 + (rank == 1)  # parameters
+            gains.append(size[rank - 1] ** 2 - price * spared if rank <= len(size) else -np.inf)
             kept.append(_unit(part @ np.linalg.lstsq(root, left[:, : rank - 1], rcond=_RCOND)[0]))
             first += rank
         least = int(np.argmin(gains))

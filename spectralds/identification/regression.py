@@ -9,7 +9,6 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-_LARGEST_SHARE = 0.5  # of the rows, in effective parameters: generalised cross-validation fails beyond
 _SMALLEST_PENALTY = 1e-16  # of the largest squared singular value: smaller ones let rounding and gaps of the model in
 
 
@@ -42,10 +41,11 @@ def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
 
 
-def ridge(factor: np.ndarray, columns: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ridge regression with a penalty for each target, chosen by generalised cross-validation.
+def ridge(factor: np.ndarray, columns: int, rows: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Ridge regression with a penalty for each target, the one under which the data are most likely.
 
-    The penalty falls on the weights as they are: the lengths of the columns are the prior.
+    The penalty falls on the weights as they are: the lengths of the columns are the prior. Likelihood instead of
+    generalised cross-validation, which now and then takes a penalty that is far too small.
 
     Args:
         factor: the triangle of the design, then the targets.
@@ -53,9 +53,10 @@ def ridge(factor: np.ndarray, columns: int, rows: int) -> tuple[np.ndarray, np.n
         rows: of the data.
 
     Returns:
-        weights, (columns, targets), and the noise variance of each target, (targets,).
+        weights, (columns, targets); the noise variance of each target, (targets,); and the least of minus twice the
+        logarithm of the likelihood, up to a constant for each row.
 
-    Source: Golub, Heath and Wahba 1979, Generalized cross-validation as a method for choosing a good ridge parameter.
+    Source: MacKay 1992, Bayesian Interpolation.
     """
     design, targets = factor[:, :columns], factor[:, columns:]
     left, singular, right = svd(design)
@@ -65,10 +66,9 @@ def ridge(factor: np.ndarray, columns: int, rows: int) -> tuple[np.ndarray, np.n
     outside = ((targets - left @ parts) ** 2).sum(axis=0)
     penalties = np.geomspace(_SMALLEST_PENALTY, 1e4, 101) * singular[0] ** 2
     shrinkage = penalties[:, None] / (singular**2 + penalties[:, None])
-    used = len(singular) - shrinkage.sum(axis=1)
-    allowed = used <= _LARGEST_SHARE * rows
-    penalties, shrinkage, used = penalties[allowed], shrinkage[allowed], used[allowed]
-    squares = outside + shrinkage**2 @ parts**2
-    best = np.argmin(squares / (rows - used[:, None]) ** 2, axis=0)
+    variances = np.maximum(outside + shrinkage @ parts**2, np.finfo(float).tiny) / rows
+    surprise = rows * np.log(variances) - np.log(shrinkage).sum(axis=1)[:, None]
+    best = np.argmin(surprise, axis=0)
     gains = singular[:, None] / (singular[:, None] ** 2 + penalties[best])
-    return right.T @ (gains * parts), squares[best, np.arange(targets.shape[1])] / (rows - used[best])
+    chosen = best, np.arange(targets.shape[1])
+    return right.T @ (gains * parts), variances[chosen], float(surprise[chosen].sum())

@@ -1,10 +1,11 @@
 """What a method of identification found: a sum of exponentials and a direct term, in scaled units."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import torch
 
+from spectralds.identification.records import IMPULSE
 from spectralds.identification.system import SymmetricLDS, realise
 
 
@@ -35,10 +36,16 @@ class Response:
         return cls(*realise(poles, residues[:-1], max_states), residues[-1], noise)
 
     def system(
-        self, input_scale: np.ndarray | float = 1.0, output_scale: np.ndarray | float = 1.0, report: Any = None
-    ) -> SymmetricLDS:
-        """Returns the system in the units of the data, whose channels were divided by these scales."""
+        self, input_scale: np.ndarray | float = 1.0, output_scale: np.ndarray | float = 1.0, impulses: int = 0
+    ) -> tuple[SymmetricLDS, torch.Tensor]:
+        """Returns the system in the units of the data, and the state that each impulse leaves, (impulses, states).
+
+        Args:
+            input_scale: what the inputs but for the impulses were divided by; output_scale: and the outputs.
+            impulses: how many inputs, the last, are impulses of `Records.started`.
+        """
+        inputs = self.D.shape[1] - impulses
         to_outputs = np.broadcast_to(output_scale, len(self.C))[:, None]
-        return SymmetricLDS.of(
-            self.A, self.B / input_scale, self.C * to_outputs, self.D / input_scale * to_outputs, report
-        )
+        B, D = self.B[:, :inputs] / input_scale, self.D[:, :inputs] / input_scale * to_outputs
+        states = torch.from_numpy(IMPULSE * self.B[:, inputs:].T.copy())
+        return SymmetricLDS.of(self.A, B, self.C * to_outputs, D), states

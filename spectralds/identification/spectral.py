@@ -37,7 +37,7 @@ def fit_spectral(records: Records, max_states: int) -> Response:
             rows = np.concatenate([*features, u, y], axis=2)
             yield rows.reshape(-1, rows.shape[2])
 
-    weights, noise = ridge(triangle(blocks()), (2 * filters + 1) * inputs, records.rows)
+    weights, noise, _ = ridge(triangle(blocks()), (2 * filters + 1) * inputs, records.rows)
     of_features = weights[:-inputs].reshape(2 * filters, -1)
     residues = product(system.C.numpy(), of_features).reshape(-1, weights.shape[1])
     return Response.of_weights(system.A.numpy(), np.concatenate([residues, weights[-inputs:]]), noise, max_states)

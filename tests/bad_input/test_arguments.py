@@ -116,6 +116,7 @@ BENCHMARKS = {
         "--output": PLACES,
     },
     "imports": {"--repeats": [*NUMBERS, "0"], "--output": PLACES},
+    "estimates": {"--config": MISSING, "--output": PLACES},
     "fits": {
         "--length": [*NUMBERS, "0"],
         "--filters": [*NUMBERS, "0"],
@@ -155,7 +156,10 @@ EXPERIMENTS: dict[str, dict[str, list]] = {
         "--model": ["", LONG, "absent", "taken", "/dev/null", "folder"],
         **{"--text": MISSING, "--runs": PLACES, "--output": PLACES},
     },
-    "text": {"--runs": PLACES, "--output": PLACES},
+    "text": {
+        **{"--runs": PLACES, "--output": PLACES, "--steps": [*NUMBERS, "0"], "--bpe": [*NUMBERS, "319"]},
+        "--name": ["", LONG, "a/b", "../a", "a b"],
+    },
 }
 _TRAIN = ["train", "--data", "folder"]
 TABLE += [

@@ -12,6 +12,7 @@ import torch
 from flash_stu import FlashSTUForCausalLM, UserError
 from flash_stu.data import load_tokenizer
 from flash_stu.errors import run_cli
+from flash_stu.generation import loop
 from flash_stu.generation.loop import generate_text, generate_tokens, pad_left
 from flash_stu.generation.sampling import Sampling
 from flash_stu.model.layers import LDS
@@ -125,6 +126,15 @@ def test_stops_when_every_row_has_ended(make):
     first = row.index(end)
     assert row[: first + 1] == greedy[0, : first + 1].tolist()
     assert set(row[first:]) == {end}
+
+
+def test_a_gpu_is_asked_at_every_16th_token_only_whether_all_have_ended(make, monkeypatch):
+    model, prompt = make(), torch.arange(1, 10)[None]
+    end = run(model, prompt, 20)[0, 3].item()
+    stopped = run(model, prompt, 40, eos_token_id=end)[0].tolist()
+    monkeypatch.setattr(loop, "_tokens_between_looks", lambda _: 16)
+    later = run(model, prompt, 40, eos_token_id=end)[0].tolist()
+    assert len(stopped) <= 4 and later == stopped + [end] * (16 - len(stopped))
 
 
 def test_text_is_the_decoded_tokens(make, tokenizer):

@@ -210,6 +210,30 @@ def test_auto_on_a_gpu_is_an_estimate(dtype, monkeypatch):
     assert module._fastest_for_exponentials("cuda", torch.float64, 8192)[0] == "fft"
 
 
+@pytest.mark.parametrize("backend", ["direct", "fft", "chunked"])
+@pytest.mark.parametrize(
+    ("tokens", "dilation", "count"), [(150, 2, 3), (150, 1, 3), (150, 2, 80), (100, 1, 60), (2, 2, 3)]
+)
+def test_taps_on_top(backend, tokens, dilation, count):
+    phi = spectral(200, 8, dilation=dilation)
+    torch.manual_seed(0)
+    inputs = torch.randn(2, tokens, 3), torch.randn(8, 3), torch.randn(count, 3)
+    inputs = tuple(tensor.requires_grad_() for tensor in inputs)
+    weight = torch.randn(2, tokens, 3)
+
+    def sums(x, weights, taps):
+        y = causal_conv(x, phi.to(x) @ weights, "direct", dilation)
+        return y + causal_conv(x, taps, "direct")
+
+    y = spectral_conv(*inputs[:1], phi, inputs[1], backend, dilation, taps=inputs[2])
+    got = (y, *torch.autograd.grad(y, inputs, weight))
+    exact_inputs = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
+    exact = sums(*exact_inputs)
+    expected = (exact, *torch.autograd.grad(exact, exact_inputs, weight.double()))
+    for result, reference in zip(got, expected, strict=True):
+        assert (result.double() - reference).norm() <= 1e-5 * reference.norm()
+
+
 def test_filters_that_jump_have_no_far_states():
     x, filters, weights = torch.randn(1, 40, 2), torch.randn(50, 3), torch.randn(3, 2)
     got = spectral_conv(x, filters, weights, smooth_tail=False)

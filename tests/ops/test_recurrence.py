@@ -85,6 +85,21 @@ def test_taps_are_their_definition(lags, past, matrices, monkeypatch):
         assert_close((found, *torch.autograd.grad(found, inputs, weight)), reference, 1e-13)
 
 
+@pytest.mark.parametrize("past", [0, 4])
+@pytest.mark.parametrize("form", [add_taps, tapped])
+def test_taps_at_some_lags(form, past, monkeypatch):
+    monkeypatch.setattr("flash_stu.ops.taps._ELEMENTS", 2 * WIDTH * 5)
+    torch.manual_seed(0)
+    y, x, taps = draw(2, 17, WIDTH), draw(2, past + 17, WIDTH), draw(6, WIDTH)
+    inputs, lags = (y, x, taps), [5, 1]
+    weight = torch.randn(2, 17, WIDTH, dtype=y.dtype)
+    some = torch.zeros_like(taps).index_put((torch.tensor(lags),), taps[lags])
+    reference = tapped(y, x, some)
+    expected = (reference, *torch.autograd.grad(reference, inputs, weight))
+    found = form(y, x, taps[lags], lags)
+    assert_close((found, *torch.autograd.grad(found, inputs, weight)), expected, 1e-13)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_once(dtype):
     torch.manual_seed(0)

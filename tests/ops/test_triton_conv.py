@@ -114,9 +114,9 @@ def test_is_the_stus_convolution(separate):
     filters, dilation = (torch.cat([phi, phi * signs], dim=1), 1) if separate else (2 * phi[::2], 2)
     torch.manual_seed(0)
     x = torch.randn(1, length, 3, device=DEVICE)
-    weights = torch.randn(filters.shape[1], 3, device=DEVICE)
-    got = spectral_conv(x, filters.float(), weights, "triton", dilation, separate)
-    exact = spectral_conv(x.double(), filters, weights.double(), "direct", dilation, separate)
+    weights, taps = torch.randn(filters.shape[1], 3, device=DEVICE), torch.randn(3, 3, device=DEVICE)
+    got = spectral_conv(x, filters.float(), weights, "triton", dilation, separate, taps=taps)
+    exact = spectral_conv(x.double(), filters, weights.double(), "direct", dilation, taps=taps.double())
     assert (got - exact).norm() <= 1e-5 * exact.norm()
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_run import training_settings
 
@@ -17,6 +18,13 @@ from flash_stu.training import RunConfig, Trainer, join_world, load_config
 
 REPOSITORY = Path(__file__).parents[2]
 TEXT = "spectral filters observe linear systems through a fixed window of tokens and forget nothing"
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Train on the CPU, here and in processes of their own, where FLASH_STU_GPU_TESTS=1 shows a GPU too."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")

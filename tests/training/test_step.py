@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_stu.distributed import World
 from flash_stu.training.initialization import build_model
@@ -47,3 +48,39 @@ def test_separate_documents_with_activation_checkpointing(load):
         norms.append(torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()]).item())
         assert apart != accumulate_gradients(model, batch, config, World())
     assert norms[1:] == pytest.approx(norms[:1] * 2, rel=1e-5)
+
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique2", "_unique2", "is_nonzero", "equal")
+
+
+class Waits(TorchDispatchMode):
+    """Lists the operators for whose results a GPU has to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        by_mask = name.startswith("index") and any(
+            index is not None and index.dtype == torch.bool for index in args[1] if isinstance(args[1], list | tuple)
+        )
+        if name in WAITING or by_mask:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("change", ["train.activation_checkpointing=selective", "optimizer.name=muon"])
+def test_no_micro_batch_waits_for_a_gpu(load, change):
+    config = load(change, "optimizer.fused=true")  # as on a GPU
+    model = parallelize(build_model(config.architecture()), config, World())
+    batch = torch.arange(4 * 25).reshape(4, 25)
+    with Waits() as waits:
+        accumulate_gradients(model, batch, config, World())
+    assert waits.names == []
+    with Waits() as waits:
+        train_step(model, build_optimizers(model, config.optimizer), batch, config, World())
+    assert waits.names == ["_local_scalar_dense"]  # the norm of the gradients
+    with Waits() as waits:
+        assert batch[batch > 3].sum().item()
+    assert waits.names == ["index", "_local_scalar_dense"]

@@ -81,6 +81,10 @@ class InputOutputTaps(KeepFloat32):
         if self.M_u is not None:
             known = inputs if past is None else torch.cat([past.halo(inputs, self.inputs - 1), inputs], dim=1)
             y = add_taps(y, known, self.M_u)
+        return self.feed_back(y, past)
+
+    def feed_back(self, y: torch.Tensor, past: Past | None = None) -> torch.Tensor:
+        """As forward, with outputs to which the taps of the inputs were added already."""
         if self.M_y is None:
             return y
         if past is None:

@@ -81,10 +81,9 @@ def attend_to_window(
     """
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
-    grouped = (query * head_dim**-0.5).reshape(batch * kv_heads, heads // kv_heads, head_dim)
+    grouped, scale = query.reshape(batch * kv_heads, heads // kv_heads, head_dim), head_dim**-0.5
     scores = torch.bmm(grouped, key.flatten(0, 1).mT).float()
-    if softcap is not None:
-        scores = (scores / softcap).tanh() * softcap
+    scores = scores * scale if softcap is None else (scores * (scale / softcap)).tanh() * softcap
     scores = scores.view(batch, kv_heads, heads // kv_heads, -1)
     if bias is not None:
         scores = scores + bias.view(kv_heads, heads // kv_heads, -1)

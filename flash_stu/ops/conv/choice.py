@@ -2,7 +2,7 @@
 
 Any filter: `direct` (a sum over lags: the reference), `fft` (everywhere) and `flashfftconv` (CUDA, optional). Learned
 combinations of spectral filters, which are a few taps and then a sum of decaying exponentials: those three, `chunked`
-(matrix products, everywhere) and `triton` (the same as one kernel, on a GPU).
+(matrix products, everywhere) and `triton` (the same as kernels, on a GPU).
 
 A dilated filter has taps at every `dilation`-th lag only; the sequence then falls apart into `dilation` interleaved
 ones, which convolve independently at that fraction of the length. An STU with shared branches is exactly that with
@@ -23,6 +23,7 @@ from flash_stu.ops.conv.direct import direct_conv
 from flash_stu.ops.conv.fft import fft_conv
 from flash_stu.ops.conv.flashfft import flash_fft_conv
 from flash_stu.ops.conv.tail import exponential_tail
+from flash_stu.ops.taps import add_taps
 
 _ANY_FILTER = {"direct": direct_conv, "fft": fft_conv, "flashfftconv": flash_fft_conv}
 CHUNK = {"chunked": 32, "triton": 16}  # tokens of one phase; twice as many lags are near
@@ -83,8 +84,12 @@ def spectral_conv(
     dilation: int = 1,
     both_signs: bool = False,
     smooth_tail: bool = True,
+    taps: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Convolve each channel d with the filter sum_k filters[:, k] weights[k, d]: the STU's convolution.
+
+    Taps may come on top, y[t] += sum_i taps[i] x[t - i] with i in tokens. Those at multiples of the dilation are
+    weights of filters that are one at one lag, at no cost; only the others are added in a pass of their own.
 
     Args:
         x: inputs, (batch, length, channels), any floating dtype.
@@ -96,6 +101,7 @@ def spectral_conv(
             read by "chunked" and "triton" only.
         smooth_tail: whether the filters end in decaying exponentials, as all but those of the tensor basis do, which
             jump; "chunked" and "triton" take no others.
+        taps: (lags in tokens, channels), see above.
 
     Returns:
         outputs (batch, length, channels) in x's dtype; sums are accumulated in float32 (float64 for float64 inputs).
@@ -115,22 +121,49 @@ def spectral_conv(
     _check(backend, BACKENDS if smooth_tail else ANY_FILTER_BACKENDS)
     name = _fastest_for_spectral_filters(x, steps <= lags, smooth_tail) if backend == "auto" else backend
     wide = torch.promote_types(x.dtype, torch.float32)
-    if name in _ANY_FILTER:
-        return causal_conv(x, mix(filters[:steps], weights, wide), name, dilation)
-    if steps > lags:
+    if name not in _ANY_FILTER and steps > lags:
         raise UserError(f"convolution back end {name!r} ends at the filters' {lags} lags; the sequence has {steps}")
-    chunk = CHUNK[name]
-    near, tail = filters[: 2 * chunk], filters.new_zeros((1, filters.shape[1]))
+    # between the lags chunk and 2 chunk near taps and exponentials have to agree
+    reach = lags if name in _ANY_FILTER else min(CHUNK[name] + 1, lags)
+    inner, outer = _split(taps, dilation, reach)
+    if name in _ANY_FILTER:
+        y = causal_conv(x, mix(filters[:steps], weights, inner, wide), name, dilation)
+    else:
+        y = _by_exponentials(x, filters, weights, inner, name, dilation, both_signs)
+    if taps is None or not outer:
+        return y
+    return add_taps(y, x, torch.stack([taps[lag] for lag in outer]), outer)
+
+
+def _by_exponentials(
+    x: torch.Tensor,
+    filters: torch.Tensor,
+    weights: torch.Tensor,
+    taps: torch.Tensor | None,
+    name: str,
+    dilation: int,
+    both_signs: bool,
+) -> torch.Tensor:
+    chunk, wide = CHUNK[name], torch.promote_types(x.dtype, torch.float32)
+    near, tail = mix(filters[: 2 * chunk], weights, taps, wide), filters.new_zeros((1, filters.shape[1]))
     near = pad(near, (0, 0, 0, 2 * chunk - near.shape[0]))
     decay = tail[:, 0].double()
-    if lags > 2 * chunk:
+    if len(filters) > 2 * chunk:
         decay, tail = exponential_tail(filters, chunk + 1, both_signs)
-    taps, readout = mix(near, weights, wide), mix(tail, weights, wide)
+    readout = mix(tail, weights, None, wide)
     if name == "chunked":
-        return chunked_conv(x, taps, decay, readout, None, dilation)[0]
+        return chunked_conv(x, near, decay, readout, None, dilation)[0]
     from flash_stu.ops.conv.triton import triton_conv
 
-    return triton_conv(x, taps, decay, readout, dilation)
+    return triton_conv(x, near, decay, readout, dilation)
+
+
+def _split(taps: torch.Tensor | None, dilation: int, reach: int) -> tuple[torch.Tensor | None, list[int]]:
+    """Returns the taps that a dilated filter of `reach` lags has, one for each lag, and the lags of the others."""
+    if taps is None:
+        return None, []
+    inner = taps[::dilation][:reach]
+    return inner, [lag for lag in range(len(taps)) if lag % dilation or lag >= dilation * reach]
 
 
 def any_filter_backend(backend: str) -> str:
@@ -138,8 +171,11 @@ def any_filter_backend(backend: str) -> str:
     return backend if backend in ANY_FILTER_BACKENDS else "auto"
 
 
-def mix(filters: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns filters (lags, features) combined by weights (features, channels), in a dtype whatever autocast says."""
+def mix(filters: torch.Tensor, weights: torch.Tensor, taps: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the channels' filters, with taps (at most as many as lags) on the first lags."""
+    if taps is not None:
+        ones = torch.eye(filters.shape[0], len(taps), dtype=filters.dtype, device=filters.device)
+        filters, weights = torch.cat([filters, ones], dim=1), torch.cat([weights, taps.to(weights.dtype)])
     with torch.autocast(filters.device.type, enabled=False):
         return filters.to(dtype) @ weights.to(dtype)
 

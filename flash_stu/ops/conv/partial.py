@@ -33,17 +33,26 @@ class PartialConv:
     Args:
         x: inputs of the part, (batch, tokens, channels).
         filters: see spectral_conv.
-        backend: "auto", "chunked" or "triton".
-        dilation, both_signs: see spectral_conv.
         past: the parts before.
+        backend: one of PARTIAL_BACKENDS.
+        dilation, both_signs, smooth_tail: see spectral_conv.
 
     Raises:
-        UserError: for a back end that needs the whole sequence.
+        UserError: for a back end, or filters, that need the whole sequence.
     """
 
     def __init__(
-        self, x: torch.Tensor, filters: torch.Tensor, backend: str, dilation: int, both_signs: bool, past: Past
+        self,
+        x: torch.Tensor,
+        filters: torch.Tensor,
+        past: Past,
+        backend: str = "auto",
+        dilation: int = 1,
+        both_signs: bool = False,
+        smooth_tail: bool = True,
     ) -> None:
+        if not smooth_tail:
+            raise UserError("filter_basis 'tensor' has no states that stand for the past of a sequence in parts")
         self.x, self.dilation, self.both_signs = x, dilation, both_signs
         self.name = _choose(backend, x)
         self.chunk, lags = CHUNK[self.name], len(filters)
@@ -64,11 +73,11 @@ class PartialConv:
         wide = torch.promote_types(self.x.dtype, torch.float32)
         if self.far is None:
             extended = torch.cat([self.history, self.x], dim=1)
-            y = causal_conv(extended, mix(filters, weights, wide), "auto", self.dilation)
+            y = causal_conv(extended, mix(filters, weights, None, wide), "auto", self.dilation)
             return y[:, self.history.shape[1] :]
         near = filters[: 2 * self.chunk]
         decay, tail = exponential_tail(filters, self.chunk + 1, self.both_signs)
-        taps, readout = mix(near, weights, wide), mix(tail, weights, wide)
+        taps, readout = mix(near, weights, None, wide), mix(tail, weights, None, wide)
         if self.name == "chunked":
             state = ChunkedState(self.history, self.x[:, :0], self.far)
             return chunked_conv(self.x, taps, decay, readout, state, self.dilation)[0]

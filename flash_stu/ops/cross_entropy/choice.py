@@ -48,7 +48,10 @@ def linear_cross_entropy(
     dtype = _product_dtype(weight)
     backend = _choose(backend, hidden, weight, dtype)
     labels = labels.flatten()
-    count = (labels != IGNORED).sum() if items is None else torch.as_tensor(items, device=labels.device)
+    if items is None:
+        count = (labels != IGNORED).sum()
+    else:  # a number is written by a kernel: copying one to a GPU would wait for it
+        count = items.to(labels.device) if isinstance(items, torch.Tensor) else labels.new_full((), items)
     operands = (hidden.flatten(0, -2), weight, labels, bias, count, dtype)
     return liger_loss(*operands) if backend == "liger" else chunked_loss(*operands, fused=backend == "triton")
 
