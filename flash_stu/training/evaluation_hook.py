@@ -44,6 +44,7 @@ class ValidationWindows:
         self.end_of_text = end_of_text
         self.length = config.train.sequence_length
         self.batch_size = config.train.micro_batch_size
+        self.chunks = config.train.sequence_chunks
         available = (len(dataset) - 1) // self.length
         if available < 1:
             raise UserError(
@@ -61,8 +62,8 @@ class ValidationWindows:
         together, and all batches have one shape, since compiled blocks would be compiled again for another:
         the last ones are filled up with copies.
         """
-        for first in range(0, len(self.starts), self.batch_size * world.size):
-            begin = first + world.rank * self.batch_size
+        for first in range(0, len(self.starts), self.batch_size * world.data_size):
+            begin = first + world.data_rank * self.batch_size
             starts = self.starts[begin : begin + self.batch_size]
             filled = starts + self.starts[:1] * (self.batch_size - len(starts))
             windows = [self.dataset.window(start, self.length + 1) for start in filled]
@@ -78,7 +79,7 @@ class ValidationWindows:
         nats, windows = torch.zeros((), device=world.device), 0
         for batch, counted in self.batches(world):
             mark("validation")
-            loss = token_loss(model, batch, world.device, counted or None, self.end_of_text)
+            loss = token_loss(model, batch, world, counted or None, self.end_of_text, self.chunks)
             nats = nats + loss * counted  # of none: finite times 0
             windows += counted
         free_gathered(model)
@@ -91,7 +92,7 @@ class ValidationWindows:
         """Run one forward pass, so that a back end that cannot run here raises before anything is written."""
         model.eval()
         batch, _ = next(self.batches(world))
-        token_loss(model, batch, world.device, end_of_text=self.end_of_text)
+        token_loss(model, batch, world, None, self.end_of_text, self.chunks)
         free_gathered(model)
 
 

@@ -390,7 +390,8 @@ def _update(work: Work, config: RunConfig, fused: bool) -> None:
 
 def estimate_step(config: RunConfig, processes: int, ceilings: Ceilings) -> dict[str, float]:
     """Returns the seconds of one optimizer step by part; their sum is the step's."""
-    micro_batches = config.sequences_per_step(processes) // (processes * config.train.micro_batch_size)
+    # processes that share a sequence have a part of a micro batch each
+    micro_batches = config.sequences_per_step(processes) / (processes * config.train.micro_batch_size)
     work = count_work(config, ceilings.fused)
     return {name: ceilings.seconds(part) * (1 if name == "optimizer" else micro_batches) for name, part in work.items()}
 

@@ -101,6 +101,10 @@ TABLE = [
 BENCHMARKS = {
     "agreement": {"--output": PLACES},
     "ceilings": {"--repeats": [*NUMBERS, "0"], "--output": PLACES},
+    "context": {
+        **dict.fromkeys(("--lengths", "--processes", "--pieces", "--repeats", "--long"), [*NUMBERS, "0"]),
+        **{"--output": PLACES},
+    },
     "convsweep": {
         **dict.fromkeys(("--lengths", "--channels", "--batch", "--repeats"), [*NUMBERS, "0"]),
         **{"--minutes": NUMBERS, "--output": PLACES},

@@ -107,8 +107,13 @@ class SlidingWindowAttention(Mixer):
         return shared_band(self.backend, x.shape[1], self.window, x.device)
 
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
-        """Attend over a whole sequence."""
-        return self._attend(*self._heads(x, context), context.mask, context)
+        """Attend over a whole sequence, or a part of one after the keys and values of a window before it."""
+        query, key, value = self._heads(x, context)
+        if context.past is not None:
+            both = torch.cat([key, value], dim=-1).transpose(1, 2)
+            past_key, past_value = context.past.halo(both, self.window - 1).transpose(1, 2).chunk(2, dim=-1)
+            key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+        return self._attend(query, key, value, context.mask, context)
 
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: WindowState | None = None

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from flash_stu.errors import UserError
 from flash_stu.model.layers.documents import Documents
+from flash_stu.ops.parts import Part, Past
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -20,6 +22,8 @@ class SequenceContext(NamedTuple):
         documents: in the rows of this call, kept apart by every mixer; None if each row is one.
         weights: of attention layers are wanted: the tokens of this call and before it; None if they are not.
         band: of flex_attention, over the whole sequences of a call without a cache; None where that is not taken.
+        part: of a longer sequence that this call is about; None if it is about a whole one.
+        past: the parts before, for the layer that this context is handed to.
     """
 
     filters: torch.Tensor | None = None
@@ -28,6 +32,27 @@ class SequenceContext(NamedTuple):
     documents: Documents | None = None
     weights: int | None = None
     band: "BlockMask | None" = None
+    part: Part | None = None
+    past: Past | None = None
+
+    def in_part(self, part: Part | None, cached: bool) -> "SequenceContext":
+        """Returns the context of a call about a part of a sequence, or of a whole one if `part` is None.
+
+        Raises:
+            UserError: for what is not done for a part.
+        """
+        if part is None:
+            return self
+        what = {
+            "padding": self.mask is not None,
+            "a cache, as generation wants it": cached,
+            "several documents in a row": self.documents is not None,
+            "output_attentions": self.weights is not None,
+        }
+        for name, wanted in what.items():
+            if wanted:
+                raise UserError(f"a sequence in parts does not go with {name}")
+        return self._replace(part=part)
 
     def spectral_filters(self) -> torch.Tensor:
         """Returns `filters`, for a layer that cannot do without."""
