@@ -43,7 +43,7 @@ from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.keywords import RECORDED, document_numbers, refuse_unknown
 from flash_stu.model.layers import LDS, STU, GatedMLP, InputOutputTaps, SlidingWindowAttention
 from flash_stu.model.layers.attention import AttentionWeights, check_implementation
-from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.layers.context import Ring, SequenceContext
 from flash_stu.model.layers.documents import Documents
 from flash_stu.model.layers.exact import SpectralFilters
 from flash_stu.model.layers.linear import FUSED, DepthScaledLinear, FusedLinear, join, join_tensors
@@ -237,9 +237,11 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         past = 0 if cache is None else cache.seq_length
         alignment = read_mask(attention_mask, x.shape[0], x.shape[1], cache)
         documents = None
-        if (numbers := document_numbers(keywords, None if past else position_ids, x.shape[:2], alignment)) is not None:
+        first_positions = None if position_ids is None or past else position_ids
+        if (numbers := document_numbers(keywords, first_positions, x.shape[:2], alignment)) is not None:
             documents = Documents.of(numbers)
-        self._check_length(past + x.shape[1] if documents is None else documents.longest)
+        if self.filters is not None:
+            self._check_length(past + x.shape[1] if documents is None else documents.longest)
         if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
             raise UserError("a cache cannot be used in training with gradient checkpointing: set use_cache to False")
         if use_cache is None:
@@ -249,9 +251,11 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         if cache is None and use_cache:
             cache = FlashSTUCache(len(self.layers))
         if alignment is not None:
+            if cache is not None:
+                alignment.remember(cache)
             x = alignment.align(x)
             position_ids = None if position_ids is None else alignment.align(position_ids)
-        context = self.context(x, past, None if alignment is None else alignment.mask, position_ids)
+        context = self.context(x, past, None if alignment is None else alignment.mask, position_ids, cache)
         wanted = {name: keywords[name] for name in RECORDED if keywords.get(name) is not None}
         weights = bool(wanted.get("output_attentions", self.config.output_attentions))
         if weights and documents is not None:
@@ -276,30 +280,41 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
 
     def _check_length(self, length: int) -> None:
-        if self.filters is not None and length > self.config.max_position_embeddings:
+        if length > self.config.max_position_embeddings:
             raise UserError(
                 f"the sequence has {length} tokens; the spectral filters end at {self.config.max_position_embeddings} "
                 f"(max_position_embeddings); distill the model to go further"
             )
 
     def context(
-        self, x: torch.Tensor, past: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        past: int | torch.Tensor,
+        mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: FlashSTUCache | None = None,
     ) -> SequenceContext:
-        """Returns what all layers share in one call: filters, rotary angles and mask.
+        """Returns what all layers share in one call: filters, rotary angles, mask and place.
 
         Args:
             x: embeddings, (batch, length, hidden_size).
-            past: tokens before them.
+            past: tokens before them; in a captured step a tensor, (1,).
             mask: (batch, length), False at padding; None if there is none.
             position_ids: (batch or 1, length); None for the tokens after `past`.
+            cache: what the call continues or begins; None if nothing is kept.
         """
-        config, rotary = self.config, None
-        if config.position_embedding == "rope" and "sliding_attention" in config.block_types:
-            if position_ids is None:
-                position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
-            head_dim = config.hidden_size // config.num_attention_heads
-            rotary = rotary_angles(position_ids, head_dim, config.rope_theta)
-        return SequenceContext(None if self.filters is None else self.filters.phi, rotary, mask)
+        config, rotary, ring = self.config, None, None
+        padding = None if cache is None else cache.padding
+        if "sliding_attention" in config.block_types:
+            if config.position_embedding == "rope":
+                if position_ids is None:
+                    position_ids = (past + torch.arange(x.shape[1], device=x.device))[None]
+                head_dim = config.hidden_size // config.num_attention_heads
+                rotary = rotary_angles(position_ids, head_dim, config.rope_theta)
+            if cache is not None and x.shape[1] == 1:
+                ring = Ring.at(past, padding, config.sliding_window, x.device)
+        filters = None if self.filters is None else self.filters.phi
+        return SequenceContext(filters, rotary, mask, past=past, padding=padding, ring=ring)
 
 
 class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
