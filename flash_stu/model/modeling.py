@@ -193,6 +193,12 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         self.filters = SpectralFilters(config.max_position_embeddings, config.num_filters) if config.uses_stu else None
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.block_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        attends = "sliding_attention" in config.block_types
+        # read once: every attribute of transformers' configurations takes a while
+        self.window = config.sliding_window if attends else None
+        self.rotary_head_dim = None
+        if attends and config.position_embedding == "rope":
+            self.rotary_head_dim = config.hidden_size // config.num_attention_heads
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -244,7 +250,7 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
             self._check_length(past + x.shape[1] if documents is None else documents.longest)
         if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
             raise UserError("a cache cannot be used in training with gradient checkpointing: set use_cache to False")
-        if use_cache is None:
+        if use_cache is None and cache is None:
             use_cache = self.config.use_cache and not self.training and documents is None
         if documents is not None and (use_cache or cache is not None):
             raise UserError("a cache holds one document a row, and this batch has more: set use_cache to False")
@@ -260,12 +266,13 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         weights = bool(wanted.get("output_attentions", self.config.output_attentions))
         if weights and documents is not None:
             raise UserError("output_attentions is True; that is not done for several documents in a row")
-        context = context._replace(documents=documents, weights=past + x.shape[1] if weights else None)
+        if documents is not None or weights:
+            context = context._replace(documents=documents, weights=past + x.shape[1] if weights else None)
         if cache is None and documents is None:
             mixers = (block.mixer for block in self.layers)
             attention = next((mixer for mixer in mixers if isinstance(mixer, SlidingWindowAttention)), None)
             context = context._replace(band=None if attention is None else attention.band(x))
-        outputs = self._run(self.dropout(x), context, cache, return_dict=True, **wanted)
+        outputs = self._run(self.dropout(x) if self.training else x, context, cache, return_dict=True, **wanted)
         return outputs if alignment is None else restored(outputs, alignment)
 
     @capture_outputs
@@ -303,16 +310,14 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
             position_ids: (batch or 1, length); None for the tokens after `past`.
             cache: what the call continues or begins; None if nothing is kept.
         """
-        config, rotary, ring = self.config, None, None
+        rotary = ring = None
         padding = None if cache is None else cache.padding
-        if "sliding_attention" in config.block_types:
-            if config.position_embedding == "rope":
-                if position_ids is None:
-                    position_ids = (past + torch.arange(x.shape[1], device=x.device))[None]
-                head_dim = config.hidden_size // config.num_attention_heads
-                rotary = rotary_angles(position_ids, head_dim, config.rope_theta)
-            if cache is not None and x.shape[1] == 1:
-                ring = Ring.at(past, padding, config.sliding_window, x.device)
+        if self.rotary_head_dim is not None:
+            if position_ids is None:
+                position_ids = (past + torch.arange(x.shape[1], device=x.device))[None]
+            rotary = rotary_angles(position_ids, self.rotary_head_dim, self.config.rope_theta)
+        if self.window is not None and cache is not None and x.shape[1] == 1:
+            ring = Ring.at(past, padding, self.window, x.device)
         filters = None if self.filters is None else self.filters.phi
         return SequenceContext(filters, rotary, mask, past=past, padding=padding, ring=ring)
 

@@ -83,7 +83,7 @@ def attend_to_window(
     kv_heads = key.shape[1]
     grouped, scale = query.reshape(batch * kv_heads, heads // kv_heads, head_dim), head_dim**-0.5
     scores = torch.bmm(grouped, key.flatten(0, 1).mT).float()
-    scores = scores * scale if softcap is None else (scores * (scale / softcap)).tanh() * softcap
+    scores = scores.mul_(scale) if softcap is None else scores.mul_(scale / softcap).tanh_() * softcap
     scores = scores.view(batch, kv_heads, heads // kv_heads, -1)
     if bias is not None:
         scores = scores + bias.view(kv_heads, heads // kv_heads, -1)
