@@ -10,5 +10,5 @@ def lds_scan(x: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, state:
     outputs = []
     for t in range(x.shape[1]):
         state = lds_advance(x[:, t], decay, state)
-        outputs.append((readout.double() * state[-1].double()).sum(dim=1))
+        outputs.append((readout.double().t() * state[-1].double()).sum(dim=2))
     return torch.stack(outputs, dim=1).to(x.dtype), state

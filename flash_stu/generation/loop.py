@@ -39,8 +39,8 @@ def generate_tokens(
         compile: see flash_stu.generation.static_step; for a model without STU layers.
 
     Yields:
-        the next token of every row, (batch,). Whether all have ended is looked at for every token on a CPU and for
-        every 16th on a GPU, which would have to be waited for: up to 15 more of the same may follow.
+        the next token of every row, (batch,), up to the last row's end. With an end token a GPU's come 16 at a time:
+        looking whether all have ended means to wait for it.
 
     Raises:
         UserError: for another kind of model, an empty prompt, an invalid mask, prompt and new tokens that together are
@@ -57,14 +57,23 @@ def generate_tokens(
         raise UserError(f"the model's logits are not finite in {model.dtype}; its weights are damaged, or too large")
     step = None
     ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    held, over = [], []  # tokens not yielded yet, and whether all rows have ended with each
     for number in range(1, max_new_tokens + 1):
         token = choose(logits)
-        if eos_token_id is not None:
+        if eos_token_id is None:
+            yield token
+        else:
             token = torch.where(ended, eos_token_id, token)
             ended = ended | (token == eos_token_id)
-        yield token
-        look = eos_token_id is not None and number % _tokens_between_looks(model.device) == 0
-        if number == max_new_tokens or (look and bool(ended.all())):
+            held.append(token)
+            over.append(ended.all())
+            if number == max_new_tokens or len(held) == _tokens_between_looks(model.device):
+                running = torch.stack(over).tolist().count(False)
+                yield from held[: running + 1]
+                if running < len(held):
+                    return
+                held, over = [], []
+        if number == max_new_tokens:
             return
         step = step or _step_function(model, cache, compile)
         logits = step(token[:, None])

@@ -35,7 +35,8 @@ class StaticStep:
         self.model = model
         self.states = tuple(past.states)
         self.tokens = torch.zeros(past.batch_size, 1, dtype=torch.long, device=model.device)
-        self.position = torch.full((1, 1), past.seq_length, device=model.device)
+        self.position = torch.full((1,), past.seq_length, device=model.device)
+        self.padding = past.padding
         self.step = _compiled_step() if compile else _step
         self.graphs: list[tuple[torch.cuda.CUDAGraph, torch.Tensor]] = []
         self.done = 0
@@ -54,7 +55,7 @@ class StaticStep:
         return logits
 
     def _run(self) -> torch.Tensor:
-        logits, self.states = self.step(self.model, self.tokens, self.position, self.states)
+        logits, self.states = self.step(self.model, self.tokens, self.position, self.padding, self.states)
         return logits
 
     def _tensors(self) -> Iterator[torch.Tensor]:
@@ -92,13 +93,17 @@ class StaticStep:
 
 
 def _step(
-    model: FlashSTUForCausalLM, tokens: torch.Tensor, position: torch.Tensor, states: tuple[Any, ...]
+    model: FlashSTUForCausalLM,
+    tokens: torch.Tensor,
+    position: torch.Tensor,
+    padding: torch.Tensor | None,
+    states: tuple[Any, ...],
 ) -> tuple[torch.Tensor, tuple[Any, ...]]:
     """Returns logits and states after one more token, in the memory of the states before; position is advanced."""
     past = FlashSTUCache(len(states))
-    past.states = list(states)
-    logits = model(tokens, position_ids=position, past_key_values=past).logits[:, -1]
-    position += 1
+    past.states, past.padding = list(states), padding
+    past.seq_length = position  # pyright: ignore[reportAttributeAccessIssue] - a number elsewhere
+    logits = model(tokens, past_key_values=past).logits[:, -1]
     return logits, tuple(_settled(old, new, old) for old, new in zip(states, past.states, strict=True))
 
 

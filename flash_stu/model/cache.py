@@ -18,7 +18,8 @@ class FlashSTUCache(Cache):
     Attributes:
         states: per layer the state it returned last, or None before the first token.
         seq_length: tokens seen, padding included.
-        padding: (batch, length) of the first call, False at its padding; None if there was none.
+        mask: (batch, length) of the first call, False at its padding; None if there was none.
+        padding: how many tokens of padding each row begins with since they were aligned, (batch, 1); None as the mask.
     """
 
     # constants where transformers computes properties from its layers
@@ -31,6 +32,7 @@ class FlashSTUCache(Cache):
         super().__init__(layers=[])
         self.states: list[Any] = [None] * num_layers
         self.seq_length = 0
+        self.mask: torch.Tensor | None = None
         self.padding: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -48,14 +50,15 @@ class FlashSTUCache(Cache):
     def reset(self) -> None:
         self.states = [None] * len(self.states)
         self.seq_length = 0
-        self.padding = None
+        self.mask = self.padding = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.states = [None if state is None else state.select(indices) for state in self.states]
-        self.padding = None if self.padding is None else self.padding.index_select(0, indices)
+        if self.mask is not None and self.padding is not None:
+            self.mask, self.padding = self.mask.index_select(0, indices), self.padding.index_select(0, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         size = self.batch_size
@@ -73,17 +76,17 @@ class FlashSTUCache(Cache):
 
 
 def _flatten(cache: FlashSTUCache) -> tuple[list[Any], int]:
-    return [cache.states, cache.padding], cache.seq_length
+    return [cache.states, cache.mask, cache.padding], cache.seq_length
 
 
 def _flatten_with_keys(cache: FlashSTUCache) -> tuple[list[tuple[Any, Any]], int]:
-    return [(MappingKey("states"), cache.states), (MappingKey("padding"), cache.padding)], cache.seq_length
+    return [(MappingKey(name), getattr(cache, name)) for name in ("states", "mask", "padding")], cache.seq_length
 
 
 def _unflatten(parts: Iterable[Any], seq_length: int) -> FlashSTUCache:
-    states, padding = parts
+    states, mask, padding = parts
     cache = FlashSTUCache(len(states))
-    cache.states, cache.padding, cache.seq_length = list(states), padding, seq_length
+    cache.states, cache.mask, cache.padding, cache.seq_length = list(states), mask, padding, seq_length
     return cache
 
 

@@ -43,7 +43,7 @@ from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.keywords import RECORDED, document_numbers, refuse_unknown
 from flash_stu.model.layers import LDS, STU, GatedMLP, InputOutputTaps, SlidingWindowAttention
 from flash_stu.model.layers.attention import AttentionWeights, check_implementation
-from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.layers.context import Ring, SequenceContext
 from flash_stu.model.layers.documents import Documents
 from flash_stu.model.layers.exact import SpectralFilters
 from flash_stu.model.layers.linear import FUSED, DepthScaledLinear, FusedLinear, join, join_tensors
@@ -194,6 +194,12 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         self.filters = SpectralFilters(config.max_position_embeddings, config.num_filters) if config.uses_stu else None
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.block_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        attends = "sliding_attention" in config.block_types
+        # read once: every attribute of transformers' configurations takes a while
+        self.window = config.sliding_window if attends else None
+        self.rotary_head_dim = None
+        if attends and config.position_embedding == "rope":
+            self.rotary_head_dim = config.hidden_size // config.num_attention_heads
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -240,33 +246,38 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         past = cache.seq_length if cache is not None else part.start if part is not None else 0
         alignment = read_mask(attention_mask, x.shape[0], x.shape[1], cache)
         documents = None
-        if (numbers := document_numbers(keywords, None if past else position_ids, x.shape[:2], alignment)) is not None:
+        first_positions = None if position_ids is None or past else position_ids
+        if (numbers := document_numbers(keywords, first_positions, x.shape[:2], alignment)) is not None:
             documents = Documents.of(numbers)
         whole = past + x.shape[1] if part is None else part.length
-        self._check_length(whole if documents is None else documents.longest)
+        if self.filters is not None:
+            self._check_length(whole if documents is None else documents.longest)
         if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
             raise UserError("a cache cannot be used in training with gradient checkpointing: set use_cache to False")
-        if use_cache is None:
+        if use_cache is None and cache is None:
             use_cache = self.config.use_cache and not self.training and documents is None and part is None
         if documents is not None and (use_cache or cache is not None):
             raise UserError("a cache holds one document a row, and this batch has more: set use_cache to False")
         if cache is None and use_cache:
             cache = FlashSTUCache(len(self.layers))
         if alignment is not None:
+            if cache is not None:
+                alignment.remember(cache)
             x = alignment.align(x)
             position_ids = None if position_ids is None else alignment.align(position_ids)
-        context = self.context(x, past, None if alignment is None else alignment.mask, position_ids)
+        context = self.context(x, past, None if alignment is None else alignment.mask, position_ids, cache)
         wanted = {name: keywords[name] for name in RECORDED if keywords.get(name) is not None}
         weights = bool(wanted.get("output_attentions", self.config.output_attentions))
         if weights and documents is not None:
             raise UserError("output_attentions is True; that is not done for several documents in a row")
-        context = context._replace(documents=documents, weights=past + x.shape[1] if weights else None)
+        if documents is not None or weights:
+            context = context._replace(documents=documents, weights=past + x.shape[1] if weights else None)
         context = context.in_part(part, cached=bool(use_cache) or cache is not None)
         if cache is None and documents is None and part is None:
             mixers = (block.mixer for block in self.layers)
             attention = next((mixer for mixer in mixers if isinstance(mixer, SlidingWindowAttention)), None)
             context = context._replace(band=None if attention is None else attention.band(x))
-        outputs = self._run(self.dropout(x), context, cache, return_dict=True, **wanted)
+        outputs = self._run(self.dropout(x) if self.training else x, context, cache, return_dict=True, **wanted)
         return outputs if alignment is None else restored(outputs, alignment)
 
     @capture_outputs
@@ -281,30 +292,39 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
 
     def _check_length(self, length: int) -> None:
-        if self.filters is not None and length > self.config.max_position_embeddings:
+        if length > self.config.max_position_embeddings:
             raise UserError(
                 f"the sequence has {length} tokens; the spectral filters end at {self.config.max_position_embeddings} "
                 f"(max_position_embeddings); distill the model to go further"
             )
 
     def context(
-        self, x: torch.Tensor, past: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        past: int | torch.Tensor,
+        mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: FlashSTUCache | None = None,
     ) -> SequenceContext:
-        """Returns what all layers share in one call: filters, rotary angles and mask.
+        """Returns what all layers share in one call: filters, rotary angles, mask and place.
 
         Args:
             x: embeddings, (batch, length, hidden_size).
-            past: tokens before them.
+            past: tokens before them; in a captured step a tensor, (1,).
             mask: (batch, length), False at padding; None if there is none.
             position_ids: (batch or 1, length); None for the tokens after `past`.
+            cache: what the call continues or begins; None if nothing is kept.
         """
-        config, rotary = self.config, None
-        if config.position_embedding == "rope" and "sliding_attention" in config.block_types:
+        rotary = ring = None
+        padding = None if cache is None else cache.padding
+        if self.rotary_head_dim is not None:
             if position_ids is None:
-                position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
-            head_dim = config.hidden_size // config.num_attention_heads
-            rotary = rotary_angles(position_ids, head_dim, config.rope_theta)
-        return SequenceContext(None if self.filters is None else self.filters.phi, rotary, mask)
+                position_ids = (past + torch.arange(x.shape[1], device=x.device))[None]
+            rotary = rotary_angles(position_ids, self.rotary_head_dim, self.config.rope_theta)
+        if self.window is not None and cache is not None and x.shape[1] == 1:
+            ring = Ring.at(past, padding, self.window, x.device)
+        filters = None if self.filters is None else self.filters.phi
+        return SequenceContext(filters, rotary, mask, seen=past, padding=padding, ring=ring)
 
 
 class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):

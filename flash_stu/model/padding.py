@@ -20,11 +20,13 @@ class Alignment(NamedTuple):
         mask: (batch, length), False at padding, which comes first in every row.
         order: (batch, length), the column that each place takes.
         back: (batch, length), the place whose result each column takes.
+        columns: (batch, length), False at padding where it was given.
     """
 
     mask: torch.Tensor
     order: torch.Tensor
     back: torch.Tensor
+    columns: torch.Tensor
 
     @classmethod
     def of(cls, mask: torch.Tensor) -> "Alignment":
@@ -32,7 +34,11 @@ class Alignment(NamedTuple):
         order = mask.int().argsort(dim=1, stable=True)
         padding = (~mask).sum(dim=1, keepdim=True)
         back = (padding + mask.cumsum(dim=1) - 1).clamp(min=0)
-        return cls(mask.gather(1, order), order, back)
+        return cls(mask.gather(1, order), order, back, mask)
+
+    def remember(self, cache: FlashSTUCache) -> None:
+        """Let the cache of a first call know its padding."""
+        cache.mask, cache.padding = self.columns, (~self.mask).sum(dim=1, keepdim=True)
 
     def align(self, x: torch.Tensor) -> torch.Tensor:
         """Move the columns of x (batch or 1, length, ...)."""
@@ -44,7 +50,7 @@ class Alignment(NamedTuple):
 
 
 def read_mask(mask: Any, batch: int, length: int, cache: FlashSTUCache | None) -> Alignment | None:
-    """Check the attention mask of a call of the model, and keep it in the cache.
+    """Check the attention mask of a call of the model.
 
     Args:
         mask: as given to the model, (batch, tokens in the cache + length); None if nothing is padding.
@@ -68,7 +74,7 @@ def read_mask(mask: Any, batch: int, length: int, cache: FlashSTUCache | None) -
         )
     if torch.compiler.is_compiling():  # must not look into the mask
         return None if past else Alignment.of(mask.bool())
-    known = None if cache is None else cache.padding
+    known = None if cache is None else cache.mask
     if known is None and bool((mask == 1).all()):
         return None  # one look at the mask per token is enough where nothing is padding
     real = mask.bool()
@@ -90,8 +96,6 @@ def read_mask(mask: Any, batch: int, length: int, cache: FlashSTUCache | None) -
     if not no_empty_row:
         row = int(rows.int().argmin())
         raise UserError(f"attention_mask hides every token of row {row}; a row needs at least one")
-    if cache is not None:
-        cache.padding = real
     return Alignment.of(real)
 
 

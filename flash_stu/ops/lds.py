@@ -5,7 +5,8 @@ A system with dilation d runs d interleaved sequences,
     S[t] = decay * S[t - d] + x[t]        y[t] = sum_j readout[j] * S[t][j].
 
 Its state is therefore the last d values of S, kept as a tuple, oldest first; a step replaces the oldest one, so that
-nothing is copied for the others.
+nothing is copied for the others. Each is (batch, channels, states): what a channel sums up lies side by side, so that a
+compiler makes one kernel of a step and its sum.
 
 States are float32 unless asked otherwise, but sums over them are taken in float64: a fitted readout has terms a hundred
 times larger than their sum, and the cancellation would cost the digits that the fit is good for.
@@ -47,14 +48,14 @@ def scale_rates(decay: torch.Tensor, log_factor: torch.Tensor) -> torch.Tensor:
 
 def zero_state(
     batch: int,
-    states: int,
     channels: int,
+    states: int,
     dilation: int,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> State:
-    """Returns the state before the first token: `dilation` tensors (batch, states, channels)."""
-    return tuple(torch.zeros((batch, states, channels), dtype=dtype, device=device) for _ in range(dilation))
+    """Returns the state before the first token: `dilation` tensors (batch, channels, states)."""
+    return tuple(torch.zeros((batch, channels, states), dtype=dtype, device=device) for _ in range(dilation))
 
 
 def lds_advance(x: torch.Tensor, decay: torch.Tensor, state: State) -> State:
@@ -63,7 +64,7 @@ def lds_advance(x: torch.Tensor, decay: torch.Tensor, state: State) -> State:
     The oldest of its tensors becomes the newest, in place where no gradient is taken.
     """
     oldest = state[0]
-    x, decay = x[:, None].to(oldest.dtype), decay[:, None].to(oldest.dtype)
+    x, decay = x[:, :, None].to(oldest.dtype), decay.to(oldest.dtype)
     if torch.is_grad_enabled():
         return (*state[1:], torch.addcmul(x, decay, oldest))
     torch.addcmul(x, decay, oldest, out=oldest)
@@ -82,7 +83,7 @@ def lds_chunked(
         x: inputs, (batch, length, channels).
         decay: eigenvalues in (-1, 1), (states,).
         readout: per-channel output weights, (states, channels).
-        state: the last `dilation` states, oldest first, each (batch, states, channels), float32 or float64.
+        state: the last `dilation` states, oldest first, each (batch, channels, states), float32 or float64.
 
     Returns:
         outputs (batch, length, channels) in x's dtype, and the state after the last token.
@@ -97,7 +98,7 @@ def lds_chunked(
     if whole:
         into, out_of, over = kernel[:-1].flip(0).t().contiguous(), kernel[1:], kernel[-1][:, None]
         weights, toeplitz = readout.double(), _toeplitz(taps)
-        now = torch.stack([slot.double() for slot in state], dim=1)  # (batch, phases, states, channels)
+        now = torch.stack([slot.mT.double() for slot in state], dim=1)  # (batch, phases, states, channels)
         chunks, outputs = (tensor[:, :whole].unflatten(1, (-1, _CHUNK, dilation)) for tensor in (x, y))
         for first in range(0, chunks.shape[1], _SEGMENT):
             segment = slice(first, first + _SEGMENT)
@@ -105,7 +106,7 @@ def lds_chunked(
             for i in range(chunks.shape[1])[segment]:
                 outputs[:, i] += torch.matmul(out_of, weights * now).transpose(1, 2)
                 now = torch.matmul(into, chunks[:, i].transpose(1, 2).double()) + over * now
-        state = tuple(slot.to(state[0].dtype) for slot in now.unbind(1))
+        state = tuple(slot.to(state[0].dtype).mT.contiguous() for slot in now.unbind(1))
     if whole < length:
         rest = x[:, whole:]
         inner = causal_conv(rest.to(wide), taps, "fft", dilation)
@@ -148,8 +149,8 @@ def final_state(x: torch.Tensor, decay: torch.Tensor, state: State) -> State:
             continue
         inputs = x[:, newest % dilation : newest + 1 : dilation].double()
         kernel = powers(decay, inputs.shape[1] + 1)
-        carried = kernel[-1][:, None] * state[newest % dilation]
-        result.append((carried + torch.matmul(kernel[:-1].flip(0).t(), inputs)).to(state[0].dtype))
+        carried = kernel[-1] * state[newest % dilation]
+        result.append((carried + torch.matmul(inputs.mT, kernel[:-1].flip(0))).to(state[0].dtype))
     return tuple(result)
 
 
@@ -168,5 +169,5 @@ def free_response(decay: torch.Tensor, readout: torch.Tensor, state: State, leng
     dilation = len(state)
     steps = -(-length // dilation)
     kernel = powers(decay, steps + 1)[1:]
-    phases = [torch.matmul(kernel, readout.double() * slot) for slot in state]
+    phases = [torch.matmul(kernel, readout.double() * slot.mT) for slot in state]
     return torch.stack(phases, dim=2).flatten(1, 2)[:, :length]

@@ -1,7 +1,8 @@
 """RMSNorm: x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
 
 PyTorch has a kernel of it for GPUs. On a CPU it takes nine passes over the tensor forward and twenty backward; here,
-where there are many rows, three and seven.
+where there are many rows, three and seven. For the one row of a decoding step the operations are what takes the time:
+three instead of ten.
 
 Source: Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4.
 """
@@ -18,8 +19,12 @@ _MANY = 2**14  # numbers, from which on passes over them take longer than launch
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Returns the normalised x (..., size) in its dtype; weight is (size,), of the same."""
     exact = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    if x.device.type == "cpu" and exact and x.numel() >= _MANY and not torch.compiler.is_compiling():
-        return _RMSNorm.apply(x, weight, eps)
+    if x.device.type == "cpu" and exact and not torch.compiler.is_compiling():
+        if x.numel() >= _MANY:
+            return _RMSNorm.apply(x, weight, eps)
+        if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+            norm = torch.linalg.vector_norm(x).item()
+            return (x * weight).mul_((norm * norm / x.shape[-1] + eps) ** -0.5)
     return F.rms_norm(x, weight.shape, weight, eps).to(x.dtype)
 
 

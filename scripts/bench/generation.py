@@ -38,7 +38,7 @@ from flash_stu.generation.loop import generate_tokens
 from flash_stu.generation.sampling import Sampling
 from flash_stu.model.config import LARGEST_LENGTH
 from flash_stu.model.layers import LDS, STU, SlidingWindowAttention
-from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.layers.context import Ring, SequenceContext
 from flash_stu.model.loading import load_model
 from flash_stu.ops.positions import rotary_angles
 from flash_stu.results import environment, finish, page, panels, spread, table
@@ -222,7 +222,11 @@ def layer_steps(layer: STU | LDS | SlidingWindowAttention, batch: int) -> Iterat
     step: Callable = layer.step  # of a state of the layer's own kind
     _, state = layer.prefill(x, context)
     yield
+    past = 0
     while True:
+        past += 1
+        if isinstance(layer, SlidingWindowAttention):
+            context = context._replace(seen=past, ring=Ring.at(past, None, layer.window, x.device))
         _, state = step(x, context, state)
         yield
 

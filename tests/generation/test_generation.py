@@ -128,13 +128,20 @@ def test_stops_when_every_row_has_ended(make):
     assert set(row[first:]) == {end}
 
 
-def test_a_gpu_is_asked_at_every_16th_token_only_whether_all_have_ended(make, monkeypatch):
-    model, prompt = make(), torch.arange(1, 10)[None]
-    end = run(model, prompt, 20)[0, 3].item()
-    stopped = run(model, prompt, 40, eos_token_id=end)[0].tolist()
+def test_a_gpu_is_asked_at_every_16th_token_only_whether_all_have_ended(make, tokenizer, monkeypatch):
+    model, prompt = make(), torch.arange(1, 19).view(2, 9)
+    greedy = run(model, prompt, 40)
+    ends = [greedy[0, place].item() for place in (0, 15, 16, 30)] + [256, None]
+    settings = [{"eos_token_id": end} for end in ends]
+    expected = [run(model, prompt, 40, **each) for each in settings]
+    alone = [run(model, prompt[:1], 40, **each) for each in settings]
+    assert min(len(tokens[0]) for tokens in alone) == 1
+    pieces = list(generate_text(model, tokenizer, PROMPTS, 40, GREEDY, ["e"]))
     monkeypatch.setattr(loop, "_tokens_between_looks", lambda _: 16)
-    later = run(model, prompt, 40, eos_token_id=end)[0].tolist()
-    assert len(stopped) <= 4 and later == stopped + [end] * (16 - len(stopped))
+    for each, both, first in zip(settings, expected, alone, strict=True):
+        assert torch.equal(run(model, prompt, 40, **each), both)
+        assert torch.equal(run(model, prompt[:1], 40, **each), first)
+    assert list(generate_text(model, tokenizer, PROMPTS, 40, GREEDY, ["e"])) == pieces
 
 
 def test_text_is_the_decoded_tokens(make, tokenizer):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_stu.model.layers import SlidingWindowAttention
-from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.layers.context import Ring, SequenceContext
 from flash_stu.model.layers.state import WindowState
 from flash_stu.ops.positions import rotary_angles
 
@@ -29,7 +29,10 @@ def make(tiny_config, **changes):
 def context(config, start, end, mask=None):
     angles = rotary_angles(torch.arange(start, end)[None], 8, config.rope_theta)
     rotary = angles if config.position_embedding == "rope" else None
-    return SequenceContext(rotary=rotary, mask=None if mask is None else mask[:, start:end])
+    padding = None if mask is None else (~mask).sum(dim=1, keepdim=True)
+    ring = Ring.at(start, padding, config.sliding_window, "cpu")
+    mask = None if mask is None else mask[:, start:end]
+    return SequenceContext(rotary=rotary, mask=mask, seen=start, padding=padding, ring=ring)
 
 
 def in_pieces(config, layer, x, ends, mask=None):
@@ -75,10 +78,10 @@ def test_left_padding(tiny_config, changes):
 def test_memory_is_the_window(tiny_config):
     config, layer = make(tiny_config)
     _, state = layer.prefill(torch.randn(2, 3, 32), context(config, 0, 3))
-    places = [tensor.data_ptr() for tensor in state[:3]]
+    place = state.pairs.data_ptr()
     for t in range(3, 40):
         _, state = layer.step(torch.randn(2, 1, 32), context(config, t, t + 1), state)
-    assert [tensor.data_ptr() for tensor in state[:3]] == places
+    assert state.pairs.data_ptr() == place
 
 
 @torch.no_grad()
@@ -97,13 +100,33 @@ def test_select_copies_rows(tiny_config):
 
 def test_ring_order():
     kept = torch.arange(10.0).view(1, 1, 10, 1)
-    state = WindowState.of(kept, -kept, torch.ones(1, 10, dtype=torch.bool), window=4)
-    state.put(torch.full((1, 1, 1, 1), 10.0), torch.full((1, 1, 1, 1), -10.0), None)
-    keys, values, real = state.in_order()
-    assert keys.flatten().tolist() == [7, 8, 9, 10] and real.all()
+    state = WindowState.of(kept, -kept, 10, window=4)
+    assert state.keys.flatten().tolist() == [8, 9, 6, 7]
+    state.put(torch.full((1, 1, 1, 1), 10.0), torch.full((1, 1, 1, 1), -10.0), torch.tensor([10 % 4]))
+    keys, values = state.in_order(11)
+    assert keys.flatten().tolist() == [7, 8, 9, 10]
     assert torch.equal(values, -keys)
-    short = WindowState.of(kept[:, :, :3], kept[:, :, :3], torch.tensor([[False, True, True]]), window=6)
-    assert short.in_order()[0].flatten().tolist() == [1, 2]
+    short = WindowState.of(kept[:, :, :3], kept[:, :, :3], 3, window=6)
+    assert short.in_order(3)[0].flatten().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("past", [0, 1, 3, 4, 5, 11])
+def test_what_a_step_sees(past):
+    """A tensor of the place gives what a number does, whose slots are only those that hold something."""
+    padding = torch.tensor([[0], [3]])
+    for rows in (None, padding):
+        numbers, moved = (Ring.at(place, rows, 4, "cpu") for place in (past, torch.tensor([past])))
+        places = [max(p for p in range(-4, past + 1) if p % 4 == slot) for slot in range(4)]
+        assert numbers.slot.item() == moved.slot.item() == past % 4 == places.index(past)
+        assert moved.distance().tolist() == [past - place for place in places]
+        assert numbers.distance().tolist() == moved.distance()[: numbers.filled].tolist()
+        expected = [[place >= first for place in places] for first in ((0,) if rows is None else (0, 3))]
+        assert moved.visible.tolist() == expected
+        assert not any(any(row[numbers.filled :]) for row in expected)
+        if rows is None:
+            assert numbers.visible is None and all(expected[0][: numbers.filled])
+        else:
+            assert numbers.visible.tolist() == [row[: numbers.filled] for row in expected]
 
 
 def test_rotary_angles_are_exact_far_out():

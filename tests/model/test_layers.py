@@ -5,7 +5,7 @@ import torch
 
 from flash_stu.filters.spectral import spectral_filters
 from flash_stu.model.layers import LDS, STU, GatedMLP, SlidingWindowAttention
-from flash_stu.model.layers.context import SequenceContext
+from flash_stu.model.layers.context import Ring, SequenceContext
 from flash_stu.ops.positions import rotary_angles
 
 VARIANTS = [
@@ -19,7 +19,8 @@ VARIANTS = [
 def context_for(config, length, start=0):
     filters = spectral_filters(config.max_position_embeddings, config.num_filters, config.filter_basis)[1].float()
     angles = rotary_angles(torch.arange(start, start + length)[None], config.hidden_size // 4, config.rope_theta)
-    return SequenceContext(filters, angles if config.position_embedding == "rope" else None)
+    ring = Ring.at(start, None, config.sliding_window, "cpu")
+    return SequenceContext(filters, angles if config.position_embedding == "rope" else None, seen=start, ring=ring)
 
 
 def stu_config(tiny_config, kind, branches, basis):
@@ -133,7 +134,7 @@ def test_lds_state_does_not_grow(tiny_config):
     _, state = layer.prefill(torch.randn(1, 9, 32), SequenceContext())
     for _ in range(5):
         _, state = layer.step(torch.randn(1, 1, 32), SequenceContext(), state)
-    assert [tuple(slot.shape) for slot in state.core.slots] == [(1, 6, 32)] * 2  # 12 state variables per channel
+    assert [tuple(slot.shape) for slot in state.core.slots] == [(1, 32, 6)] * 2  # 12 state variables per channel
 
 
 def test_mlp_formula(tiny_config):

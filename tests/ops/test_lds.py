@@ -31,7 +31,7 @@ def test_powers_keep_signs_and_digits():
 @pytest.mark.parametrize("length", [1, 2, 5, 23])
 def test_scan_is_the_convolution_with_its_impulse_response(length, dilation):
     x, decay, readout = system(length=length)
-    state = zero_state(2, 6, 3, dilation, x.device)
+    state = zero_state(2, 3, 6, dilation, x.device)
     y, _ = lds_scan(x, decay, readout, state)
     impulse = (powers(decay, length) @ readout.double()).float()
     torch.testing.assert_close(y, causal_conv(x, impulse, "direct", dilation), atol=1e-5, rtol=1e-5)
@@ -41,7 +41,7 @@ def test_scan_is_the_convolution_with_its_impulse_response(length, dilation):
 @pytest.mark.parametrize("split", [1, 2, 7, 22])
 def test_state_in_one_product_and_free_response(split, dilation):
     x, decay, readout = system()
-    zero = zero_state(2, 6, 3, dilation, x.device)
+    zero = zero_state(2, 3, 6, dilation, x.device)
     whole, end = lds_scan(x, decay, readout, zero)
     middle = final_state(x[:, :split], decay, zero)
     torch.testing.assert_close(final_state(x[:, split:], decay, middle), end, atol=1e-5, rtol=1e-5)
@@ -55,7 +55,7 @@ def test_state_in_one_product_and_free_response(split, dilation):
 @pytest.mark.parametrize("length", [1, 63, 64, 127, 128, 129, 500, 1100])
 def test_chunked_form(length, dilation):
     x, decay, readout = system(length=length, batch=3)
-    start = tuple(torch.randn(3, 6, 3) for _ in range(dilation))
+    start = tuple(torch.randn(3, 3, 6) for _ in range(dilation))
     y, end = lds_scan(x.double(), decay, readout, tuple(slot.double() for slot in start))
     found, state = lds_chunked(x, decay, readout, start)
     torch.testing.assert_close(found.double(), y, atol=1e-5, rtol=1e-5)
@@ -66,8 +66,8 @@ def test_chunked_form(length, dilation):
 def test_chunked_form_of_half_precision_inputs():
     x, decay, readout = system(length=300)
     x = x.bfloat16()
-    exact, _ = lds_scan(x.double(), decay, readout, zero_state(2, 6, 3, 2, "cpu", torch.float64))
-    y, state = lds_chunked(x, decay, readout, zero_state(2, 6, 3, 2, "cpu"))
+    exact, _ = lds_scan(x.double(), decay, readout, zero_state(2, 3, 6, 2, "cpu", torch.float64))
+    y, state = lds_chunked(x, decay, readout, zero_state(2, 3, 6, 2, "cpu"))
     assert (y.dtype, state[0].dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(y.double(), exact, atol=1e-5, rtol=2**-8)
 
@@ -80,7 +80,7 @@ def test_gradients_of_every_form_against_finite_differences(monkeypatch):
     change, readout, x = (
         torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3,), (3, 2), (2, 9, 2))
     )
-    zero = zero_state(2, 3, 2, 2, "cpu", torch.float64)
+    zero = zero_state(2, 2, 3, 2, "cpu", torch.float64)
 
     def scan(decay, change, readout, x):
         return lds_scan(x, scale_rates(decay, change), readout, zero)[0]

@@ -63,7 +63,7 @@ def test_fold_against_the_definition_of_the_layer(tiny_model, stu_type, branches
         expected += torch.einsum("bktd,kd->btd" if layer.tensordot else "bktd,kde->bte", features, weight)
 
     decay, readout = folded["decay"], folded["readout"]
-    state = tuple(slot.double() for slot in zero_state(2, len(decay), size, layer.dilation, "cpu"))
+    state = tuple(slot.double() for slot in zero_state(2, size, len(decay), layer.dilation, "cpu"))
     if layer.tensordot:
         found, _ = lds_scan(u, decay, readout, state)
     else:

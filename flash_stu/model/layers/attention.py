@@ -120,26 +120,26 @@ class SlidingWindowAttention(Mixer):
     ) -> tuple[torch.Tensor, WindowState]:
         """Attend over a sequence after the keys and values in `state`; only a window of them is kept."""
         query, key, value = self._heads(x, context)
-        mask = context.mask
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        end = context.seen + x.shape[1]
         if state is not None:
-            past_key, past_value, past_real = state.in_order()
+            past_key, past_value = state.in_order(context.seen)
             key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
-            real = torch.cat([past_real, real], dim=1)
-            mask = None if bool(real.all()) else real
-        return self._attend(query, key, value, mask, context), WindowState.of(key, value, real, self.window)
+        y = self._attend(query, key, value, context.real(end - key.shape[2], end), context)
+        return y, WindowState.of(key, value, end, self.window)
 
     def step(self, x: torch.Tensor, context: SequenceContext, state: WindowState) -> tuple[torch.Tensor, WindowState]:
         """One more token x (batch, 1, channels): the cost is the window's. The ring in `state` is changed in place."""
         query, key, value = self._heads(x, context)
-        bias, slopes = None, self._slopes(x.device)
-        if slopes is not None:
-            distance = (state.slot - torch.arange(self.window, device=x.device)) % self.window
-            bias = -slopes[:, None] * distance
-        state.put(key, value, context.mask)
+        ring = context.step_ring()
+        state.put(key, value, ring.slot)
         if context.weights is not None:
-            return self._attend(query, *state.in_order(), context), state
-        y = attend_to_window(query, state.keys, state.values, state.real, self.softcap, bias)
+            key, value = state.in_order(context.seen + 1)
+            mask = context.real(context.seen + 1 - key.shape[2], context.seen + 1)
+            return self._attend(query, key, value, mask, context), state
+        slopes = self._slopes(x.device)
+        bias = None if slopes is None else -slopes[:, None] * ring.distance()
+        key, value = state.keys[:, :, : ring.filled], state.values[:, :, : ring.filled]
+        y = attend_to_window(query, key, value, ring.visible, self.softcap, bias)
         return self.o_proj(y.flatten(1)[:, None]), state
 
     def _heads(self, x: torch.Tensor, context: SequenceContext) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

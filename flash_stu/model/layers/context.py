@@ -12,6 +12,37 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
+class Ring(NamedTuple):
+    """Where the one token of a step goes in the rings of attention layers, and what it sees there.
+
+    Attributes:
+        slot: (1,), its own; a tensor, so that a captured step can move it.
+        filled: slots from the first on that hold something, or may where `slot` moves.
+        visible: (batch or 1, filled), False in slots that are empty or hold padding; None if it sees all.
+    """
+
+    slot: torch.Tensor
+    filled: int
+    visible: torch.Tensor | None = None
+
+    @classmethod
+    def at(
+        cls, past: int | torch.Tensor, padding: torch.Tensor | None, window: int, device: torch.device | str
+    ) -> "Ring":
+        """Returns the place after `past` tokens; the other arguments are as in SequenceContext."""
+        if isinstance(past, torch.Tensor):
+            ring = cls(past % window, window)
+        else:
+            ring = cls(torch.full((1,), past % window, device=device), min(past + 1, window))
+            if padding is None:
+                return ring
+        return ring._replace(visible=ring.distance()[None] <= past - (0 if padding is None else padding))
+
+    def distance(self) -> torch.Tensor:
+        """Returns how many tokens before this one each slot's came, (filled,)."""
+        return (self.slot - torch.arange(self.filled, device=self.slot.device)) % self.filled
+
+
 class SequenceContext(NamedTuple):
     """Shared by all layers of one forward call.
 
@@ -24,6 +55,9 @@ class SequenceContext(NamedTuple):
         band: of flex_attention, over the whole sequences of a call without a cache; None where that is not taken.
         part: of a longer sequence that this call is about; None if it is about a whole one.
         past: the parts before, for the layer that this context is handed to.
+        seen: tokens before this call; in a captured step a tensor, (1,).
+        padding: how many tokens of padding each row begins with, (batch, 1); None if none.
+        ring: of attention layers, in a step.
     """
 
     filters: torch.Tensor | None = None
@@ -34,6 +68,9 @@ class SequenceContext(NamedTuple):
     band: "BlockMask | None" = None
     part: Part | None = None
     past: Past | None = None
+    seen: int | torch.Tensor = 0
+    padding: torch.Tensor | None = None
+    ring: Ring | None = None
 
     def in_part(self, part: Part | None, cached: bool) -> "SequenceContext":
         """Returns the context of a call about a part of a sequence, or of a whole one if `part` is None.
@@ -65,6 +102,18 @@ class SequenceContext(NamedTuple):
         if self.mask is None:
             return x
         return x * self.mask[:, -x.shape[1] :, None].to(x.dtype)
+
+    def step_ring(self) -> Ring:
+        """Returns `ring`, for a layer that cannot do without."""
+        if self.ring is None:
+            raise ValueError("ring is None; a step of an attention layer needs its place")
+        return self.ring
+
+    def real(self, first: int, end: int) -> torch.Tensor | None:
+        """Returns which tokens of the text from `first` to `end` are no padding, (batch, tokens); None if all."""
+        if self.padding is None:
+            return None
+        return torch.arange(first, end, device=self.padding.device) >= self.padding
 
     def at(self, places: torch.Tensor, shape: tuple[int, ...]) -> "SequenceContext":
         """Returns the context of one document a row.

@@ -153,10 +153,10 @@ class LDS(KeepFloat32, Mixer):
         core: LDSState = state.core
         slots = lds_advance(inputs[:, 0], core.decay, core.slots)
         if self.tensordot:
-            y = (slots[-1] * core.weights).sum(dim=1, dtype=torch.float64)
+            y = (slots[-1] * core.weights).sum(dim=2, dtype=torch.float64)
         else:
             with torch.autocast(x.device.type, enabled=False):
-                features = core.readout.t() @ slots[-1].double()
+                features = (slots[-1].double() @ core.readout).mT
                 y = features.to(self.M_phi.dtype).flatten(1) @ self.M_phi.flatten(0, 1)
         y, state = self.taps.proceed(y[:, None], inputs, state, core._replace(slots=slots))
         return y.to(x.dtype), state
@@ -170,10 +170,10 @@ class LDS(KeepFloat32, Mixer):
         self.config.resolve_decode_backend()  # refuses one that an LDS layer does not have
         dtype = getattr(torch, self.config.lds_state_dtype)
         decay, readout = self.system()
-        return LDSState(self._zero(inputs, dtype), decay.to(dtype), readout, readout.to(dtype))
+        return LDSState(self._zero(inputs, dtype), decay.to(dtype), readout, readout.to(dtype).t().contiguous())
 
     def _zero(self, inputs: torch.Tensor, dtype: torch.dtype) -> State:
-        return zero_state(inputs.shape[0], len(self.decay), inputs.shape[2], self.dilation, inputs.device, dtype)
+        return zero_state(inputs.shape[0], inputs.shape[2], len(self.decay), self.dilation, inputs.device, dtype)
 
     def _convolve(
         self, inputs: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, slots: State | None

@@ -11,4 +11,5 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the normalised x (..., size)."""
-        return rms_norm(x, self.weight.to(x.dtype), self.eps)  # pyright: ignore[reportArgumentType] - never None
+        weight = self.weight
+        return rms_norm(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), self.eps)  # pyright: ignore[reportArgumentType] - never None

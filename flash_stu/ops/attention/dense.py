@@ -62,7 +62,7 @@ def attend_to_window(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    visible: torch.Tensor,
+    visible: torch.Tensor | None = None,
     softcap: float | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -72,7 +72,7 @@ def attend_to_window(
         query: (batch, heads, 1, head_dim).
         key: (batch, kv_heads, window, head_dim).
         value: like key.
-        visible: (batch, window), False where a key is not to be seen.
+        visible: (batch or 1, window), False where a key is not to be seen; None if all are.
         softcap: as in `banded_attention`.
         bias: added to the capped scores, (heads, window), float32; None for none.
 
@@ -83,9 +83,11 @@ def attend_to_window(
     kv_heads = key.shape[1]
     grouped, scale = query.reshape(batch * kv_heads, heads // kv_heads, head_dim), head_dim**-0.5
     scores = torch.bmm(grouped, key.flatten(0, 1).mT).float()
-    scores = scores * scale if softcap is None else (scores * (scale / softcap)).tanh() * softcap
+    scores = scores.mul_(scale) if softcap is None else scores.mul_(scale / softcap).tanh_() * softcap
     scores = scores.view(batch, kv_heads, heads // kv_heads, -1)
     if bias is not None:
         scores = scores + bias.view(kv_heads, heads // kv_heads, -1)
-    weights = scores.masked_fill(~visible[:, None, None], MASKED).softmax(dim=-1).to(value.dtype)
+    if visible is not None:
+        scores = torch.where(visible[:, None, None], scores, MASKED)
+    weights = scores.softmax(dim=-1).to(value.dtype)
     return torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).view(batch, heads, 1, head_dim)
