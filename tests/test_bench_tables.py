@@ -143,6 +143,11 @@ def results(scripts):
             "rows": [{"config": "configs/a.yaml", "tokens": 64, "table": [["estimate, ms", "H100"], ["step", "3.0"]],
                       "parts": {"H100": dict.fromkeys(scripts["estimates"].PARTS, 1e-3)}}],
         },
+        "context": {
+            "rows": [{"length": 64, "processes": 2, "pieces": pieces, "tokens_per_second": 1e3, "peak_bytes": 2**30,
+                      "sent_bytes": 1e3, "modelled_bytes": 1e3} for pieces in (1, 4)],
+            "estimates": [{"ranks": 8, "sent_bytes": 1e6, "exchange_seconds": 1e-3, "product_seconds": 0.5}],
+        },
         "imports": {"rows": [{"what": "import a", "seconds": [[0.2, 0.1], [0.3, 0.1]]}]},
         "data": {
             "tiktoken": "0", "tokenizer": "tiktoken:a", "cores": 2, "text": "embedded", "documents": 3,

@@ -63,9 +63,10 @@ def join_world(config: RunConfig) -> Iterator[World]:
 
 
 def check_context(parallel: ParallelConfig, processes: int) -> None:
-    """Raise a UserError unless groups of parallel.context processes are whole, each within one replica."""
-    within = processes // parallel.replicas if parallel.replicas > 1 else processes
-    if within % parallel.context or not within:
+    """Raise a UserError unless replicas are whole, and so are groups of parallel.context processes within one."""
+    if processes % parallel.replicas:
+        raise UserError(f"parallel.replicas is {parallel.replicas}; it must divide the {processes} processes")
+    if processes // parallel.replicas % parallel.context:
         what = f"{processes} processes" + (f" / {parallel.replicas} replicas" if parallel.replicas > 1 else "")
         raise UserError(f"parallel.context is {parallel.context}; it must divide the {what}")
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from plots import bars
 from torch.multiprocessing.spawn import spawn
 
 from flash_stu.arguments import integer, output_directory
@@ -28,7 +29,7 @@ from flash_stu.filters.exponentials import tail_states
 from flash_stu.model.config import LARGEST_LENGTH, FlashSTUConfig
 from flash_stu.ops import exchange
 from flash_stu.ops.conv.choice import CHUNK
-from flash_stu.results import environment, page, save, table
+from flash_stu.results import environment, finish, page, table
 from flash_stu.training import join_world, load_config
 from flash_stu.training.flops import train_flops
 from flash_stu.training.initialization import build_model
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--long", type=integer(256, LARGEST_LENGTH), default=131072, help="tokens run in pieces")
     parser.add_argument("--pieces", type=integer(1, 65536), default=16)
     parser.add_argument("--repeats", type=integer(1, 1000), default=2)
-    parser.add_argument("--output", type=output_directory, metavar="DIR", help="write context.json there")
+    parser.add_argument("--output", type=output_directory, metavar="DIR", help="write context.json and .png there")
     args = parser.parse_args()
     runs = [(length, count, 1) for length in args.lengths for count in args.processes]
     runs.append((args.long, 1, args.pieces))
@@ -61,8 +62,7 @@ def main() -> None:
         "rows": list(rows.values()),
         "estimates": [estimate(ranks) for ranks in (8, 64)],
     }
-    print(render(results))
-    save("context", results, args.output)
+    finish("context", results, render, plot, args.output)
 
 
 def measure(length: int, processes: int, pieces: int) -> dict[str, Any]:
@@ -198,6 +198,16 @@ def render(results: dict) -> str:
     ]
     columns = ["H100s (estimate)", "MiB sent a step and rank", "ms at full rate", "s of products"]
     return page(results, table(header, rows), table(columns, on_gpus))
+
+
+def plot(results: dict, path: Path) -> None:
+    """Draw rates and memory of every way of running a length."""
+    rates, memory = {}, {}
+    for row in results["rows"]:
+        name = f"{row['length']:,} tokens, {row['processes']} processes"
+        name += f", {row['pieces']} pieces" if row["pieces"] > 1 else ""
+        rates[name], memory[name] = [row["tokens_per_second"]], [row["peak_bytes"] / 2**30]
+    bars({"tokens/s": rates, "GiB a process": memory}, path)
 
 
 if __name__ == "__main__":

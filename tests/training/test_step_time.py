@@ -38,7 +38,7 @@ def test_linear_layers_are_those_that_run(config, tiny_model):
     work = count_work(quick, fused=False)
     ran = sum(count for name, count in seen.items() if name.endswith("mlp"))
     assert linear_flops(work["MLP"]) == 3 * ran
-    names = ("mixer.in_proj", "mixer.q_proj", "mixer.k_proj", "mixer.v_proj", "mixer.o_proj")
+    names = ("mixer.in_proj", "mixer.qkv_proj", "mixer.o_proj")
     ran = sum(count for name, count in seen.items() if name.endswith(names))
     assert linear_flops(work["projections"]) == 3 * ran
     assert linear_flops(work["head + loss"]) == 3 * seen["FlashSTUForCausalLM.lm_head"]

@@ -69,7 +69,7 @@ def test_dry_run_describes_and_touches_nothing(command, config_file, settings, t
     before = sorted(tmp_path.rglob("*"))
     code, stdout, stderr = command("--config", config_file, "--dry-run", "optimizer.learning_rate=0.02")
     assert (code, stderr) == (0, "")
-    config, summary = stdout.split("\n\n")
+    config, summary, times = stdout.split("\n\n")
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(config)
     assert load_config(resolved).optimizer.learning_rate == 0.02

@@ -82,11 +82,11 @@ def test_metrics_that_can_no_longer_be_written(start, tmp_path, whole, monkeypat
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), "error of wandb"])
-def test_wandb_that_does_not_start_leaves_nothing(start, tmp_path, monkeypatch, error):
+def test_wandb_that_does_not_start_leaves_nothing(start, whole, tmp_path, monkeypatch, error):
     wandb = pytest.importorskip("wandb")
 
     def fail(dir, **_):
-        (dir / "wandb").mkdir()
+        Path(dir, "wandb").mkdir()
         raise wandb.Error(f"{error}\nand more lines") if isinstance(error, str) else error
 
     monkeypatch.setattr(wandb, "init", fail)
