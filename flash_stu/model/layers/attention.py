@@ -120,9 +120,10 @@ class SlidingWindowAttention(Mixer):
     ) -> tuple[torch.Tensor, WindowState]:
         """Attend over a sequence after the keys and values in `state`; only a window of them is kept."""
         query, key, value = self._heads(x, context)
-        end = context.seen + x.shape[1]
+        seen = context.tokens_before()
+        end = seen + x.shape[1]
         if state is not None:
-            past_key, past_value = state.in_order(context.seen)
+            past_key, past_value = state.in_order(seen)
             key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
         y = self._attend(query, key, value, context.real(end - key.shape[2], end), context)
         return y, WindowState.of(key, value, end, self.window)
@@ -133,8 +134,9 @@ class SlidingWindowAttention(Mixer):
         ring = context.step_ring()
         state.put(key, value, ring.slot)
         if context.weights is not None:
-            key, value = state.in_order(context.seen + 1)
-            mask = context.real(context.seen + 1 - key.shape[2], context.seen + 1)
+            end = context.tokens_before() + 1
+            key, value = state.in_order(end)
+            mask = context.real(end - key.shape[2], end)
             return self._attend(query, key, value, mask, context), state
         slopes = self._slopes(x.device)
         bias = None if slopes is None else -slopes[:, None] * ring.distance()

@@ -103,6 +103,12 @@ class SequenceContext(NamedTuple):
             return x
         return x * self.mask[:, -x.shape[1] :, None].to(x.dtype)
 
+    def tokens_before(self) -> int:
+        """Returns `seen` outside of captured steps."""
+        if isinstance(self.seen, torch.Tensor):
+            raise ValueError("seen is a tensor; a captured step knows its place on the device only")
+        return self.seen
+
     def step_ring(self) -> Ring:
         """Returns `ring`, for a layer that cannot do without."""
         if self.ring is None:

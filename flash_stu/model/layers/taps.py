@@ -12,6 +12,7 @@ M_y stays in float32 like the decays of an LDS layer: half precision would round
 Source: Agarwal et al. 2023, Spectral State Space Models (arXiv 2312.06837), eq. 4 for M^u, eq. 6 for M^y.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -68,23 +69,27 @@ class InputOutputTaps(KeepFloat32):
         for weight in self.parameters(recurse=False):
             init.zeros_(weight)
 
-    def forward(self, y: torch.Tensor, inputs: torch.Tensor, past: Past | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        y: torch.Tensor | Callable[[torch.Tensor | None], torch.Tensor],
+        inputs: torch.Tensor,
+        past: Past | None = None,
+    ) -> torch.Tensor:
         """Returns the layer's outputs (batch, length, channels) for a whole sequence, or a part of one.
 
         The parts' recurrences have to wait for each other: each begins with the last outputs of the part before.
 
         Args:
-            y: outputs without taps, (batch, length, channels).
-            inputs: the layer's, like y.
+            y: outputs without taps, (batch, length, channels), or a function that makes of M_u those with the taps of
+                the inputs: called in here, where FSDP has the weights.
+            inputs: the layer's, (batch, length, channels).
             past: the parts before; None for a whole sequence.
         """
-        if self.M_u is not None:
+        if callable(y):
+            y = y(self.M_u)
+        elif self.M_u is not None:
             known = inputs if past is None else torch.cat([past.halo(inputs, self.inputs - 1), inputs], dim=1)
             y = add_taps(y, known, self.M_u)
-        return self.feed_back(y, past)
-
-    def feed_back(self, y: torch.Tensor, past: Past | None = None) -> torch.Tensor:
-        """As forward, with outputs to which the taps of the inputs were added already."""
         if self.M_y is None:
             return y
         if past is None:
