@@ -128,9 +128,8 @@ class LDS(KeepFloat32, Mixer):
         with torch.autocast(inputs.device.type, enabled=False):
             for chunk in inputs.split(_CHUNK, dim=1):
                 own = final_state(chunk, decay, own)
-            stacked = torch.stack(own, dim=1).transpose(2, 3)  # (batch, dilation, channels, states)
-            before = past.states(stacked, decay.double(), inputs.shape[1] // self.dilation)
-        return before.transpose(2, 3).unbind(1)
+            steps = inputs.shape[1] // self.dilation
+            return past.states(torch.stack(own, dim=1), decay.double(), steps).unbind(1)
 
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: TappedState | None = None
