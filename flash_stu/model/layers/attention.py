@@ -115,9 +115,10 @@ class SlidingWindowAttention(Mixer):
     ) -> tuple[torch.Tensor, WindowState]:
         """Attend over a sequence after the keys and values in `state`; only a window of them is kept."""
         query, key, value = self._heads(x, context)
-        end = context.past + x.shape[1]
+        past = context.known_past()
+        end = past + x.shape[1]
         if state is not None:
-            past_key, past_value = state.in_order(context.past)
+            past_key, past_value = state.in_order(past)
             key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
         y = self._attend(query, key, value, context.real(end - key.shape[2], end), context)
         return y, WindowState.of(key, value, end, self.window)
@@ -128,9 +129,9 @@ class SlidingWindowAttention(Mixer):
         ring = context.step_ring()
         state.put(key, value, ring.slot)
         if context.weights is not None:
-            key, value = state.in_order(context.past + 1)
-            mask = context.real(context.past + 1 - key.shape[2], context.past + 1)
-            return self._attend(query, key, value, mask, context), state
+            end = context.known_past() + 1
+            key, value = state.in_order(end)
+            return self._attend(query, key, value, context.real(end - key.shape[2], end), context), state
         slopes = self._slopes(x.device)
         bias = None if slopes is None else -slopes[:, None] * ring.distance()
         key, value = state.keys[:, :, : ring.filled], state.values[:, :, : ring.filled]

@@ -84,6 +84,12 @@ class SequenceContext(NamedTuple):
             raise ValueError("ring is None; a step of an attention layer needs its place")
         return self.ring
 
+    def known_past(self) -> int:
+        """Returns `past`, for what a captured step cannot do."""
+        if isinstance(self.past, torch.Tensor):
+            raise ValueError("past is a tensor; only a step without attention weights can do with one")
+        return self.past
+
     def real(self, first: int, end: int) -> torch.Tensor | None:
         """Returns which tokens of the text from `first` to `end` are no padding, (batch, tokens); None if all."""
         if self.padding is None:
