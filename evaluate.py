@@ -22,7 +22,8 @@ def main() -> None:
     model = "model directory, training run, or its checkpoints/step-N; repeatable"
     add("--model", dest="model_dirs", type=any_path, action="append", required=True, metavar="DIR", help=model)
     tasks = "tasks and groups of lm-eval, suites such as paper, comma-separated; "
-    tasks += "default: embedded_bpb,embedded_cloze, which need no download"
+    tasks += "passkey_N and copy_N for any length of N tokens; "
+    tasks += "default: embedded_bpb,embedded_cloze, which like those need no download"
     add("--tasks", metavar="LIST", help=tasks)
     own = "task definitions of your own, in lm-eval's YAML format"
     add("--include-path", type=input_directory, metavar="DIR", help=own)

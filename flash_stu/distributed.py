@@ -60,11 +60,37 @@ def read_launch() -> Launch:
 
 @dataclass(frozen=True)
 class World:
-    """The processes that work together, seen from one of them."""
+    """The processes that work together, seen from one of them.
+
+    Attributes:
+        rank, size: of this process, and how many they are.
+        device: of this process.
+        context: how many neighbours share each sequence.
+        group: these, where they are several.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    context: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def data_rank(self) -> int:
+        """The place of this process's sequences among those of a batch."""
+        return self.rank // self.context
+
+    @property
+    def data_size(self) -> int:
+        """How many processes, or groups of those that share a sequence, a batch is divided among."""
+        return self.size // self.context
+
+    @property
+    def sequence_group(self) -> dist.ProcessGroup:
+        """The processes that share this one's sequences."""
+        if self.group is None:
+            raise ValueError("context is 1: no process shares a sequence with this one")
+        return self.group
 
     @property
     def is_main(self) -> bool:

@@ -26,17 +26,37 @@ from typing import NamedTuple, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 # modules by the name of their package; datasets, lm-eval, wandb and the optional kernels are not needed here
 NEEDED = {
-    "torch": "torch", "transformers": "transformers", "tokenizers": "tokenizers", "tiktoken": "tiktoken",
-    "safetensors": "safetensors", "pydantic": "pydantic", "pyyaml": "yaml", "numpy": "numpy", "scipy": "scipy",
-    "tabulate": "tabulate", "pyarrow": "pyarrow", "matplotlib": "matplotlib", "platformdirs": "platformdirs",
-    "huggingface-hub": "huggingface_hub", "packaging": "packaging", "tqdm": "tqdm", "requests": "requests",
+    "torch": "torch",
+    "transformers": "transformers",
+    "tokenizers": "tokenizers",
+    "tiktoken": "tiktoken",
+    "safetensors": "safetensors",
+    "pydantic": "pydantic",
+    "pyyaml": "yaml",
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "tabulate": "tabulate",
+    "pyarrow": "pyarrow",
+    "matplotlib": "matplotlib",
+    "platformdirs": "platformdirs",
+    "huggingface-hub": "huggingface_hub",
+    "packaging": "packaging",
+    "tqdm": "tqdm",
+    "requests": "requests",
     "pytest": "pytest",
-}  # fmt: skip
+}
 TINY = [
-    "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2", "model.num_attention_heads=2",
-    "model.sliding_window=16", "model.max_position_embeddings=64", "model.num_filters=4", "train.sequence_length=32",
-    "train.global_batch_size=64", "train.micro_batch_size=1",
-]  # fmt: skip
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.sliding_window=16",
+    "model.max_position_embeddings=64",
+    "model.num_filters=4",
+    "train.sequence_length=32",
+    "train.global_batch_size=64",
+    "train.micro_batch_size=1",
+]
 
 
 class Stage(NamedTuple):
@@ -63,20 +83,25 @@ _STEP = "train.global_batch_size=32768"  # one micro batch
 GROUPS = {
     "check": {
         "tests": Stage(
-            "-m pytest", "-k gpu tests/ops tests/model tests/generation", "-k gpu tests/generation/test_static_step.py",
-            environment={"FLASH_STU_GPU_TESTS": "1"}, output=False,
+            "-m pytest",
+            "-k gpu tests/ops tests/model tests/generation",
+            "-k gpu tests/generation/test_static_step.py",
+            environment={"FLASH_STU_GPU_TESTS": "1"},
+            output=False,
         ),
         "agreement": Stage("bench/agreement.py", "", ""),
     },
     "bench": {
         "ceilings": Stage("bench/ceilings.py", "", "--repeats 1"),
         "conv": Stage(
-            "bench/conv.py", "--dtype bfloat16 --direct-up-to 0",
+            "bench/conv.py",
+            "--dtype bfloat16 --direct-up-to 0",
             "--dtype bfloat16 --lengths 40 --channels 4 --batch 1 --repeats 1",
         ),
         "layers": Stage("bench/layers.py", "--dtype bfloat16", "--lengths 64 --width 32 --batch 1 --repeats 1"),
         "loss": Stage(
-            "bench/loss.py", "--dtype bfloat16 --tokens 8192 --chunked-tokens 2048 32768",
+            "bench/loss.py",
+            "--dtype bfloat16 --tokens 8192 --chunked-tokens 2048 32768",
             "--dtype bfloat16 --tokens 8 --chunked-tokens --hidden 8 --vocabulary 64 --repeats 1",
         ),
         "training": Stage(
@@ -89,12 +114,15 @@ GROUPS = {
             f"{_QUICK} --panels layer --state-dims 8 --lengths 3 5 --repeats 1",
         ),
         "lds": Stage(
-            "bench/lds.py", "--hidden-size 1024",
+            "bench/lds.py",
+            "--hidden-size 1024",
             "--hidden-size 8 --state-dim 8 --length 32 --loop-tokens 4 --repeats 1",
         ),
         "sweep": Stage(
-            "bench/convsweep.py", "--minutes 5",
-            "--lengths 40 --channels 8 --batch 1 --repeats 1 --minutes 0", environment={"TRITON_INTERPRET": "toy"},
+            "bench/convsweep.py",
+            "--minutes 5",
+            "--lengths 40 --channels 8 --batch 1 --repeats 1 --minutes 0",
+            environment={"TRITON_INTERPRET": "toy"},
         ),
         "tables": Stage("bench/tables.py", "", None, output=False),
     },
@@ -103,7 +131,7 @@ GROUPS = {
         "resume": Stage("bench/gputraining.py", "resume", "resume --toy"),
         "ways": Stage("bench/gputraining.py", "ways", "ways --toy", minutes=12),
     },
-}  # fmt: skip
+}
 STAGES = {name: stage for group in GROUPS.values() for name, stage in group.items()}
 
 
@@ -128,9 +156,15 @@ def run(name: str, toy: bool, output: str, data: str | None) -> dict:
     print(f"\n=== {name}: {' '.join(words[1:])}", flush=True)
     start, last = time.monotonic(), ""
     process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment, cwd=ROOT,
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        cwd=ROOT,
         start_new_session=True,
-    )  # fmt: skip
+    )
     late = threading.Event()
 
     def stop() -> None:

@@ -20,7 +20,7 @@ def compare_all(models: Mapping[str, dict], items: Mapping[str, dict[str, list]]
     """Compare the first model with every other on the tasks that both have.
 
     Args:
-        models: by label, as results.json has them.
+        models: by label, as results.json has them; what was asked differently of the two is left out.
         items: by label and task, what was answered.
 
     Returns:
@@ -32,8 +32,10 @@ def compare_all(models: Mapping[str, dict], items: Mapping[str, dict[str, list]]
     for second in others:
         tasks, pooled = {}, ([], [])
         for name, own in items[second].items():
-            task = models[second]["tasks"].get(name)
-            if task is None or not own or not isinstance(own[0].get(task["metric"]), int | float):
+            task, other = (models[label]["tasks"].get(name) for label in (second, first))
+            if task is None or other is None or task["config_hash"] != other["config_hash"]:
+                continue
+            if not own or not isinstance(own[0].get(task["metric"]), int | float):
                 continue
             tasks[name] = compare(items[first][name], own, task["metric"])
             if task["metric"] == "acc":

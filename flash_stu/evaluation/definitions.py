@@ -4,8 +4,8 @@ A suite is a YAML list of tasks. A definition is the harness's own or the user's
 task on local data a YAML file is written that includes its definition, keeps its name, and reads
 `<data dir>/<data set>/<configuration or default>/<split>.jsonl` instead of the hub.
 
-Two tasks need no download: their definitions are the YAML files in tasks/, and their data are made here from the
-embedded corpus' validation documents and laid out like any local mirror of data sets.
+Four tasks need no download: their definitions are the YAML files in tasks/, and their data are generated from the
+embedded corpus and laid out like any local mirror of data sets. Two of these exist at every length (passkey_4096).
 """
 
 import atexit
@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import logging
-import random
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -29,23 +28,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from flash_stu.data import embedded_corpus
 from flash_stu.errors import UserError, WriteError
+from flash_stu.evaluation.embedded import bpb_documents, cloze_items
+from flash_stu.evaluation.long_context import CountTokens, LongTask, make_items, parse_name
 from flash_stu.evaluation.patches import quiet
 from flash_stu.files import write_text
 from flash_stu.reading import DamagedError, read_regular, read_text
 from flash_stu.settings import expand, first_problem
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
-TASK_NAMES = tuple(sorted(path.stem for path in TASK_FOLDER.glob("*.yaml")))
 SUITE_FOLDER = Path(__file__).parent / "suites"
-DEFAULT_TASKS = ("embedded_bpb", "embedded_cloze")  # need no download
+DEFAULT_TASKS = ("embedded_bpb", "embedded_cloze")
 _SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
-
-_BPB_DOCUMENT_BYTES = 4096  # a document's beginning: long pages must not crowd out the rest
-_BPB_TOTAL_BYTES = 65536
-_CLOZE_ITEMS = 200
-_CLOZE_CONTEXT = 96  # bytes
-_CLOZE_CHOICE = 48  # bytes
-_CLOZE_CHOICES = 4
 
 Dataset = tuple[str, str | None]  # id on the hub, configuration
 
@@ -124,6 +117,15 @@ def official_index() -> dict:
         return TaskManager().task_index
 
 
+def is_generated(name: str) -> bool:
+    """Returns whether a task's data are generated here.
+
+    Raises:
+        UserError: for the name of a long-context task with a wrong length, or with none.
+    """
+    return name in DEFAULT_TASKS or parse_name(name) is not None
+
+
 class Definitions:
     """Tasks, groups and tags by name: the user's own, from a folder, and below them the harness's.
 
@@ -140,10 +142,11 @@ class Definitions:
 
     def require(self, name: str) -> None:
         """Refuse an unknown name by a UserError with names that are close."""
-        if name in TASK_NAMES or name in self.own or name in official_index():
+        if is_generated(name) or name in self.own or name in official_index():
             return
-        known = [*TASK_NAMES, *suite_names(), *self.own, *official_index()]
-        close = difflib.get_close_matches(name, map(str, known), n=5, cutoff=0.6) or [*suite_names(), *TASK_NAMES]
+        ours = [*suite_names(), *DEFAULT_TASKS, "passkey_4096", "copy_4096"]
+        known = [*ours, *self.own, *official_index()]
+        close = difflib.get_close_matches(name, map(str, known), n=5, cutoff=0.6) or ours
         raise UserError(f"unknown task {name!r}; close matches: {', '.join(close)}")
 
     def leaves(self, name: str) -> dict[str, tuple[dict[str, Any], Path]]:
@@ -173,7 +176,7 @@ class Definitions:
         """Returns a task manager that knows the definitions in a folder, and below them all that a task may need."""
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         own = self.own.get(name)
-        single = name in TASK_NAMES or (own is not None and own.kind.name not in ("TAG", "GROUP"))
+        single = is_generated(name) or (own is not None and own.kind.name not in ("TAG", "GROUP"))
         for known, entry in (self.own if single else official_index() | self.own).items():
             # A tag lists its members: the folder's copy knows only those that are in the folder.
             if known not in manager.task_index or entry.kind.name == "TAG":
@@ -276,10 +279,26 @@ def _check_syntax(folder: Path) -> None:
             raise UserError(f"include_path {path}: not valid YAML: {reason}") from error
 
 
-def write_embedded_task(name: str, folder: Path) -> Path:
-    """Write the YAML file with which any harness runs an embedded task (`lm_eval --include_path folder`)."""
-    entry = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False).task_index[name]
-    return write_local_task(name, entry.cfg or {}, TASK_FOLDER / f"{name}.yaml", _embedded_data(), 0, folder)
+def write_generated_task(name: str, folder: Path, count_tokens: CountTokens | None = None) -> Path:
+    """Write the YAML file with which any harness runs a generated task (`lm_eval --include_path folder`).
+
+    Args:
+        name: embedded_bpb, embedded_cloze, passkey_N or copy_N.
+        folder: where to write.
+        count_tokens: what N counts in a text; None for bytes.
+
+    Raises:
+        UserError: for a length that is too short.
+    """
+    long_task = parse_name(name)
+    template = name if long_task is None else long_task.kind
+    entry = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False).task_index[template]
+    data = _embedded_data() if long_task is None else _long_context_data(long_task, count_tokens or _bytes)
+    return write_local_task(name, entry.cfg or {}, TASK_FOLDER / f"{template}.yaml", data, 0, folder)
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode())
 
 
 @functools.cache
@@ -287,92 +306,36 @@ def _embedded_data() -> Path:
     return write_embedded_data(embedded_corpus()["validation"])
 
 
-def bpb_documents(documents: Sequence[str], seed: int = 0) -> list[dict]:
-    """Choose texts to measure bits per byte on: the first 4 KiB of documents in random order, 64 KiB in all.
-
-    Returns:
-        rows {"text": str}.
-    """
-    rows, total = [], 0
-    for index in random.Random(seed).sample(range(len(documents)), len(documents)):
-        text = documents[index].encode()[:_BPB_DOCUMENT_BYTES].decode(errors="ignore")
-        size = len(text.encode())
-        if not text.strip() or total + size > _BPB_TOTAL_BYTES:
-            continue
-        rows.append({"text": text})
-        total += size
-    return rows
-
-
-def cloze_items(documents: Sequence[str], seed: int = 0) -> list[dict]:
-    """Cut passages in two and offer the true second half among three from other documents.
-
-    Every choice has 48 bytes, starts with the space before a word and stops at the end of one, so length and
-    word boundaries give nothing away. Documents take turns, so that long ones do not dominate.
-
-    Returns:
-        at most 200 rows {"context": 96 bytes, "choices": four texts, "label": index of the true one}.
-    """
-    rng = random.Random(seed)
-    cuts = {index: found for index, text in enumerate(documents) if (found := _cuts(text))}
-    if len(cuts) < _CLOZE_CHOICES:
-        return []
-    items, used, sources = [], set(), sorted(cuts)
-    while len(items) < _CLOZE_ITEMS:
-        before = len(items)
-        for index in rng.sample(sources, len(sources)):
-            fresh = [cut for cut in cuts[index] if (index, cut) not in used and cut >= _CLOZE_CONTEXT]
-            if not fresh or len(items) == _CLOZE_ITEMS:
-                continue
-            cut = rng.choice(fresh)
-            # Passages of one document must not overlap, or one item would give away another.
-            used |= {(index, other) for other in fresh if abs(other - cut) < _CLOZE_CONTEXT + _CLOZE_CHOICE}
-            others = rng.sample([other for other in sources if other != index], _CLOZE_CHOICES - 1)
-            choices = [_choice(documents[index], cut)]
-            choices += [_choice(documents[other], rng.choice(cuts[other])) for other in others]
-            if len(set(choices)) < _CLOZE_CHOICES:
-                continue
-            true, label = choices[0], rng.randrange(_CLOZE_CHOICES)
-            choices[0], choices[label] = choices[label], true
-            context = documents[index][cut - _CLOZE_CONTEXT : cut]
-            items.append({"context": context, "choices": choices, "label": label})
-        if len(items) == before:
-            break
-    return items
-
-
-def _choice(text: str, cut: int) -> str:
-    return text[cut : cut + _CLOZE_CHOICE]
-
-
-def _cuts(text: str) -> list[int]:
-    """Positions of the spaces where a choice can start: in plain ASCII, so that characters are bytes."""
-    cuts = []
-    for cut in range(1, len(text) - _CLOZE_CHOICE):
-        if text[cut] != " " or text[cut - 1].isspace() or text[cut + 1].isspace():
-            continue
-        stop = cut + _CLOZE_CHOICE
-        whole_words = text[stop].isspace() and not text[stop - 1].isspace()
-        if whole_words and text[max(0, cut - _CLOZE_CONTEXT) : stop].isascii():
-            cuts.append(cut)
-    return cuts
-
-
 def write_embedded_data(documents: Sequence[str], cache_dir: Path | None = None) -> Path:
-    """Write both tasks' data where they are not there already, byte for byte.
+    """Write the data of embedded_bpb and embedded_cloze; see `_keep`.
 
     Args:
         documents: the corpus' validation documents.
+        cache_dir: default the user's.
+    """
+    return _keep({"bpb": bpb_documents(documents), "cloze": cloze_items(documents)}, cache_dir)
+
+
+def _long_context_data(task: LongTask, count_tokens: CountTokens) -> Path:
+    corpus = embedded_corpus()
+    return _keep({task.kind: make_items(task, count_tokens, [*corpus["train"], *corpus["validation"]])})
+
+
+def _keep(data: dict[str, list[dict]], cache_dir: Path | None = None) -> Path:
+    """Write data where they are not there already, byte for byte.
+
+    Args:
+        data: by name of the configuration, rows.
         cache_dir: default the user's cache directory. The harness keeps its own converted copy per path, so a
             lasting path keeps that from growing with every run. One that cannot be written is replaced by a temporary
             directory.
 
     Returns:
-        a folder in the layout of a local mirror: flash_stu/embedded/<bpb or cloze>/validation.jsonl.
+        a folder in the layout of a local mirror: flash_stu/embedded/<configuration>/validation.jsonl.
     """
     files = {
         f"flash_stu/embedded/{name}/validation.jsonl": "".join(json.dumps(row) + "\n" for row in rows)
-        for name, rows in (("bpb", bpb_documents(documents)), ("cloze", cloze_items(documents)))
+        for name, rows in data.items()
     }
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
     folder = (cache_dir or Path(platformdirs.user_cache_dir("flash_stu")) / "evaluation") / digest

@@ -28,8 +28,15 @@ from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.tasks import TaskManager
 
 from flash_stu.errors import UserError
-from flash_stu.evaluation.definitions import TASK_NAMES, Definitions, TaskSpec, write_embedded_task, write_local_task
+from flash_stu.evaluation.definitions import (
+    Definitions,
+    TaskSpec,
+    is_generated,
+    write_generated_task,
+    write_local_task,
+)
 from flash_stu.evaluation.language_model import EvaluatedLM
+from flash_stu.evaluation.long_context import CountTokens, by_depth, parse_name
 from flash_stu.evaluation.patches import compiled_templates, quiet
 from flash_stu.evaluation.scoring import Counters
 from flash_stu.network import spare_the_hub
@@ -44,6 +51,12 @@ class LoadedTask:
 
     spec: TaskSpec
     harness: dict[str, Any]
+
+    @property
+    def length(self) -> int | None:
+        """Tokens that a model must be able to take; None if it may be given less."""
+        long_task = parse_name(self.spec.name)
+        return None if long_task is None else long_task.length
 
     @functools.cached_property
     def config_hash(self) -> str:
@@ -73,14 +86,18 @@ def _naming(task: str, failure: str, hint: str = "") -> Iterator[None]:
 
 
 def load_tasks(
-    specs: Sequence[TaskSpec], data_dir: Path | None = None, include_path: Path | None = None
+    specs: Sequence[TaskSpec],
+    data_dir: Path | None = None,
+    include_path: Path | None = None,
+    count_tokens: CountTokens | None = None,
 ) -> list[LoadedTask]:
     """Load the definitions and data of tasks.
 
     Args:
-        specs: what to load; names may be tasks, groups or tags of the harness, the user's, or our embedded tasks.
-        data_dir: a mirror of data sets to read instead of the hub (the embedded tasks never need one).
+        specs: what to load; names may be tasks, groups or tags of the harness, the user's, or our generated tasks.
+        data_dir: a mirror of data sets to read instead of the hub (the generated tasks never need one).
         include_path: a folder with the user's own task definitions, which go before the harness's.
+        count_tokens: number of tokens of a text, for the lengths of passkey_N and copy_N; None: its bytes.
 
     Raises:
         UserError: for an unknown task or metric, a file that the mirror lacks, or data that cannot be had.
@@ -88,11 +105,14 @@ def load_tasks(
     definitions = Definitions(include_path)
     for spec in specs:
         definitions.require(spec.name)
-    if data_dir is None and any(spec.name not in TASK_NAMES for spec in specs):
+    if data_dir is None and any(not is_generated(spec.name) for spec in specs):
         spare_the_hub()
     with tempfile.TemporaryDirectory() as scratch, quiet(logging.CRITICAL):
         # A folder each: a group and one of its members may be asked for with different shots.
-        managers = [_manager_for(spec, definitions, data_dir, Path(scratch, str(i))) for i, spec in enumerate(specs)]
+        managers = [
+            _manager_for(spec, definitions, data_dir, Path(scratch, str(i)), count_tokens)
+            for i, spec in enumerate(specs)
+        ]
         hint = "" if data_dir else "; a machine without internet needs a mirror, see scripts/fetch_eval_data.py"
         loaded = []
         for spec, manager in zip(specs, managers, strict=True):
@@ -101,11 +121,13 @@ def load_tasks(
         return loaded
 
 
-def _manager_for(spec: TaskSpec, definitions: Definitions, data_dir: Path | None, folder: Path) -> TaskManager:
+def _manager_for(
+    spec: TaskSpec, definitions: Definitions, data_dir: Path | None, folder: Path, count_tokens: CountTokens | None
+) -> TaskManager:
     folder.mkdir()
     with _naming(spec.name, "cannot be loaded"):
-        if spec.name in TASK_NAMES:
-            write_embedded_task(spec.name, folder)
+        if is_generated(spec.name):
+            write_generated_task(spec.name, folder, count_tokens)
         elif data_dir is not None:
             for name, (definition, path) in definitions.leaves(spec.name).items():
                 write_local_task(name, definition, path, data_dir, spec.shots_of(definition), folder)
@@ -153,8 +175,9 @@ def run_task(lm: LM, task: LoadedTask, limit: int | None = None) -> dict[str, An
 
     Returns:
         what results.json says about a task: its main metric, all metrics, those of a group's members,
-        how many items, what the model had to do (if it counts), seconds; and under "samples" every item: its task,
-        number and hash, its value of each metric, and what the model answered to each of its requests.
+        how many items, what the model had to do (if it counts), seconds; of passkey_N and copy_N the metrics by depth
+        ("depths"); and under "samples" every item: its task, number and hash, its value of each metric, and what the
+        model answered to each of its requests.
 
     Raises:
         UserError: if the task fails, or reports no number.
@@ -180,6 +203,7 @@ def run_task(lm: LM, task: LoadedTask, limit: int | None = None) -> dict[str, An
         main = _main_metric(list(own), task.spec.metric)
         directions = {name: up for member in members.values() for name, up in member.higher_is_better().items()}
         counts = outcome["n-samples"].values()
+        samples = [sample for name in members for sample in _samples(name, outcome["samples"][name])]
         return {
             "metric": main,
             **own[main],
@@ -193,7 +217,8 @@ def run_task(lm: LM, task: LoadedTask, limit: int | None = None) -> dict[str, An
             **dataclasses.asdict(counters),
             "metrics": own,
             "members": {name: values for name, values in metrics.items() if values},
-            "samples": [sample for name in members for sample in _samples(name, outcome["samples"][name])],
+            **({} if task.length is None else {"depths": by_depth(samples, list(own))}),
+            "samples": samples,
         }
 
 

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import itertools
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,22 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from flash_stu.evaluation.compare import CLOSE
+from flash_stu.evaluation.long_context import CHOICES, DEPTHS, parse_name
 from flash_stu.figures import save_figure
 
 RESULTS, TABLE, CSV, PICTURE = "results.json", "table.md", "table.csv", "table.png"
 _WORK = ["forward_tokens", "forward_tokens_unshared", "truncated", "truncated_tokens", "beyond_trained_length"]
 _VALUES = ["metric", "shots", "value", "stderr", "items", "items_available", "version", "config_hash"]
 _CSV_COLUMNS = ["model", "published", "task", *_VALUES, "seconds", "requests", *_WORK]
+_BY_DEPTH = {"acc": f"accuracy, of {CHOICES} answers", "exact_match": "exact match"}
 _GREYS = ("0.45", "0.65", "0.8", "0.9")
 
 
-def result_files(texts: Iterable[str]) -> list[str]:
-    """Returns the names of all files that `write_results` may write for these texts."""
-    return [RESULTS, TABLE, CSV, PICTURE, *(_text_picture(name) for name in texts)]
+def result_files(tasks: Iterable[str], texts: Iterable[str]) -> list[str]:
+    """Returns the names of all files that `write_results` may write for these tasks and texts."""
+    kinds = {task.kind for task in map(parse_name, tasks) if task is not None}
+    pictures = [*map(_depth_picture, sorted(kinds)), *map(_text_picture, texts)]
+    return [RESULTS, TABLE, CSV, PICTURE, *pictures]
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
@@ -38,6 +44,13 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     for name, text in files.items():
         (folder / name).write_text(text + "\n", encoding="utf-8")
     draw_table(results, folder / PICTURE)
+    for kind, lengths in _long_tasks_of(results).items():
+        draw_depths(
+            {label: _scores_by_depth(model, kind) for label, model in results["models"].items()},
+            lengths,
+            kind,
+            folder / _depth_picture(kind),
+        )
     for name, found in _texts_of(results).items():
         trained = {label: results["models"][label]["trained_length"] for label in found}
         draw_positions(found, trained, name, folder / _text_picture(name))
@@ -64,9 +77,25 @@ def _texts_of(results: dict[str, Any]) -> dict[str, dict[str, dict]]:
     return found
 
 
+def _long_tasks_of(results: dict[str, Any]) -> dict[str, list[int]]:
+    """Returns the lengths in tokens of the long-context tasks that any model has been scored on: by kind, ascending."""
+    found: dict[str, list[int]] = {}
+    for task in filter(None, map(parse_name, columns_of(results))):
+        found[task.kind] = sorted([*found.get(task.kind, []), task.length])
+    return found
+
+
+def _scores_by_depth(model: dict[str, Any], kind: str) -> dict[tuple[int, int], dict[str, float]]:
+    """Returns a model's scores on a long-context task: by length in tokens and depth in percent."""
+    named = ((parse_name(name), task) for name, task in model["tasks"].items())
+    own = [(task.length, result) for task, result in named if task is not None and task.kind == kind]
+    return {(length, scores["depth"]): scores for length, result in own for scores in result["depths"]}
+
+
 def format_report(results: dict[str, Any]) -> str:
-    """Returns all of table.md: scores, the work done for them, texts, comparisons."""
-    parts = [format_table(results), format_details(results), format_texts(results), format_comparisons(results)]
+    """Returns all of table.md: scores, the work done for them, scores by depth, texts, comparisons."""
+    parts = [format_table(results), format_details(results), format_depths(results), format_texts(results)]
+    parts.append(format_comparisons(results))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -131,6 +160,24 @@ def format_comparisons(results: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
+def format_depths(results: dict[str, Any]) -> str:
+    """Returns a table per long-context task: accuracy and exact match of every model by length and depth."""
+    parts = []
+    for kind, lengths in _long_tasks_of(results).items():
+        found = [_scores_by_depth(model, kind) for model in results["models"].values()]
+        rows = []
+        for length, depth in itertools.product(lengths, DEPTHS):
+            own = [scores.get((length, depth)) for scores in found]
+            if any(own):
+                cells = ["" if one is None else " / ".join(f"{100 * one[key]:.0f}" for key in _BY_DEPTH) for one in own]
+                rows.append([f"{length:,}", f"{depth} %", *cells])
+        what = (
+            f"{kind}, accuracy / exact match in percent, by tokens and depth; accuracy by chance is {100 // CHOICES}:"
+        )
+        parts.append("\n".join([f"{what}\n", *markdown(["tokens", "depth", *results["models"]], rows)]))
+    return "\n\n".join(parts)
+
+
 def format_texts(results: dict[str, Any]) -> str:
     """Returns tables of bits per byte and perplexity of texts, and of the loss by position."""
     parts = []
@@ -187,6 +234,12 @@ def summary(label: str, name: str, found: dict, known: bool) -> str:
     when = "found earlier" if known else f"{found['seconds']:.1f} s"
     items = f"{found['items']} of {found['items_available']} items"
     return f"{label}  {name}  {found['metric']} {_with_error(found['value'], found['stderr'])}  ({items}, {when})"
+
+
+def too_long(label: str, model: dict, tasks: Sequence[str]) -> str:
+    """Returns one line on tasks that are longer than what a model can take."""
+    longest = f"{model['longest_input']:,} tokens"
+    return f"{label}: {', '.join(tasks)} not measured, longer than the longest input of this model, {longest}."
 
 
 def warning(label: str, model: dict, tasks: dict[str, dict]) -> str | None:
@@ -275,6 +328,46 @@ def draw_positions(found: dict[str, dict], trained: dict[str, int], title: str, 
     save_figure(figure, output)
 
 
+def draw_depths(
+    found: dict[str, dict[tuple[int, int], dict[str, float]]], lengths: Sequence[int], title: str, output: Path
+) -> None:
+    """Draw scores over length and depth as heat maps: a column of two per model, what was not measured left white.
+
+    Args:
+        found: per model, by length in tokens and depth in percent, "acc" and "exact_match" from 0 to 1.
+        lengths: in tokens.
+        title: name of the task.
+        output: the image to write.
+    """
+    width, height = 1.2 + max(2.0, 0.62 * len(lengths)), 0.9 + 0.32 * len(DEPTHS)
+    figure = Figure(figsize=(width * len(found) + 0.8, height * len(_BY_DEPTH)), dpi=150, layout="constrained")
+    grid = figure.subplots(len(_BY_DEPTH), len(found), squeeze=False, sharex=True, sharey=True)
+    image = None
+    for (i, (metric, name)), (j, (label, scores)) in itertools.product(
+        enumerate(_BY_DEPTH.items()), enumerate(found.items())
+    ):
+        axes = grid[i][j]
+        rows = [[scores.get((length, depth), {}).get(metric, math.nan) for length in lengths] for depth in DEPTHS]
+        image = axes.imshow(rows, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for (y, row), x in itertools.product(enumerate(rows), range(len(lengths))):
+            if not math.isnan(row[x]):
+                color = "black" if row[x] > 0.6 else "white"
+                axes.text(x, y, f"{100 * row[x]:.0f}", ha="center", va="center", fontsize=7, color=color)
+        axes.set_title(f"{label}\n{name}" if i == 0 else name, fontsize="small")
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=35, ha="right", fontsize=7)
+        axes.set_yticks(range(len(DEPTHS)), [f"{depth} %" for depth in DEPTHS], fontsize=7)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("tokens", fontsize="small")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("depth", fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    if image is not None:
+        figure.colorbar(image, ax=grid, shrink=0.6, label="share of the items")
+    save_figure(figure, output)
+
+
 def _heading(name: str, task: dict) -> str:
     shots = f" {task['shots']}-shot" if task["shots"] else ""
     return f"{name}{shots}" if _is_percentage(task) else f"{name}{shots} ({task['metric']})"
@@ -304,8 +397,16 @@ def _notes(results: dict[str, Any]) -> list[str]:
     limit = results["settings"]["limit"]
     if limit is not None:
         notes.append(f"Only the first {limit} items of each task were scored: not to be compared with full runs.")
-    lines = (warning(label, model, model["tasks"]) for label, model in results["models"].items())
-    return notes + [line for line in lines if line]
+    for label, model in results["models"].items():
+        if line := warning(label, model, model["tasks"]):
+            notes.append(line)
+        if model.get("too_long"):
+            notes.append(too_long(label, model, model["too_long"]))
+    return notes
+
+
+def _depth_picture(kind: str) -> str:
+    return f"{kind}.by-depth.png"
 
 
 def _text_picture(name: str) -> str:

@@ -14,22 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flash_stu.devices import choose_device, default_dtype
 from flash_stu.distributed import World, join, local_device, world_size
 from flash_stu.errors import UserError
 from flash_stu.evaluation import harness
 from flash_stu.evaluation.compare import compare_all
-from flash_stu.evaluation.definitions import resolve_tasks
+from flash_stu.evaluation.definitions import TaskSpec, resolve_tasks
 from flash_stu.evaluation.language_model import EvaluatedLM
+from flash_stu.evaluation.long_context import parse_name
 from flash_stu.evaluation.patches import quiet
-from flash_stu.evaluation.report import format_report, result_files, summary, warning, write_results
+from flash_stu.evaluation.report import format_report, result_files, summary, too_long, warning, write_results
 from flash_stu.evaluation.resume import Store, item_file
 from flash_stu.evaluation.text import score_text
 from flash_stu.model.loading import check_tensors, load_model, load_model_tokenizer, read_model_config
 from flash_stu.model.weights import weight_files
 from flash_stu.progress import Progress
-from flash_stu.training.model_source import find_source, is_checkpoint, load_checkpoint
+from flash_stu.training.model_source import find_source, is_checkpoint, load_checkpoint, load_source_tokenizer
 
 _TIMEOUT = timedelta(days=1)  # a process waits for the slowest; torchrun ends all when one fails
 _PACKAGES = ("flash_stu", "lm_eval", "torch", "transformers", "datasets", "tokenizers")
@@ -82,7 +84,7 @@ def evaluate(
     choose_device(device)
     store = Store(None if output is None else Path(output))
     names = [spec.name for spec in specs] + [path.name for path in files]
-    written = result_files(path.name for path in files)
+    written = result_files([spec.name for spec in specs], [path.name for path in files])
     written += [item_file(label, name) for label in labels for name in names]
     store.check(written)
     directories = [check_model_dir(path) for path in model_dirs]
@@ -92,7 +94,8 @@ def evaluate(
         if specs:
             say(f"loading {', '.join(spec.name for spec in specs)}", flush=True)
         with world.main_first():
-            loaded = harness.load_tasks(specs, *(None if path is None else Path(path) for path in folders.values()))
+            paths = [None if path is None else Path(path) for path in folders.values()]
+            loaded = _load_tasks(specs, directories, *paths)
         results = {
             "versions": _versions(),
             "settings": {
@@ -110,16 +113,17 @@ def evaluate(
             "published": published,
             "comparisons": [],
         }
-        jobs = [_task_job(task, limit) for task in loaded]
-        jobs += [_text_job(path, text_column, text_length, limit) for path in files]
+        text_jobs = [_text_job(path, text_column, text_length, limit) for path in files]
+        jobs = [[*(_task_job(task, limit) for task in own), *text_jobs] for own in loaded]
         printing = progress and world.is_main
         session = Session(store, world, batch_size, printing, results["versions"])
         with store.holding(written) if world.is_main else nullcontext():
-            models = [Candidate(label, path, jobs, session) for label, path in zip(labels, directories, strict=True)]
+            each = zip(labels, directories, jobs, strict=True)
+            models = [Candidate(*one, session) for one in each]
             items = {}
             for model in models:
                 results["models"][model.label], items[model.label] = model.row, model.items
-                for job in jobs:
+                for job in model.jobs:
                     new = model.measure(job)
                     results["comparisons"] = compare_all(results["models"], items)
                     if new and world.is_main:
@@ -174,6 +178,7 @@ class Job:
     kind: str  # "tasks" or "texts", the entry of results.json
     name: str  # there
     key: dict[str, Any]  # all that decides the result, besides model and versions
+    length: int | None  # tokens that a model must be able to take; None for any
     run: Callable[[EvaluatedLM], tuple[dict[str, Any], list[dict]]]  # returns the result, and the answer to each item
 
 
@@ -193,6 +198,7 @@ class Candidate:
 
     Attributes:
         label: its name in the results.
+        jobs: what is measured on it.
         row: what results.json has of it.
         items: by job, what it answered.
     """
@@ -203,7 +209,7 @@ class Candidate:
         Raises:
             UserError: if that was another model, or found with other settings.
         """
-        self.label, self.directory, self.session = label, directory, session
+        self.label, self.directory, self.jobs, self.session = label, directory, jobs, session
         content, dtype = _content_hash(directory), str(default_dtype(session.world.device)).removeprefix("torch.")
         self.row: dict[str, Any] = {
             "path": str(directory),
@@ -213,6 +219,7 @@ class Candidate:
             "seconds": 0.0,
             "tasks": {},
             "texts": {},
+            "too_long": [],
         }
         self.items: dict[str, list[dict]] = {}
         self._lm: EvaluatedLM | None = None
@@ -232,6 +239,11 @@ class Candidate:
         found = self._known[job.name] if known else self._measure(job)
         result, row = found["result"], self.row
         row |= found["model"]
+        if result is None:
+            row["too_long"].append(job.name)
+            if self.session.progress:
+                print(too_long(self.label, row, [job.name]), flush=True)
+            return not known
         row[job.kind][job.name] = result
         self.items[job.name] = found["items"]
         row["seconds"] = sum(task["seconds"] for task in row["tasks"].values())
@@ -252,6 +264,13 @@ class Candidate:
             with quiet(logging.ERROR):  # the harness warns about models that it did not load itself
                 self._lm = EvaluatedLM.load(self.directory, session.world.device, session.batch_size, session.world)
         lm = self._lm
+        about = {
+            "parameters": lm.model.num_parameters(),
+            "trained_length": lm.trained_length,
+            "longest_input": lm.longest,
+        }
+        if job.length is not None and lm.longest is not None and job.length > lm.longest:
+            return self._keep(job, {"key": key, "model": about, "result": None, "items": []})
         lm.progress = Progress(f"{self.label} {job.name}", "tok", enabled=session.progress)
         if job.kind == "tasks":  # a text needs every token's score, which a journal does not keep
             lm.journal = store.journal(self.label, job.name, key, session.world)
@@ -262,11 +281,37 @@ class Candidate:
         if lm.journal is not None:
             lm.journal.close()
             lm.journal = None
-        about = {"parameters": lm.model.num_parameters(), "trained_length": lm.trained_length}
-        found = {"key": key, "model": about, "result": result, "items": items}
-        if session.world.is_main:
-            store.write(self.label, job.name, found)
+        return self._keep(job, {"key": key, "model": about, "result": result, "items": items})
+
+    def _keep(self, job: Job, found: dict[str, Any]) -> dict[str, Any]:
+        if self.session.world.is_main:
+            self.session.store.write(self.label, job.name, found)
         return found
+
+
+def _load_tasks(
+    specs: Sequence[TaskSpec], directories: Sequence[Path], data_dir: Path | None, include_path: Path | None
+) -> list[list[harness.LoadedTask]]:
+    """Returns the tasks of each model: those with lengths in tokens once per tokenizer, the others once for all."""
+    shared = harness.load_tasks([spec for spec in specs if parse_name(spec.name) is None], data_dir, include_path)
+    own = [spec for spec in specs if parse_name(spec.name) is not None]
+    by_tokenizer: dict[str, list[harness.LoadedTask]] = {}
+    found = []
+    for directory in directories:
+        tasks = list(shared)
+        if own:
+            tokenizer = load_source_tokenizer(directory)
+            fast = isinstance(tokenizer, PreTrainedTokenizerFast)
+            name = tokenizer.backend_tokenizer.to_str() if fast else str(directory)
+            if name not in by_tokenizer:
+                by_tokenizer[name] = harness.load_tasks(own, count_tokens=partial(_count_tokens, tokenizer))
+            tasks += by_tokenizer[name]
+        found.append(sorted(tasks, key=lambda task: specs.index(task.spec)))
+    return found
+
+
+def _count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(tokenizer(text, verbose=False).input_ids)
 
 
 def _task_job(task: harness.LoadedTask, limit: int | None) -> Job:
@@ -275,12 +320,12 @@ def _task_job(task: harness.LoadedTask, limit: int | None) -> Job:
         return result, result.pop("samples")
 
     key = {"task": task.spec.model_dump(), "prompts and data": task.config_hash, "limit": limit}
-    return Job("tasks", task.spec.name, key, run)
+    return Job("tasks", task.spec.name, key, task.length, run)
 
 
 def _text_job(path: Path, column: str, length: int | None, limit: int | None) -> Job:
     key = {"text": _hash(path)[:16], "text_column": column, "text_length": length, "limit": limit}
-    return Job("texts", path.name, key, lambda lm: (score_text(lm, path, column, length, limit), []))
+    return Job("texts", path.name, key, None, lambda lm: (score_text(lm, path, column, length, limit), []))
 
 
 def _own_device(name: str | None) -> torch.device:

@@ -1,4 +1,4 @@
-"""What PEFT adapts in a Flash STU model if it is not told: the linear maps of attention, STU and LDS layers.
+"""The linear maps that PEFT adapts in a Flash STU model if it is not told: those of attention, STU and LDS layers.
 
 And a check: PEFT leaves out what an adapter has for modules that the model has not.
 """

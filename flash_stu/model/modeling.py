@@ -51,6 +51,7 @@ from flash_stu.model.layers.norm import RMSNorm
 from flash_stu.model.padding import read_mask, restored
 from flash_stu.model.saving import add_remote_code
 from flash_stu.ops.cross_entropy.choice import linear_cross_entropy
+from flash_stu.ops.parts import Part
 from flash_stu.ops.positions import rotary_angles
 
 # patterns; a distilled model that is loaded to be trained, or a model that gets taps, has none of them
@@ -111,12 +112,12 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": Block, "attentions": AttentionWeights}
     # patterns, searched for in names; see flash_stu.model.layers.exact
     _keep_in_fp32_modules_strict = {
-        r"\.readout$",
-        r"\.readout_change$",
-        r"\.decay$",
-        r"\.log_rate_change$",
+        r"mixer\.readout$",
+        r"mixer\.readout_change$",
+        r"mixer\.decay$",
+        r"mixer\.log_rate_change$",
         r"filters\.phi$",
-        r"\.taps\.M_y$",
+        r"taps\.M_y$",
     }
     _keys_to_ignore_on_load_missing = OPTIONAL_TENSORS
 
@@ -227,12 +228,14 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
                 are one document each.
             keywords: cu_seq_lens_q, cu_seq_lens_k, seq_idx: documents in packed rows; output_hidden_states and
                 output_attentions: see transformers. Weights of attention layers are (batch, heads, length, keys), of
-                the keys in the window where there is a cache.
+                the keys in the window where there is a cache. part: a flash_stu.ops.parts.Part, where this call is
+                about a part of longer sequences.
 
         Raises:
             UserError: for a sequence longer than the spectral filters of a model with STU layers, an invalid mask, or
                 an argument that the model does not have.
         """
+        part: Part | None = keywords.pop("part", None)
         refuse_unknown(keywords)
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("the model takes exactly one of input_ids and inputs_embeds")
@@ -240,18 +243,19 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         if cache is not None and not isinstance(cache, FlashSTUCache):
             raise UserError(f"past_key_values is a {type(cache).__name__}; a Flash STU model takes a FlashSTUCache")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        past = 0 if cache is None else cache.seq_length
+        past = cache.seq_length if cache is not None else part.start if part is not None else 0
         alignment = read_mask(attention_mask, x.shape[0], x.shape[1], cache)
         documents = None
         first_positions = None if position_ids is None or past else position_ids
         if (numbers := document_numbers(keywords, first_positions, x.shape[:2], alignment)) is not None:
             documents = Documents.of(numbers)
+        whole = past + x.shape[1] if part is None else part.length
         if self.filters is not None:
-            self._check_length(past + x.shape[1] if documents is None else documents.longest)
+            self._check_length(whole if documents is None else documents.longest)
         if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
             raise UserError("a cache cannot be used in training with gradient checkpointing: set use_cache to False")
         if use_cache is None and cache is None:
-            use_cache = self.config.use_cache and not self.training and documents is None
+            use_cache = self.config.use_cache and not self.training and documents is None and part is None
         if documents is not None and (use_cache or cache is not None):
             raise UserError("a cache holds one document a row, and this batch has more: set use_cache to False")
         if cache is None and use_cache:
@@ -268,7 +272,8 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
             raise UserError("output_attentions is True; that is not done for several documents in a row")
         if documents is not None or weights:
             context = context._replace(documents=documents, weights=past + x.shape[1] if weights else None)
-        if cache is None and documents is None:
+        context = context.in_part(part, cached=bool(use_cache) or cache is not None)
+        if cache is None and documents is None and part is None:
             mixers = (block.mixer for block in self.layers)
             attention = next((mixer for mixer in mixers if isinstance(mixer, SlidingWindowAttention)), None)
             context = context._replace(band=None if attention is None else attention.band(x))
@@ -319,7 +324,7 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         if self.window is not None and cache is not None and x.shape[1] == 1:
             ring = Ring.at(past, padding, self.window, x.device)
         filters = None if self.filters is None else self.filters.phi
-        return SequenceContext(filters, rotary, mask, past=past, padding=padding, ring=ring)
+        return SequenceContext(filters, rotary, mask, seen=past, padding=padding, ring=ring)
 
 
 class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):

@@ -1,4 +1,4 @@
-"""What `transformers serve` needs: it looks for a model's class in what it knows as the module transformers.
+"""Support for `transformers serve`, which looks for a model's class in what it knows as the module transformers.
 
 That may be another object than everybody else's: transformers executes itself a second time as it is loaded.
 """

@@ -44,6 +44,7 @@ class ValidationWindows:
         self.end_of_text = end_of_text
         self.length = config.train.sequence_length
         self.batch_size = config.train.micro_batch_size
+        self.chunks = config.train.sequence_chunks
         available = (len(dataset) - 1) // self.length
         if available < 1:
             raise UserError(
@@ -61,8 +62,8 @@ class ValidationWindows:
         together, and all batches have one shape, since compiled blocks would be compiled again for another:
         the last ones are filled up with copies.
         """
-        for first in range(0, len(self.starts), self.batch_size * world.size):
-            begin = first + world.rank * self.batch_size
+        for first in range(0, len(self.starts), self.batch_size * world.data_size):
+            begin = first + world.data_rank * self.batch_size
             starts = self.starts[begin : begin + self.batch_size]
             filled = starts + self.starts[:1] * (self.batch_size - len(starts))
             windows = [self.dataset.window(start, self.length + 1) for start in filled]
@@ -78,7 +79,7 @@ class ValidationWindows:
         nats, windows = torch.zeros((), device=world.device), 0
         for batch, counted in self.batches(world):
             mark("validation")
-            loss = token_loss(model, batch, world.device, counted or None, self.end_of_text)
+            loss = token_loss(model, batch, world, counted or None, self.end_of_text, self.chunks)
             nats = nats + loss * counted  # of none: finite times 0
             windows += counted
         free_gathered(model)
@@ -91,24 +92,33 @@ class ValidationWindows:
         """Run one forward pass, so that a back end that cannot run here raises before anything is written."""
         model.eval()
         batch, _ = next(self.batches(world))
-        token_loss(model, batch, world.device, end_of_text=self.end_of_text)
+        token_loss(model, batch, world, None, self.end_of_text, self.chunks)
         free_gathered(model)
 
 
 class TaskEvaluation:
     """The tasks of a run, loaded before it starts.
 
+    Args:
+        config: the run's.
+        world: the processes that share the work.
+        tokenizer: of the run.
+        longest: the longest input of the model; None for any.
+
     Raises:
-        UserError: for unknown tasks, or data that is not available.
+        UserError: for unknown tasks, tasks that are longer than that, or data that is not available.
     """
 
-    def __init__(self, config: EvaluationConfig, world: World, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: EvaluationConfig, world: World, tokenizer: Tokenizer, longest: int | None = None
+    ) -> None:
         self.config, self.world, self.tokenizer = config, world, tokenizer
         self.tasks = []
         if config.tasks is None:
             return
         from flash_stu.evaluation.definitions import resolve_tasks  # takes seconds to import
         from flash_stu.evaluation.harness import load_tasks
+        from flash_stu.evaluation.long_context import parse_name
 
         given = {"data_dir": config.data_dir, "include_path": config.include_path}
         folders = {key: None if path is None else Path(path) for key, path in given.items()}
@@ -117,8 +127,13 @@ class TaskEvaluation:
                 raise UserError(f"evaluation.{key} is '{folder}', which is not a directory")
         try:
             specs, _ = resolve_tasks(config.tasks)
+            for task in filter(None, (parse_name(spec.name) for spec in specs)):
+                if longest is not None and task.length > longest:
+                    raise UserError(
+                        f"{task.kind}_{task.length} is longer than model.max_position_embeddings, {longest}"
+                    )
             with self.world.main_first():
-                self.tasks = load_tasks(specs, **folders)
+                self.tasks = load_tasks(specs, **folders, count_tokens=lambda text: len(tokenizer.encode(text)))
         except UserError as error:
             raise UserError(f"evaluation.tasks: {error}") from None
 

@@ -67,6 +67,19 @@ def load_source(
     return model, tokenizer.to_transformers()
 
 
+def load_source_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the model that a path means, without the model.
+
+    Raises:
+        UserError: as `find_source`, and for a tokenizer that cannot be loaded.
+    """
+    directory = find_source(path)
+    if not is_checkpoint(directory):
+        return load_model_tokenizer(directory)
+    config = load_config(directory.resolve().parent.parent / "config.yaml")
+    return load_tokenizer(config.data.tokenizer).to_transformers()
+
+
 def find_checkpoint(run: str | Path, step: int | None = None) -> Path:
     """Returns the path of a run's checkpoint of a step, of the newest if none is given.
 

@@ -1,18 +1,23 @@
-"""What is done to a model for training, from outside: recomputation, compilation, precision, sharding, replicas.
+"""Changes to a model for training, from outside: recomputation, compilation, precision, sharding, replicas.
 
 The model is written for one device. `parallelize` applies in this order activation checkpointing and compilation of the
 blocks, mixed precision, and the strategy: fully_shard (FSDP2) per block and then for the rest, or
 DistributedDataParallel, or nothing. With several replicas the processes form a grid (HSDP): each row of it shards one
 whole model, and the rows average their gradients.
+
+With parallel.context the processes come in groups of neighbours that share their sequences. To a strategy they are
+processes like others: parameters are sharded over them too, and gradients averaged.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -39,8 +44,10 @@ def join_world(config: RunConfig) -> Iterator[World]:
     Each process takes the GPU of its local rank, or the CPU where there is none, and ends when torchrun has died.
 
     Raises:
-        UserError: if there are several processes but no strategy for them, or fewer GPUs than processes.
+        UserError: if there are several processes but no strategy for them, fewer GPUs than processes, or a group of
+            parallel.context processes would not be whole.
     """
+    check_context(config.parallel, world_size())
     strategy = config.parallel.strategy
     if world_size() > 1 and strategy == "none":
         raise UserError(f"parallel.strategy is 'none' for {world_size()} processes; allowed: 'auto', 'ddp', 'fsdp'")
@@ -49,7 +56,18 @@ def join_world(config: RunConfig) -> Iterator[World]:
     timeout = timedelta(minutes=2 * config.parallel.timeout_minutes + 1)
     backend = "nccl" if device.type == "cuda" else "gloo"
     with join(device, backend, timeout, group_of_one=strategy in ("ddp", "fsdp")) as world:
+        if config.parallel.context > 1:
+            group, _ = dist.new_subgroups(config.parallel.context, timeout=timeout)
+            world = replace(world, context=config.parallel.context, group=group)
         yield world
+
+
+def check_context(parallel: ParallelConfig, processes: int) -> None:
+    """Raise a UserError unless groups of parallel.context processes are whole, each within one replica."""
+    within = processes // parallel.replicas if parallel.replicas > 1 else processes
+    if within % parallel.context or not within:
+        what = f"{processes} processes" + (f" / {parallel.replicas} replicas" if parallel.replicas > 1 else "")
+        raise UserError(f"parallel.context is {parallel.context}; it must divide the {what}")
 
 
 def resolve_strategy(parallel: ParallelConfig, processes: int, parameters: int) -> str:

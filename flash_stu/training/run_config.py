@@ -13,7 +13,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from flash_stu.data import DataConfig
 from flash_stu.errors import UserError
+from flash_stu.filters.spectral import TENSOR
 from flash_stu.model.config import LARGEST_LENGTH, FlashSTUConfig
+from flash_stu.ops.conv import PARTIAL_BACKENDS
 from flash_stu.settings import (
     LARGEST_SEED,
     Count,
@@ -36,6 +38,13 @@ class TrainConfig(Section):
     sequence_length: int = Field(ge=2, le=LARGEST_LENGTH, description="tokens a sequence predicts")
     global_batch_size: int = Field(ge=1, le=_LARGEST_BATCH, description="tokens per optimizer step, over all processes")
     micro_batch_size: int = Field(default=1, ge=1, le=2**20, description="sequences per process and forward pass")
+    sequence_chunks: int = Field(
+        default=1,
+        ge=1,
+        le=2**20,
+        description="pieces in which a sequence is run, one after the other, with exact gradients: activations are "
+        "those of one piece, for one more forward pass",
+    )
     steps: Count | None = Field(default=None, description="optimizer steps; or set epochs")
     epochs: float | None = Field(
         default=None, gt=0, le=1e6, description="passes over the training tokens; or set steps"
@@ -121,6 +130,12 @@ class ParallelConfig(Section):
         le=2**20,
         description="fsdp: groups of processes that each hold one whole model (HSDP); usually the nodes",
     )
+    context: int = Field(
+        default=1,
+        ge=1,
+        le=2**20,
+        description="neighbouring processes that share each sequence, an equal stretch of its tokens each",
+    )
     reshard_after_forward: bool | Literal["auto"] = Field(
         default="auto",
         description="fsdp: free the gathered parameters between forward and backward, which saves memory and costs "
@@ -203,24 +218,51 @@ class RunConfig(Section):
             raise UserError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; at most train.steps, {self.train.steps}"
             )
-        self.sequences_per_step(world_size=1)
+        self._check_parts()
+        self.sequences_per_step(self.parallel.context)
         return self
 
-    def sequences_per_step(self, world_size: int) -> int:
+    def _check_parts(self) -> None:
+        """Check what a sequence in parts does not go with."""
+        numbers = {"parallel.context": self.parallel.context, "train.sequence_chunks": self.train.sequence_chunks}
+        several = [f"{key} is {number}" for key, number in numbers.items() if number > 1]
+        if not several:
+            return
+        if len(several) > 1:
+            raise UserError(f"{several[0]} and {several[1]}; only one of them may be above 1")
+        if self.data.separate_documents:
+            raise UserError(
+                f"{several[0]}, and data.separate_documents is true; documents are separated in whole sequences"
+            )
+        if not self.architecture().uses_stu:
+            return
+        if self.model["filter_basis"] == TENSOR:
+            raise UserError(f"{several[0]}; model.filter_basis 'tensor' needs whole sequences")
+        if self.model["conv_backend"] not in PARTIAL_BACKENDS:
+            allowed = ", ".join(PARTIAL_BACKENDS)
+            raise UserError(
+                f"{several[0]}, and model.conv_backend is {self.model['conv_backend']!r}, which needs whole sequences; "
+                f"allowed: {allowed}"
+            )
+
+    def sequences_per_step(self, processes: int) -> int:
         """Returns the number of sequences in a global batch.
 
         Raises:
-            UserError: unless every process gets a whole number of micro batches; names the nearest sizes.
+            UserError: unless every process, or group of parallel.context processes, gets a whole number of micro
+                batches; names the nearest sizes.
         """
-        train = self.train
-        unit = train.sequence_length * train.micro_batch_size * world_size
+        train, context = self.train, self.parallel.context
+        groups = processes // context
+        unit = train.sequence_length * train.micro_batch_size * groups
         if train.global_batch_size % unit:
             below = train.global_batch_size // unit * unit
             allowed = f"{below} or {below + unit}" if below else f"{unit}"
+            among = f"{groups} processes" if context == 1 else f"{groups} groups of {context} processes"
             raise UserError(
                 f"train.global_batch_size is {train.global_batch_size} tokens; "
                 f"it must be a multiple of {unit} (sequence_length {train.sequence_length} x "
-                f"micro_batch_size {train.micro_batch_size} x {world_size} processes), nearest: {allowed}"
+                f"micro_batch_size {train.micro_batch_size} x {among}), nearest: {allowed}"
             )
         return train.global_batch_size // train.sequence_length
 
@@ -233,7 +275,7 @@ class RunConfig(Section):
         if self.train.epochs is None:
             return self.train.steps or 0
         windows = (tokens - 1) // self.train.sequence_length
-        steps = int(self.train.epochs * windows / self.sequences_per_step(1))
+        steps = int(self.train.epochs * windows / self.sequences_per_step(self.parallel.context))
         if steps <= self.optimizer.warmup_steps:
             raise UserError(
                 f"train.epochs is {self.train.epochs}, {steps} steps on {tokens} tokens; "

@@ -32,6 +32,7 @@ _FREE = {
     "train.micro_batch_size",
     "train.compile",
     "train.activation_checkpointing",
+    "train.sequence_chunks",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.keep_every",

@@ -10,8 +10,9 @@ from flash_stu.distributed import World
 from flash_stu.errors import UserError
 from flash_stu.model.modeling import FlashSTUForCausalLM
 from flash_stu.ops.cross_entropy.chunked import CHUNK_BYTES
+from flash_stu.ops.parts import part_size
 from flash_stu.training.initialization import build_model
-from flash_stu.training.parallel import resolve_resharding, resolve_strategy
+from flash_stu.training.parallel import check_context, resolve_resharding, resolve_strategy
 from flash_stu.training.run_config import RunConfig
 from flash_stu.training.step_time import estimates, measured, table_of
 
@@ -20,9 +21,12 @@ def describe(config: RunConfig, processes: int) -> str:
     """Returns the resolved config and the size of the run, as --dry-run prints them.
 
     Raises:
-        UserError: if the global batch does not divide over this many processes.
+        UserError: if the global batch does not divide over this many processes, or parallel.context does not divide
+            them.
     """
-    train = config.train
+    train, context = config.train, config.parallel.context
+    check_context(config.parallel, processes)
+    groups = processes // context
     sequences = config.sequences_per_step(processes)
     model = build_model(config.architecture())
     parameters = model.num_parameters()
@@ -36,8 +40,8 @@ def describe(config: RunConfig, processes: int) -> str:
         "parameters": f"{parameters:,} ({parameters / 1e6:.1f} M)",
         "training": length,
         "step": f"{train.global_batch_size:,} tokens = {sequences} sequences of {train.sequence_length:,} = "
-        f"{processes} processes x {train.micro_batch_size} sequences x "
-        f"{sequences // (processes * train.micro_batch_size)} accumulated",
+        f"{groups} {'processes' if context == 1 else f'groups of {context} processes'} x {train.micro_batch_size} "
+        f"sequences x {sequences // (groups * train.micro_batch_size)} accumulated",
         "strategy": strategy,
         "memory estimate": f"{sum(memory.values()) / 2**30:.1f} GiB per GPU ("
         + ", ".join(f"{name} {size / 2**30:.1f}" for name, size in memory.items())
@@ -78,8 +82,9 @@ def estimate_memory(model: FlashSTUForCausalLM, config: RunConfig, strategy: str
     a replica by FSDP, where gathered weights and unreduced gradients come on top: of two blocks and the embedding, or
     of the whole model where weights stay gathered or gradients are accumulated. For each token a block keeps about 7.5
     vectors of hidden_size and 4 of intermediate_size in compute precision; an attention block besides queries, keys,
-    values and outputs, as its GPU kernels do, an STU block with output taps its outputs before rounding. With
-    checkpointing it keeps its input, if selective also the results of its products, and one block at a time the rest.
+    values and outputs, as its GPU kernels do, an STU block with output taps its outputs before rounding. Tokens are
+    those of a part, where sequences are in parts. With checkpointing it keeps its input, if selective also the results
+    of its products, and one block at a time the rest.
     """
     train, shape = config.train, config.model
     parameters = model.num_parameters()
@@ -89,12 +94,14 @@ def estimate_memory(model: FlashSTUForCausalLM, config: RunConfig, strategy: str
     if strategy == "fsdp":
         states //= processes // config.parallel.replicas
         in_turn = 2 * max(in_blocks) + parameters - sum(in_blocks)
-        accumulates = config.sequences_per_step(processes) > processes * train.micro_batch_size
+        groups = processes // config.parallel.context
+        accumulates = config.sequences_per_step(processes) > groups * train.micro_batch_size
         gathered = (in_turn if resolve_resharding(config, parameters) else parameters) * size
         gathered += (parameters if accumulates else in_turn) * 4  # gradients that are not reduced yet
     elif size == 2:
         gathered = parameters * 2  # autocast's copies
-    tokens = train.micro_batch_size * train.sequence_length
+    parts = config.parallel.context * train.sequence_chunks
+    tokens = train.micro_batch_size * (part_size(train.sequence_length, parts) if parts > 1 else train.sequence_length)
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     attends = [kind == "sliding_attention" for kind in shape["layer_types"]]
     solved = 4 * hidden * bool(model.config.stu_output_taps)

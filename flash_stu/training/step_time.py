@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from flash_stu.model.config import FlashSTUConfig
+from flash_stu.ops.rms_norm import rms_norm
 from flash_stu.training.flops import DATA_SHEET_RATES, mean_keys, train_flops
 from flash_stu.training.run_config import RunConfig
 
@@ -44,7 +45,7 @@ _TILE = 128  # queries of a tile of banded attention, about
 
 @dataclass
 class Work:
-    """What a part of the model does in one micro batch, or the optimizer in a step.
+    """The work of a part of the model in one micro batch, or the optimizer in a step.
 
     Attributes:
         linears: (tokens, inputs, outputs) of linear layers: their outputs, and the gradients of inputs and weight.
@@ -231,7 +232,7 @@ class Measured:
         part = min(rows, max(64, 2**20 // size))
         x = torch.randn(part, size, device=self.device, requires_grad=True)
         weight = torch.ones(size, device=self.device, requires_grad=True)
-        return self._calls(lambda: torch.autograd.grad(F.rms_norm(x, (size,), weight), (x, weight), x), rows / part)
+        return self._calls(lambda: torch.autograd.grad(rms_norm(x, weight, 1e-5), (x, weight), x), rows / part)
 
     def _cached(self) -> list[float]:
         small = torch.randn(2**16, device=self.device)
@@ -266,27 +267,24 @@ def count_work(config: RunConfig, fused: bool) -> dict[str, Work]:
     tokens, size, inner = train.micro_batch_size * train.sequence_length, model.hidden_size, model.intermediate_size
     item = 2 if train.dtype == "bfloat16" else 4
     vector = tokens * size * item
-    residual = tokens * size * 4
     parts = {name: Work() for name in PARTS}
     table = model.vocab_size * size * 4
 
     # gathered and written; backward zeros the gradient, adds to its rows, and adds it to the head's
-    parts["embedding"].bytes = 2 * residual + table + 3 * residual + 3 * table
+    parts["embedding"].bytes = 5 * vector + 4 * table
     parts["embedding"].calls = 6
-    _norms(parts["norms + residuals"], model, tokens, fused)
+    _norms(parts["norms + residuals"], model, tokens, item, fused)
     grouped = (model.num_key_value_heads or model.num_attention_heads) / model.num_attention_heads
     for kind in model.block_types:
         if kind == "sliding_attention":
-            for outputs in (size, int(grouped * size), int(grouped * size), size):
-                parts["projections"].linears.append((tokens, size, outputs))
-            parts["projections"].bytes += 4 * vector  # the sum of three gradients of the inputs
+            parts["projections"].linears += [(tokens, size, int(size + 2 * grouped * size)), (tokens, size, size)]
             _attend(parts["attention"], model, train.micro_batch_size, train.sequence_length, item, fused)
         else:
             parts["projections"].linears.append((tokens, size, size))
             _convolve(parts["convolution"], model, train.micro_batch_size, train.sequence_length, item, fused)
-        parts["MLP"].linears += [(tokens, size, inner), (tokens, size, inner), (tokens, inner, size)]
-        # beside GELU a product 3, backward 3 and 3; the sum of two gradients 3 vectors. Fused: all 3 and 5
-        parts["MLP"].bytes += tokens * inner * item * (8 if fused else 9) + 3 * vector
+        parts["MLP"].linears += [(tokens, size, 2 * inner), (tokens, inner, size)]
+        # beside GELU a product 3, backward 3 and 3, the two gradients put together 4. Fused: all 3 and 5
+        parts["MLP"].bytes += tokens * inner * item * (8 if fused else 13)
         parts["MLP"].gelu += tokens * inner
         parts["MLP"].calls += 10
     _loss(parts["head + loss"], model, tokens, item, fused)
@@ -294,10 +292,10 @@ def count_work(config: RunConfig, fused: bool) -> dict[str, Work]:
     return parts
 
 
-def _norms(work: Work, model: FlashSTUConfig, tokens: int, fused: bool) -> None:
-    """A residual sum is 3 vectors, and 3 where its two gradients meet; fused, with the norm, 4 and 6 in float32."""
+def _norms(work: Work, model: FlashSTUConfig, tokens: int, item: int, fused: bool) -> None:
+    """A residual sum is 3 vectors, and 3 where its two gradients meet; fused, with the norm, 4 and 6."""
     norms = 2 * model.num_hidden_layers + 1
-    work.bytes = norms * tokens * model.hidden_size * 4 * (10 if fused else 6)
+    work.bytes = norms * tokens * model.hidden_size * item * (10 if fused else 6)
     work.norms = [] if fused else [(tokens, model.hidden_size)] * norms
 
 
@@ -392,7 +390,8 @@ def _update(work: Work, config: RunConfig, fused: bool) -> None:
 
 def estimate_step(config: RunConfig, processes: int, ceilings: Ceilings) -> dict[str, float]:
     """Returns the seconds of one optimizer step by part; their sum is the step's."""
-    micro_batches = config.sequences_per_step(processes) // (processes * config.train.micro_batch_size)
+    # processes that share a sequence have a part of a micro batch each
+    micro_batches = config.sequences_per_step(processes) / (processes * config.train.micro_batch_size)
     work = count_work(config, ceilings.fused)
     return {name: ceilings.seconds(part) * (1 if name == "optimizer" else micro_batches) for name, part in work.items()}
 

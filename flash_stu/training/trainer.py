@@ -63,9 +63,12 @@ class Trainer:
                 f"model.vocab_size is {config.model['vocab_size']}; "
                 f"at least {self.tokenizer.vocab_size}, the vocabulary of tokenizer {self.tokenizer.spec}"
             )
-        self.evaluation = TaskEvaluation(config.evaluation, world, self.tokenizer)
+        architecture = config.architecture()
+        longest = architecture.max_position_embeddings if architecture.uses_stu else None
+        self.evaluation = TaskEvaluation(config.evaluation, world, self.tokenizer, longest)
         data = prepare(config.data, progress=world.is_main)
-        self.loader = BatchLoader(data.train, train.sequence_length, sequences, config.seed, world.rank, world.size)
+        part = (world.data_rank, world.data_size)
+        self.loader = BatchLoader(data.train, train.sequence_length, sequences, config.seed, *part)
         self.end_of_text = self.tokenizer.eos_token_id if config.data.separate_documents else None
         self.validation = ValidationWindows(data.validation, config, self.end_of_text)
         self.steps = config.count_steps(len(data.train))

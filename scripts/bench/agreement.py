@@ -168,11 +168,15 @@ def steps(device: torch.device, dtype: str, optimizer: str, compile: bool, exact
             "model": SHAPE | backends,
             "data": {"dataset": "embedded", "tokenizer": "bytes"},
             "train": {
-                "sequence_length": LENGTH, "global_batch_size": BATCH * LENGTH, "micro_batch_size": 1, "steps": STEPS,
-                "dtype": dtype, "compile": compile,
+                "sequence_length": LENGTH,
+                "global_batch_size": BATCH * LENGTH,
+                "micro_batch_size": 1,
+                "steps": STEPS,
+                "dtype": dtype,
+                "compile": compile,
             },
             "optimizer": {"name": optimizer, "learning_rate": 1e-3},
-        }  # fmt: skip
+        }
         config, world = RunConfig.model_validate(settings), World(device=device)
         torch.compiler.reset()
         model = parallelize(build_model(config.architecture()), config, world)

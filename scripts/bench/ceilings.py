@@ -1,4 +1,4 @@
-"""What a device can do at most: rates of large matrix products and of a large copy, which other figures are held to.
+"""The ceilings of a device: rates of large matrix products and of a large copy, which other figures are held to.
 
     python scripts/bench/ceilings.py [--repeats 20] [--output results/gpu]
 

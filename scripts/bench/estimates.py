@@ -1,4 +1,4 @@
-"""What a training step would take on GPUs, by part: estimates from data sheets, until a GPU has measured it.
+"""Time of a training step on GPUs, by part: estimates from data sheets, until a GPU has measured it.
 
     python scripts/bench/estimates.py [--config configs/flash_stu_340m.yaml ...] [--output results]
 

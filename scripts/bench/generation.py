@@ -226,7 +226,7 @@ def layer_steps(layer: STU | LDS | SlidingWindowAttention, batch: int) -> Iterat
     while True:
         past += 1
         if isinstance(layer, SlidingWindowAttention):
-            context = context._replace(past=past, ring=Ring.at(past, None, layer.window, x.device))
+            context = context._replace(seen=past, ring=Ring.at(past, None, layer.window, x.device))
         _, state = step(x, context, state)
         yield
 

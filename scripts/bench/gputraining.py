@@ -33,16 +33,32 @@ from flash_stu.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = [
-    "train.global_batch_size=131072", "train.validation_every=100", "train.validation_tokens=524288",
-    "optimizer.schedule=constant", "optimizer.warmup_steps=100", "data.tokenizer=tiktoken:o200k_base",
+    "train.global_batch_size=131072",
+    "train.validation_every=100",
+    "train.validation_tokens=524288",
+    "optimizer.schedule=constant",
+    "optimizer.warmup_steps=100",
+    "data.tokenizer=tiktoken:o200k_base",
     "data.validation_fraction=0.1",
-]  # fmt: skip
+]
 TOY = [
-    "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2", "model.num_attention_heads=2",
-    "model.sliding_window=16", "model.max_position_embeddings=64", "model.num_filters=4", "train.sequence_length=32",
-    "train.global_batch_size=128", "train.micro_batch_size=2", "train.validation_tokens=256", "data.tokenizer=bytes",
-    "data.validation_fraction=0.3", "optimizer.schedule=constant", "optimizer.warmup_steps=2", "optimizer.name=adamw",
-]  # fmt: skip
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.sliding_window=16",
+    "model.max_position_embeddings=64",
+    "model.num_filters=4",
+    "train.sequence_length=32",
+    "train.global_batch_size=128",
+    "train.micro_batch_size=2",
+    "train.validation_tokens=256",
+    "data.tokenizer=bytes",
+    "data.validation_fraction=0.3",
+    "optimizer.schedule=constant",
+    "optimizer.warmup_steps=2",
+    "optimizer.name=adamw",
+]
 # processes (None: no torchrun; 0: one for each GPU) and settings
 WAYS: dict[str, tuple[int | None, list[str]]] = {
     "one process": (None, []),
@@ -109,7 +125,7 @@ class Run:
         return (errors or lines or ["see above"])[-1].strip()[:160]
 
     def row(self, what: str, status: int) -> dict:
-        """What it came to: speed after the first two steps, which compile."""
+        """Returns the outcome: speed after the first two steps, which compile."""
         records = self.records()
         row: dict = {"what": what, "processes": self.processes or 1, "steps": len(records)}
         if status or not records:

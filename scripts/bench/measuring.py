@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, taking turns, surviving what fails, and the device's rates."""
+"""Parts that the benchmarks share: clocks, taking turns, surviving what fails, and the device's rates."""
 
 import gc
 import time

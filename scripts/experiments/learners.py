@@ -1,4 +1,4 @@
-"""What learns a linear system by descent: layers given by their impulse responses, networks, and one training loop.
+"""Learners of a linear system by descent: layers given by their impulse responses, networks, and one training loop.
 
 Every layer is parallel in time: its impulse response is a matrix product, and it meets the inputs through an FFT. All
 of them have a direct term, run in float64 and start from torch's global generator.

@@ -258,10 +258,9 @@ def render(results: dict) -> str:
         f"diverged from {DIVERGED:g} on."
     )
     rates = [
-        [f"{NAMES[optimizer]}, rate {rate:g}",
-         *(cell(results, learner, optimizer, rate) for learner in ("STU", "LRU"))]
+        [f"{NAMES[optimizer]}, rate {rate:g}", *(cell(results, learner, optimizer, rate) for learner in ("STU", "LRU"))]
         for optimizer, rate in dict.fromkeys((row["optimizer"], row["rate"]) for row in results["trainings"])
-    ]  # fmt: skip
+    ]
     reached = ", ".join(
         f"{learner} {steps_to(best(results['trainings'], learner), REACHED) or 'never'}" for learner in ("STU", "LRU")
     )
@@ -277,13 +276,16 @@ def render(results: dict) -> str:
     counts = sorted({row["K"] for row in results["filters"]})
     header = ["form", "noise", *(f"K = {count}" for count in counts)]
     forms = [
-        [f"{form}, {label}", f"{sigma:g}",
-         *(shown(row[key]) for row in results["filters"] if (row["form"], row["sigma"]) == (form, sigma))]
+        [
+            f"{form}, {label}",
+            f"{sigma:g}",
+            *(shown(row[key]) for row in results["filters"] if (row["form"], row["sigma"]) == (form, sigma)),
+        ]
         for sigma in NOISE
         for key, label in FITS.items()
         if sigma == 0 or key == "closed"
         for form in chain(*FORMS.values())
-    ]  # fmt: skip
+    ]
     closed = (
         f"Error against K: {results['sequences']} sequences of T = {results['filter_length']:,} are fitted in float64; "
         f"Adam at the best of {', '.join(f'{rate:g}' for rate in RATES)} (chosen on the test), "

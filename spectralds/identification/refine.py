@@ -57,7 +57,7 @@ def fit_refine(records: Records, max_states: int, start: np.ndarray | None = Non
 
 @dataclass(frozen=True)
 class _Model:
-    """What is not linear in a system.
+    """The parameters of a system that its outputs are not linear in.
 
     Attributes:
         logits: atanh of the poles, (poles,).
@@ -121,7 +121,7 @@ class _Fit:
 
     @property
     def shares(self) -> np.ndarray:
-        """What is left of each output's power, never less than rounding leaves."""
+        """Returns the power of each output that is left, never less than rounding leaves."""
         power = np.square(self.records.outputs).sum(axis=(0, 1))
         return np.maximum((self.residual**2).sum(axis=0) / self.balance_used**2 / power, _EXACT)
 
@@ -131,7 +131,7 @@ class _Fit:
 
     @property
     def balance(self) -> np.ndarray:
-        """What makes the outputs' noise equally large, (outputs,)."""
+        """Returns the factors (outputs,) that make the outputs' noise equally large."""
         return 1 / np.sqrt(np.maximum(self.shares, 1e-12))
 
     @property

@@ -1,4 +1,4 @@
-"""What a method of identification found: a sum of exponentials and a direct term, in scaled units."""
+"""The result of a method of identification: a sum of exponentials and a direct term, in scaled units."""
 
 from dataclasses import dataclass
 

@@ -65,7 +65,7 @@ def identify(
 
 @dataclass(frozen=True)
 class Found:
-    """What `search` found.
+    """The result of `search`.
 
     Attributes:
         system: fitted to all data, with its report.

@@ -36,7 +36,7 @@ TABLE = [
     ("evaluate.py", ["--model", "folder"], "--text-column", ["", LONG]),
     ("evaluate.py", ["--model", "folder"], "--data-dir", NOT_FOLDERS),
     ("evaluate.py", ["--model", "folder"], "--include-path", NOT_FOLDERS),
-    ("evaluate.py", ["--model", "folder"], "--tasks", ["", ",", "absent.yaml", "mmlu,mmlu"]),
+    ("evaluate.py", ["--model", "folder"], "--tasks", ["", ",", "absent.yaml", "mmlu,mmlu", "passkey", "copy_0"]),
     ("scripts/generate.py", ["--prompt", "a"], "--model", ["", LONG, "absent", "taken", "/dev/null", "folder"]),
     ("scripts/generate.py", ["--model", "folder", "--prompt", "a"], "--max-new-tokens", [*NUMBERS, "0"]),
     ("scripts/generate.py", ["--model", "folder", "--prompt", "a"], "--temperature", NUMBERS),
@@ -101,6 +101,10 @@ TABLE = [
 BENCHMARKS = {
     "agreement": {"--output": PLACES},
     "ceilings": {"--repeats": [*NUMBERS, "0"], "--output": PLACES},
+    "context": {
+        **dict.fromkeys(("--lengths", "--processes", "--pieces", "--repeats", "--long"), [*NUMBERS, "0"]),
+        **{"--output": PLACES},
+    },
     "convsweep": {
         **dict.fromkeys(("--lengths", "--channels", "--batch", "--repeats"), [*NUMBERS, "0"]),
         **{"--minutes": NUMBERS, "--output": PLACES},
@@ -156,6 +160,7 @@ EXPERIMENTS: dict[str, dict[str, list]] = {
         "--model": ["", LONG, "absent", "taken", "/dev/null", "folder"],
         **{"--text": MISSING, "--runs": PLACES, "--output": PLACES},
     },
+    "long_context": {"--runs": PLACES, "--output": PLACES},
     "text": {
         **{"--runs": PLACES, "--output": PLACES, "--steps": [*NUMBERS, "0"], "--bpe": [*NUMBERS, "319"]},
         "--name": ["", LONG, "a/b", "../a", "a b"],

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from flash_stu.data import embedded_corpus
-from flash_stu.evaluation.definitions import bpb_documents, cloze_items, write_embedded_data
+from flash_stu.evaluation.definitions import write_embedded_data
+from flash_stu.evaluation.embedded import bpb_documents, cloze_items
 
 
 @pytest.fixture(scope="module")

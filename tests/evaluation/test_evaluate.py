@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import evaluate as door
 from flash_stu.errors import ArgumentParser, UserError, run_cli
 from flash_stu.evaluation import evaluate, harness, language_model
-from flash_stu.evaluation.definitions import official_index, write_embedded_task, write_local_task
+from flash_stu.evaluation.definitions import official_index, write_generated_task, write_local_task
 from flash_stu.evaluation.report import format_csv, format_report, format_table
 from flash_stu.model.loading import load_model
 
@@ -49,7 +49,7 @@ def test_results_of_two_models_equal_those_of_the_harness_alone(
     folder = tmp_path / "yaml"
     folder.mkdir()
     for name in tasks:
-        write_embedded_task(name, folder)
+        write_generated_task(name, folder)
     manager = TaskManager(include_path=folder, include_defaults=False)
     for label, directory in (("stu", stu_dir), ("llama", llama_dir)):
         theirs = lm_eval.simple_evaluate(

@@ -98,9 +98,10 @@ def test_a_copy_in_bfloat16_keeps_what_must_be_exact(tiny_model):
     [
         ({"tasks": "colour"}, "evaluation.tasks: unknown task 'colour'; close matches: colours"),
         ({"include_path": "nowhere"}, "evaluation.include_path is 'nowhere', which is not a directory"),
+        ({"tasks": "passkey_300"}, "evaluation.tasks: passkey_300 is longer than model.max_position_embeddings, 65"),
     ],
 )
 def test_bad_settings_are_found_before_training(changes, message, own_tasks):
     config = EvaluationConfig(**({"tasks": "colours", "include_path": str(own_tasks)} | changes))
     with pytest.raises(UserError, match=message):
-        TaskEvaluation(config, World(0, 1, torch.device("cpu")), load_tokenizer("bytes"))
+        TaskEvaluation(config, World(0, 1, torch.device("cpu")), load_tokenizer("bytes"), longest=65)

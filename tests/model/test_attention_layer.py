@@ -32,7 +32,7 @@ def context(config, start, end, mask=None):
     padding = None if mask is None else (~mask).sum(dim=1, keepdim=True)
     ring = Ring.at(start, padding, config.sliding_window, "cpu")
     mask = None if mask is None else mask[:, start:end]
-    return SequenceContext(rotary=rotary, mask=mask, past=start, padding=padding, ring=ring)
+    return SequenceContext(rotary=rotary, mask=mask, seen=start, padding=padding, ring=ring)
 
 
 def in_pieces(config, layer, x, ends, mask=None):

@@ -20,7 +20,7 @@ def context_for(config, length, start=0):
     filters = spectral_filters(config.max_position_embeddings, config.num_filters, config.filter_basis)[1].float()
     angles = rotary_angles(torch.arange(start, start + length)[None], config.hidden_size // 4, config.rope_theta)
     ring = Ring.at(start, None, config.sliding_window, "cpu")
-    return SequenceContext(filters, angles if config.position_embedding == "rope" else None, past=start, ring=ring)
+    return SequenceContext(filters, angles if config.position_embedding == "rope" else None, seen=start, ring=ring)
 
 
 def stu_config(tiny_config, kind, branches, basis):

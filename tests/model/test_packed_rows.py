@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import pad
 
 from flash_stu import UserError
+from flash_stu.distributed import World
 from flash_stu.model.layers.documents import Documents
 from flash_stu.training.step import token_loss
 
@@ -131,6 +132,6 @@ def test_training_can_keep_documents_apart(tiny_model, changes):
         for start, end in zip(first, [*first[1:], 29], strict=True):
             part = row[start : end + 1]
             losses += [model(part[None, :-1], shift_labels=part[None, 1:]).loss * (end - start)]
-    apart = token_loss(model, windows, torch.device("cpu"), end_of_text=60)
+    apart = token_loss(model, windows, World(), end_of_text=60)
     torch.testing.assert_close(apart, sum(losses) / 58)
-    assert abs(apart - token_loss(model, windows, torch.device("cpu"))) > 1e-4
+    assert abs(apart - token_loss(model, windows, World())) > 1e-4

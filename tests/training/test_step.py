@@ -44,9 +44,9 @@ def test_separate_documents_with_activation_checkpointing(load):
     for mode in ("none", "selective", "full"):
         config = load(f"train.activation_checkpointing={mode}")
         model = parallelize(build_model(config.architecture()), config, World())
-        apart = accumulate_gradients(model, batch, config, torch.device("cpu"), end_of_text=0)
+        apart = accumulate_gradients(model, batch, config, World(), end_of_text=0)
         norms.append(torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()]).item())
-        assert apart != accumulate_gradients(model, batch, config, torch.device("cpu"))
+        assert apart != accumulate_gradients(model, batch, config, World())
     assert norms[1:] == pytest.approx(norms[:1] * 2, rel=1e-5)
 
 
@@ -76,7 +76,7 @@ def test_no_micro_batch_waits_for_a_gpu(load, change):
     model = parallelize(build_model(config.architecture()), config, World())
     batch = torch.arange(4 * 25).reshape(4, 25)
     with Waits() as waits:
-        accumulate_gradients(model, batch, config, torch.device("cpu"))
+        accumulate_gradients(model, batch, config, World())
     assert waits.names == []
     with Waits() as waits:
         train_step(model, build_optimizers(model, config.optimizer), batch, config, World())

@@ -119,7 +119,7 @@ def test_results_do_not_depend_on_the_micro_batch(load, tmp_path):
         config = load(f"train.micro_batch_size={micro_batch_size}", f"output_dir={tmp_path / str(micro_batch_size)}")
         with join_world(config) as world:
             trainer = Trainer(config, world)
-            loss = accumulate_gradients(trainer.model, trainer.loader.batch(0), config, world.device)
+            loss = accumulate_gradients(trainer.model, trainer.loader.batch(0), config, world)
             return loss.item(), [p.grad for p in trainer.model.parameters()]
 
     (one, one_gradients), (four, four_gradients) = gradients(1), gradients(4)

@@ -107,18 +107,23 @@ class SlidingWindowAttention(Mixer):
         return shared_band(self.backend, x.shape[1], self.window, x.device)
 
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
-        """Attend over a whole sequence."""
-        return self._attend(*self._heads(x, context), context.mask, context)
+        """Attend over a whole sequence, or a part of one after the keys and values of a window before it."""
+        query, key, value = self._heads(x, context)
+        if context.past is not None:
+            both = torch.cat([key, value], dim=-1).transpose(1, 2)
+            past_key, past_value = context.past.halo(both, self.window - 1).transpose(1, 2).chunk(2, dim=-1)
+            key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+        return self._attend(query, key, value, context.mask, context)
 
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: WindowState | None = None
     ) -> tuple[torch.Tensor, WindowState]:
         """Attend over a sequence after the keys and values in `state`; only a window of them is kept."""
         query, key, value = self._heads(x, context)
-        past = context.known_past()
-        end = past + x.shape[1]
+        seen = context.tokens_before()
+        end = seen + x.shape[1]
         if state is not None:
-            past_key, past_value = state.in_order(past)
+            past_key, past_value = state.in_order(seen)
             key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
         y = self._attend(query, key, value, context.real(end - key.shape[2], end), context)
         return y, WindowState.of(key, value, end, self.window)
@@ -129,9 +134,10 @@ class SlidingWindowAttention(Mixer):
         ring = context.step_ring()
         state.put(key, value, ring.slot)
         if context.weights is not None:
-            end = context.known_past() + 1
+            end = context.tokens_before() + 1
             key, value = state.in_order(end)
-            return self._attend(query, key, value, context.real(end - key.shape[2], end), context), state
+            mask = context.real(end - key.shape[2], end)
+            return self._attend(query, key, value, mask, context), state
         slopes = self._slopes(x.device)
         bias = None if slopes is None else -slopes[:, None] * ring.distance()
         key, value = state.keys[:, :, : ring.filled], state.values[:, :, : ring.filled]

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from flash_stu.errors import UserError
 from flash_stu.model.layers.documents import Documents
+from flash_stu.ops.parts import Part, Past
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -51,7 +53,9 @@ class SequenceContext(NamedTuple):
         documents: in the rows of this call, kept apart by every mixer; None if each row is one.
         weights: of attention layers are wanted: the tokens of this call and before it; None if they are not.
         band: of flex_attention, over the whole sequences of a call without a cache; None where that is not taken.
-        past: tokens before this call; in a captured step a tensor, (1,).
+        part: of a longer sequence that this call is about; None if it is about a whole one.
+        past: the parts before, for the layer that this context is handed to.
+        seen: tokens before this call; in a captured step a tensor, (1,).
         padding: how many tokens of padding each row begins with, (batch, 1); None if none.
         ring: of attention layers, in a step.
     """
@@ -62,9 +66,30 @@ class SequenceContext(NamedTuple):
     documents: Documents | None = None
     weights: int | None = None
     band: "BlockMask | None" = None
-    past: int | torch.Tensor = 0
+    part: Part | None = None
+    past: Past | None = None
+    seen: int | torch.Tensor = 0
     padding: torch.Tensor | None = None
     ring: Ring | None = None
+
+    def in_part(self, part: Part | None, cached: bool) -> "SequenceContext":
+        """Returns the context of a call about a part of a sequence, or of a whole one if `part` is None.
+
+        Raises:
+            UserError: for what is not done for a part.
+        """
+        if part is None:
+            return self
+        what = {
+            "padding": self.mask is not None,
+            "a cache, as generation wants it": cached,
+            "several documents in a row": self.documents is not None,
+            "output_attentions": self.weights is not None,
+        }
+        for name, wanted in what.items():
+            if wanted:
+                raise UserError(f"a sequence in parts does not go with {name}")
+        return self._replace(part=part)
 
     def spectral_filters(self) -> torch.Tensor:
         """Returns `filters`, for a layer that cannot do without."""
@@ -78,17 +103,17 @@ class SequenceContext(NamedTuple):
             return x
         return x * self.mask[:, -x.shape[1] :, None].to(x.dtype)
 
+    def tokens_before(self) -> int:
+        """Returns `seen` outside of captured steps."""
+        if isinstance(self.seen, torch.Tensor):
+            raise ValueError("seen is a tensor; a captured step knows its place on the device only")
+        return self.seen
+
     def step_ring(self) -> Ring:
         """Returns `ring`, for a layer that cannot do without."""
         if self.ring is None:
             raise ValueError("ring is None; a step of an attention layer needs its place")
         return self.ring
-
-    def known_past(self) -> int:
-        """Returns `past`, for what a captured step cannot do."""
-        if isinstance(self.past, torch.Tensor):
-            raise ValueError("past is a tensor; only a step without attention weights can do with one")
-        return self.past
 
     def real(self, first: int, end: int) -> torch.Tensor | None:
         """Returns which tokens of the text from `first` to `end` are no padding, (batch, tokens); None if all."""

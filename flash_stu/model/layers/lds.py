@@ -34,6 +34,7 @@ from flash_stu.model.layers.state import LDSState
 from flash_stu.model.layers.taps import InputOutputTaps, TappedState
 from flash_stu.ops.conv.choice import any_filter_backend, causal_conv
 from flash_stu.ops.lds import State, final_state, free_response, lds_advance, lds_chunked, scale_rates, zero_state
+from flash_stu.ops.parts import Past
 
 _CHUNK = 8192  # tokens convolved at a time: bounds the memory of a long input
 
@@ -116,9 +117,20 @@ class LDS(KeepFloat32, Mixer):
         return decay, readout
 
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
-        """Run over a whole sequence (batch, length, channels) from the zero state, by convolution."""
-        inputs = self._inputs(x, context)
-        return self.taps(self._convolve(inputs, *self.system(), None)[0], inputs).to(x.dtype)
+        """Run over a whole sequence (batch, length, channels) from the zero state, or a part of one, by convolution."""
+        inputs, (decay, readout), past = self._inputs(x, context), self.system(), context.past
+        slots = None if past is None else self._before(inputs, decay, past)
+        return self.taps(self._convolve(inputs, decay, readout, slots)[0], inputs, past).to(x.dtype)
+
+    def _before(self, inputs: torch.Tensor, decay: torch.Tensor, past: Past) -> State:
+        """Returns the states before a part of a sequence, float64: its sums are of large terms that cancel."""
+        own = self._zero(inputs, torch.float64)
+        with torch.autocast(inputs.device.type, enabled=False):
+            for chunk in inputs.split(_CHUNK, dim=1):
+                own = final_state(chunk, decay, own)
+            stacked = torch.stack(own, dim=1).transpose(2, 3)  # (batch, dilation, channels, states)
+            before = past.states(stacked, decay.double(), inputs.shape[1] // self.dilation)
+        return before.transpose(2, 3).unbind(1)
 
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: TappedState | None = None

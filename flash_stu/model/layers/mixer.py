@@ -1,4 +1,4 @@
-"""What all sequence mixers have in common: one way in, whatever is wanted of them."""
+"""The base of all sequence mixers: one way in, whatever is wanted of them."""
 
 from typing import Any
 
@@ -27,6 +27,8 @@ class Mixer(nn.Module):
             index: this layer's place.
         """
         if states is None:
+            if context.part is not None:
+                context = context._replace(past=context.part.before(index))
             if context.documents is not None:
                 return context.documents.apply(x, context, self.whole)
             return self.whole(x, context)
@@ -37,7 +39,7 @@ class Mixer(nn.Module):
         return y
 
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
-        """Returns the outputs of a whole sequence (batch, length, channels)."""
+        """Returns the outputs of a whole sequence (batch, length, channels), or of the part that the context tells."""
         raise NotImplementedError
 
     def prefill(self, x: torch.Tensor, context: SequenceContext, state: Any = None) -> tuple[torch.Tensor, Any]:

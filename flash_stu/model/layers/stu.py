@@ -13,6 +13,7 @@ Taps of inputs and of outputs may come on top, see flash_stu.model.layers.taps.
 Source: Agarwal et al. 2023 (arXiv 2312.06837), eq. 5; Liu et al. 2024, Flash STU (arXiv 2409.10489), section 3.2.
 """
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -25,6 +26,7 @@ from flash_stu.model.layers.linear import DepthScaledLinear
 from flash_stu.model.layers.mixer import Mixer
 from flash_stu.model.layers.taps import InputOutputTaps, TappedState
 from flash_stu.ops.conv.choice import any_filter_backend, causal_conv, spectral_conv
+from flash_stu.ops.conv.partial import PartialConv
 from flash_stu.ops.futurefill import ConvState, Taps
 
 
@@ -93,19 +95,26 @@ class STU(Mixer):
             return features @ self.M_filters.flatten(0, 1).float()
 
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
-        """Convolve a whole sequence (batch, length, channels), length at most the filters'."""
-        inputs, features = self._inputs(x, context), self.features(context.spectral_filters())
-        smooth_tail = self.config.filter_basis != TENSOR  # whose products jump every sqrt(L) lags
-        system = self.dilation, self.oscillating, smooth_tail
+        """Convolve a sequence (batch, length, channels), at most as long as the filters, or a part of one."""
+        inputs, features, past = self._inputs(x, context), self.features(context.spectral_filters()), context.past
+        system = {
+            "backend": self.backend,
+            "dilation": self.dilation,
+            "both_signs": self.oscillating,
+            "smooth_tail": self.config.filter_basis != TENSOR,  # whose products jump every sqrt(L) lags
+        }
+        whole = partial(spectral_conv, inputs, **system)
+        convolve = whole if past is None else PartialConv(inputs, features, past, **system)
         if self.tensordot:
             weights = self.M_filters.flatten(0, 1)
-            y = spectral_conv(inputs, features, weights, self.backend, *system, self.taps.M_u)
-            return self.taps.feed_back(y)
+            if past is None:
+                return self.taps(lambda taps: whole(features, weights, taps=taps), inputs)
+            return self.taps(convolve(features, weights), inputs, past)
         outputs, same = inputs.new_zeros(()), features.new_ones(1, inputs.shape[-1])
         # one feature at a time: all of them at once is `features` times the memory
         for k, matrix in enumerate(self.M_phi.flatten(0, 1)):
-            outputs = outputs + spectral_conv(inputs, features[:, k : k + 1], same, self.backend, *system) @ matrix
-        return self.taps(outputs, inputs)
+            outputs = outputs + convolve(features[:, k : k + 1], same) @ matrix
+        return self.taps(outputs, inputs, past)
 
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: TappedState | None = None

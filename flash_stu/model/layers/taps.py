@@ -12,6 +12,7 @@ M_y stays in float32 like the decays of an LDS layer: half precision would round
 Source: Agarwal et al. 2023, Spectral State Space Models (arXiv 2312.06837), eq. 4 for M^u, eq. 6 for M^y.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,12 +21,13 @@ from torch import nn
 
 from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.layers.exact import KeepFloat32
+from flash_stu.ops.parts import Past
 from flash_stu.ops.recurrence import recurrence
 from flash_stu.ops.taps import add_taps
 
 
 class TappedState(NamedTuple):
-    """What a layer with taps carries from token to token.
+    """The state that a layer with taps carries from token to token.
 
     Attributes:
         core: the state of the layer without taps, LDSState or ConvState.
@@ -67,25 +69,44 @@ class InputOutputTaps(KeepFloat32):
         for weight in self.parameters(recurse=False):
             init.zeros_(weight)
 
-    def forward(self, y: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """Returns the layer's outputs (batch, length, channels) for a whole sequence.
+    def forward(
+        self,
+        y: torch.Tensor | Callable[[torch.Tensor | None], torch.Tensor],
+        inputs: torch.Tensor,
+        past: Past | None = None,
+    ) -> torch.Tensor:
+        """Returns the layer's outputs (batch, length, channels) for a whole sequence, or a part of one.
+
+        The parts' recurrences have to wait for each other: each begins with the last outputs of the part before.
 
         Args:
-            y: outputs without taps, (batch, length, channels).
-            inputs: the layer's, like y.
+            y: outputs without taps, (batch, length, channels), or a function that makes of M_u those with the taps of
+                the inputs: called in here, where FSDP has the weights.
+            inputs: the layer's, (batch, length, channels).
+            past: the parts before; None for a whole sequence.
         """
-        return self.feed_back(y if self.M_u is None else add_taps(y, inputs, self.M_u))
+        if callable(y):
+            y = y(self.M_u)
+        elif self.M_u is not None:
+            known = inputs if past is None else torch.cat([past.halo(inputs, self.inputs - 1), inputs], dim=1)
+            y = add_taps(y, known, self.M_u)
+        if self.M_y is None:
+            return y
+        if past is None:
+            return recurrence(y, self.M_y).to(y.dtype)
+        before = past.receive(self._zero(y).requires_grad_(torch.is_grad_enabled()))
+        solved = recurrence(y, self.M_y, before)
+        last = torch.cat([before, solved.to(before.dtype)], dim=1)[:, -self.outputs :]
+        return past.hand_on(solved, last).to(y.dtype)
 
-    def feed_back(self, y: torch.Tensor) -> torch.Tensor:
-        """Returns the layer's outputs for a whole sequence to which the taps of the inputs were added already."""
-        return y if self.M_y is None else recurrence(y, self.M_y).to(y.dtype)
+    def _zero(self, y: torch.Tensor) -> torch.Tensor:
+        """Returns the outputs before the first of y (batch, length, channels)."""
+        return y.new_zeros((len(y), self.outputs, y.shape[2]), dtype=torch.promote_types(y.dtype, torch.float32))
 
     def start(self, core: Any, inputs: torch.Tensor) -> TappedState:
         """Returns the state before the first of inputs (batch, length, channels), with the core's."""
         batch, _, channels = inputs.shape
-        wide = torch.promote_types(inputs.dtype, torch.float32)
-        outputs = inputs.new_zeros((batch, self.outputs, channels), dtype=wide)
-        return TappedState(core, inputs.new_zeros((batch, max(self.inputs - 1, 0), channels)), outputs)
+        return TappedState(core, inputs.new_zeros((batch, max(self.inputs - 1, 0), channels)), self._zero(inputs))
 
     def proceed(
         self, y: torch.Tensor, inputs: torch.Tensor, state: TappedState, core: Any

@@ -2,3 +2,4 @@
 
 ANY_FILTER_BACKENDS = ("auto", "direct", "fft", "flashfftconv")
 BACKENDS = (*ANY_FILTER_BACKENDS, "chunked", "triton")
+PARTIAL_BACKENDS = ("auto", "chunked", "triton")  # of a sequence in parts, see flash_stu.ops.parts

@@ -127,7 +127,7 @@ def spectral_conv(
     reach = lags if name in _ANY_FILTER else min(CHUNK[name] + 1, lags)
     inner, outer = _split(taps, dilation, reach)
     if name in _ANY_FILTER:
-        y = causal_conv(x, _mix(filters[:steps], weights, inner, wide), name, dilation)
+        y = causal_conv(x, mix(filters[:steps], weights, inner, wide), name, dilation)
     else:
         y = _by_exponentials(x, filters, weights, inner, name, dilation, both_signs)
     if taps is None or not outer:
@@ -145,12 +145,12 @@ def _by_exponentials(
     both_signs: bool,
 ) -> torch.Tensor:
     chunk, wide = CHUNK[name], torch.promote_types(x.dtype, torch.float32)
-    near, tail = _mix(filters[: 2 * chunk], weights, taps, wide), filters.new_zeros((1, filters.shape[1]))
+    near, tail = mix(filters[: 2 * chunk], weights, taps, wide), filters.new_zeros((1, filters.shape[1]))
     near = pad(near, (0, 0, 0, 2 * chunk - near.shape[0]))
     decay = tail[:, 0].double()
     if len(filters) > 2 * chunk:
         decay, tail = exponential_tail(filters, chunk + 1, both_signs)
-    readout = _mix(tail, weights, None, wide)
+    readout = mix(tail, weights, None, wide)
     if name == "chunked":
         return chunked_conv(x, near, decay, readout, None, dilation)[0]
     from flash_stu.ops.conv.triton import triton_conv
@@ -171,7 +171,7 @@ def any_filter_backend(backend: str) -> str:
     return backend if backend in ANY_FILTER_BACKENDS else "auto"
 
 
-def _mix(filters: torch.Tensor, weights: torch.Tensor, taps: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def mix(filters: torch.Tensor, weights: torch.Tensor, taps: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Returns the channels' filters, with taps (at most as many as lags) on the first lags."""
     if taps is not None:
         ones = torch.eye(filters.shape[0], len(taps), dtype=filters.dtype, device=filters.device)

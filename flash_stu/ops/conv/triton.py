@@ -303,7 +303,7 @@ def _readout_gradient_kernel(
 
 
 class _Launch(NamedTuple):
-    """What the kernels of one convolution share.
+    """The sizes and constants that the kernels of one convolution share.
 
     Attributes:
         weights: taps and readout, with as many channels as whole blocks have; zero states make theirs a power of two.

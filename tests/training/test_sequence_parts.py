@@ -1,0 +1,188 @@
+"""Sequences in parts train like whole ones: in pieces on one device, and in shards over the ranks of a group."""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from processes import ProcessError, run_processes
+
+from flash_stu import UserError
+from flash_stu.training import Trainer, join_world
+from flash_stu.training.initialization import build_model
+from flash_stu.training.metrics import read_metrics
+from flash_stu.training.optimizer import build_optimizers
+from flash_stu.training.parallel import check_context, parallelize
+from flash_stu.training.run_config import ParallelConfig, load_config
+from flash_stu.training.run_size import describe
+from flash_stu.training.step import train_step
+
+STEPS = 20
+BOUND = 1e-5
+# every kind of layer once; odd lengths, one and two sequences at a time
+VARIANTS = {
+    "shared": ["train.sequence_length=201", "model.position_embedding=alibi"],
+    "separate": ["train.sequence_length=135", "model.stu_branches=separate", "train.micro_batch_size=2"],
+    "positive": ["train.sequence_length=150", "model.stu_branches=positive", "model.num_key_value_heads=1"],
+    "hankel_l": ["train.sequence_length=151", "model.filter_basis=hankel_l", "model.position_embedding=none"],
+    "taps": ["train.sequence_length=141", "model.stu_input_taps=3", "model.stu_output_taps=2"],
+    "full": ["train.sequence_length=137", "model.stu_type=full", "model.stu_input_taps=2", "train.micro_batch_size=2"],
+    "full taps": ["train.sequence_length=133", "model.stu_type=full", "model.stu_output_taps=2"],
+    "lds": ["train.sequence_length=143", "model.lds_state_dim=8", "model.stu_input_taps=2"],
+    "trainable lds": ["train.sequence_length=137", "model.lds_state_dim=8", "model.lds_trainable=true"],
+    "full lds": ["train.sequence_length=133", "model.lds_state_dim=8", "model.stu_type=full"],
+    "wide window": ["train.sequence_length=149", "model.sliding_window=100", "model.attn_logit_softcapping=null"],
+    "few lags": ["train.sequence_length=23", "model.max_position_embeddings=23"],
+    "very few lags": ["train.sequence_length=5", "model.max_position_embeddings=8"],
+}
+
+
+@pytest.fixture
+def config_of(config_file, settings):
+    """Write the tiny config, with settings that do not amplify rounding: a norm of small embeddings would."""
+    settings["model"] |= {"max_position_embeddings": 256, "initializer_range": 0.5}
+    settings["train"] |= {"micro_batch_size": 1}
+    settings["optimizer"] |= {"learning_rate": 2e-3, "min_learning_rate": 1e-4, "eps": 1e-4}
+    config_file.write_text(yaml.safe_dump(settings))
+    return str(config_file)
+
+
+def records(config_file: str, variants: dict[str, list[str]], *overrides: str) -> dict[str, list[tuple[float, float]]]:
+    """Loss and gradient norm of 20 steps of every variant, on batches of two sequences of random tokens."""
+    found = {}
+    with join_world(load_config(config_file, list(overrides))) as world:
+        for name, changes in variants.items():
+            length = int(changes[0].partition("=")[2])
+            config = load_config(config_file, [*changes, f"train.global_batch_size={2 * length}", *overrides])
+            model = parallelize(build_model(config.architecture()), config, world)
+            optimizers = build_optimizers(model, config.optimizer)
+            generator, found[name] = torch.Generator().manual_seed(0), []
+            for _ in range(STEPS):
+                batch = torch.randint(264, (2, length + 1), generator=generator)
+                own = batch.chunk(world.data_size)[world.data_rank]
+                result = train_step(model, optimizers, own, config, world)
+                found[name].append((result.loss, result.grad_norm))
+    return found
+
+
+@pytest.fixture
+def assert_alike(config_of, known):
+    """Compare records with those of one process that takes sequences whole, by FFT."""
+
+    def check(found: dict) -> None:
+        if not known:
+            known.update(records(config_of, VARIANTS, "model.conv_backend=fft"))
+        for name, steps in known.items():
+            for got, wanted in zip(found[name], steps, strict=True):
+                assert got == pytest.approx(wanted, rel=BOUND, abs=BOUND), name
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def known() -> dict:
+    """The records to compare with, once they are there."""
+    return {}
+
+
+@pytest.mark.parametrize("chunks", [2, 7])
+def test_pieces_train_like_whole_sequences(config_of, assert_alike, chunks):
+    assert_alike(records(config_of, VARIANTS, f"train.sequence_chunks={chunks}"))
+
+
+@pytest.mark.parametrize(
+    ("processes", "overrides"),
+    [
+        (2, ["parallel.context=2", "parallel.strategy=ddp"]),
+        (4, ["parallel.context=4", "parallel.strategy=fsdp"]),
+        (4, ["parallel.context=2", "parallel.replicas=2", "train.micro_batch_size=1"]),
+    ],
+    ids=["2", "4", "2x2"],
+)
+def test_shards_train_like_whole_sequences(config_of, assert_alike, processes, overrides):
+    found = run_processes(processes, records, config_of, VARIANTS, *overrides)
+    assert all(other == found[0] for other in found)
+    assert_alike(found[0])
+
+
+def train(config_file: str, *overrides: str) -> bool:
+    """Train in this process, one of several."""
+    config = load_config(config_file, list(overrides))
+    with join_world(config) as world:
+        return Trainer(config, world).fit()
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(config_of, tmp_path):
+    run = tmp_path / "run"
+    assert train(config_of, f"output_dir={tmp_path / 'alone'}")
+    assert all(run_processes(2, train, config_of, "parallel.context=2", "train.steps=6"))
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step-6")
+    assert train(config_of, "train.sequence_chunks=3")
+    keys = ("loss", "grad_norm", "validation_loss")
+    found, expected = (
+        [[record[key] for key in keys if key in record] for record in read_metrics(folder / "metrics.jsonl")]
+        for folder in (run, tmp_path / "alone")
+    )
+    assert len(found) == len(expected) > 6
+    for got, wanted in zip(found, expected, strict=True):
+        assert got == pytest.approx(wanted, rel=BOUND, abs=BOUND)
+
+
+def train_until_killed(config_file: str, *overrides: str) -> bool:
+    """Train in this process; the second of two is killed at step 3."""
+    train_step = Trainer._train_step
+
+    def step(self):
+        if self.step == 3 and self.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        train_step(self)
+
+    Trainer._train_step = step
+    with Path(os.devnull).open("w") as sys.stderr:
+        return train(config_file, *overrides)
+
+
+def test_a_killed_rank_ends_the_job_by_name(config_of):
+    with pytest.raises(ProcessError, match="process 1: a process ended with exit code -9"):
+        run_processes(2, train_until_killed, config_of, "parallel.context=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.context=2", "train.sequence_chunks=2"], "only one of them may be above 1"),
+        (["parallel.context=2", "data.separate_documents=true"], "parallel.context is 2, and data.separate_documents"),
+        (
+            ["parallel.context=2", "model.conv_backend=fft"],
+            "'fft', which needs whole sequences; allowed: auto",
+        ),
+        (
+            ["train.sequence_chunks=2", "model.filter_basis=tensor", "model.tensor_filters=2"],
+            "model.filter_basis 'tensor'",
+        ),
+        (["train.sequence_chunks=0"], "train.sequence_chunks is 0"),
+    ],
+)
+def test_what_parts_do_not_go_with(load, overrides, words):
+    with pytest.raises(UserError, match=words):
+        load(*overrides)
+
+
+def test_groups_are_whole(load, fit):
+    with pytest.raises(UserError, match="parallel.context is 3; it must divide the 1 processes"):
+        fit(load("parallel.context=3"))
+    with pytest.raises(UserError, match="parallel.context is 4; it must divide the 4 processes / 2 replicas"):
+        check_context(ParallelConfig(context=4, replicas=2), 4)
+    check_context(ParallelConfig(context=2, replicas=2), 4)
+
+
+def test_the_configuration_of_a_million_tokens_fits_eight_gpus():
+    config = load_config(Path(__file__).parents[2] / "configs" / "flash_stu_340m_1m.yaml")
+    summary = describe(config, 8)
+    assert "1,048,576 tokens = 1 sequences of 1,048,576 = 1 groups of 8 processes" in summary
+    assert float(summary.split("memory estimate")[1].split()[0]) < 80
