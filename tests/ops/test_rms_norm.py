@@ -26,6 +26,17 @@ def test_values_and_gradients(rows, scale):
         assert (ours - exact).norm() <= 1e-6 * exact.norm()
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@torch.no_grad()
+def test_one_row_of_a_step(scale):
+    torch.manual_seed(0)
+    x, weight = scale * torch.randn(1, 1, 37), torch.randn(37)
+    exact = formula(x.double(), weight.double(), 1e-6)
+    y = rms_norm(x, weight, 1e-6)
+    assert y.dtype == torch.float32 and y.shape == x.shape
+    assert (y - exact).norm() <= 1e-6 * exact.norm()
+
+
 def test_gradients_by_finite_differences():
     x = torch.randn(5, 4096, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4096, dtype=torch.float64, requires_grad=True)
