@@ -12,7 +12,7 @@ from flash_stu.arguments import (
     output_directory,
     printable,
 )
-from flash_stu.errors import ArgumentParser, run_cli
+from flash_stu.errors import ArgumentParser, end_process, run_cli
 
 
 def main() -> None:
@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_cli(main))
+    end_process(run_cli(main))

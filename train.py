@@ -1,7 +1,7 @@
 """Train a model: python train.py --config configs/X.yaml [section.key=value ...] [--dry-run]; or torchrun."""
 
 from flash_stu.arguments import input_file
-from flash_stu.errors import ArgumentParser, run_cli
+from flash_stu.errors import ArgumentParser, end_process, run_cli
 
 
 def main() -> None:
@@ -32,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_cli(main))
+    end_process(run_cli(main))

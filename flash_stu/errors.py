@@ -1,12 +1,13 @@
 """Errors that a user can cause or mend, failures to write among them, and how the command lines report them."""
 
 import argparse
+import atexit
 import os
 import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -96,6 +97,21 @@ def run_cli(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def end_process(status: int) -> NoReturn:
+    """End this process with a status.
+
+    One that torchrun started ends without the interpreter being taken apart: threads of communication libraries that
+    live until then abort it now and then ("terminate called without an active exception"), after its work is done.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        atexit._run_exitfuncs()  # noqa: SLF001 - what is registered there still runs
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    raise SystemExit(status)
 
 
 def _replace_closed_streams() -> None:
