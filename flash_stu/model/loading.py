@@ -22,7 +22,8 @@ from transformers.utils import logging as hf_logging
 from flash_stu.errors import UserError
 from flash_stu.model.config import check_bounds
 from flash_stu.model.layers.linear import FusedLinear, join, separate_layers
-from flash_stu.model.modeling import OPTIONAL_TENSORS, FlashSTUForCausalLM
+from flash_stu.model.modeling import FlashSTUForCausalLM
+from flash_stu.model.pretrained import OPTIONAL_TENSORS
 from flash_stu.model.weights import StoredTensor, check_finite, check_written, find_tensors
 from flash_stu.reading import read_json
 from flash_stu.settings import shown

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from flash_stu.model.layers.linear import FusedLinear
-from flash_stu.model.modeling import Block
+from flash_stu.model.pretrained import Block
 from flash_stu.training.muon import Muon
 from flash_stu.training.run_config import OptimizerConfig
 

@@ -29,7 +29,8 @@ from flash_stu.distributed import World
 from flash_stu.errors import ArgumentParser, run_cli
 from flash_stu.model.layers import STU, SlidingWindowAttention
 from flash_stu.model.layers.context import SequenceContext
-from flash_stu.model.modeling import Block, FlashSTUForCausalLM
+from flash_stu.model.modeling import FlashSTUForCausalLM
+from flash_stu.model.pretrained import Block
 from flash_stu.ops.attention.choice import sliding_window_attention
 from flash_stu.ops.backends import why_not
 from flash_stu.ops.conv.choice import spectral_conv
