@@ -1,4 +1,4 @@
-"""Flash STU: hybrid language models of Spectral Transform Units and sliding-window attention.
+"""Flash STU: hybrid language and sequence models of Spectral Transform Units and sliding-window attention.
 
 Names are imported when they are first used. Importing the package makes the model known to transformers.
 """
@@ -15,15 +15,20 @@ if TYPE_CHECKING:
     from flash_stu.generation.loop import generate_text
     from flash_stu.generation.sampling import Sampling
     from flash_stu.model.cache import FlashSTUCache
+    from flash_stu.model.classification import FlashSTUForSequenceClassification, FlashSTUForTokenClassification
     from flash_stu.model.config import FlashSTUConfig
     from flash_stu.model.loading import load_model
     from flash_stu.model.modeling import FlashSTUForCausalLM, FlashSTUModel
+    from flash_stu.model.prediction import FlashSTUForTimeSeriesPrediction
 
 __version__ = "0.3.0.dev0"
 __all__ = [
     "FlashSTUCache",
     "FlashSTUConfig",
     "FlashSTUForCausalLM",
+    "FlashSTUForSequenceClassification",
+    "FlashSTUForTimeSeriesPrediction",
+    "FlashSTUForTokenClassification",
     "FlashSTUModel",
     "Sampling",
     "UserError",
@@ -36,6 +41,9 @@ _MODULES = {
     "FlashSTUCache": "model.cache",
     "FlashSTUConfig": "model.config",
     "FlashSTUForCausalLM": "model.modeling",
+    "FlashSTUForSequenceClassification": "model.classification",
+    "FlashSTUForTimeSeriesPrediction": "model.prediction",
+    "FlashSTUForTokenClassification": "model.classification",
     "FlashSTUModel": "model.modeling",
     "Sampling": "generation.sampling",
     "UserError": "errors",

@@ -1,4 +1,4 @@
-"""Makes the model known to transformers' automatic classes and to PEFT as soon as those are loaded, and not before.
+"""Makes the models known to transformers' automatic classes and to PEFT as soon as those are loaded, and not before.
 
 Importing them takes seconds, which a command line that is wrong, or asks for help, should not have to wait for.
 """
@@ -13,7 +13,7 @@ from types import ModuleType
 # Once the module of transformers or PEFT on the left is loaded, the one of ours on the right registers what it has.
 _REGISTRARS = {
     "transformers.models.auto.configuration_auto": "flash_stu.model.config",
-    "transformers.models.auto.modeling_auto": "flash_stu.model.modeling",
+    "transformers.models.auto.modeling_auto": "flash_stu.model.auto",
     "transformers.cli.serving.model_manager": "flash_stu.model.serving",
     "peft.tuners.tuners_utils": "flash_stu.model.adapters",
 }

@@ -13,6 +13,7 @@ from flash_stu.devices import default_device
 from flash_stu.errors import UserError
 from flash_stu.files import check_output, replacing_directory
 from flash_stu.model.modeling import FlashSTUForCausalLM
+from flash_stu.model.pretrained import FlashSTUPreTrainedModel
 from flash_stu.training.model_source import find_source
 from spectralds.comparison import compare_generation, compare_layers, compare_models
 from spectralds.comparison_text import ComparisonText, comparison_text
@@ -145,6 +146,8 @@ def summary(report: dict) -> str:
 
 def _sample(original: Original, text: str | None) -> ComparisonText:
     """Returns the text to compare on, checked against the model."""
+    if not isinstance(original.model, FlashSTUForCausalLM):
+        raise UserError(f"verify compares texts and needs a language model, not a {type(original.model).__name__}")
     if not original.has_tokenizer:
         raise UserError(f"verify needs a tokenizer; there is no tokenizer beside the model in {original.directory}")
     config = original.model.config
@@ -157,13 +160,14 @@ def _sample(original: Original, text: str | None) -> ComparisonText:
 
 
 def _compare(
-    model: FlashSTUForCausalLM,
-    distilled: FlashSTUForCausalLM,
+    model: FlashSTUPreTrainedModel,
+    distilled: FlashSTUPreTrainedModel,
     sample: ComparisonText,
     allowed: float,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
     """Returns the report's entries on what distillation changed; both models are moved and become float32."""
+    assert isinstance(model, FlashSTUForCausalLM) and isinstance(distilled, FlashSTUForCausalLM)  # see _sample
     for moved in (model, distilled):
         cast(torch.nn.Module, moved).to(default_device(), torch.float32)
     say(f"comparing the layers on {model.config.max_position_embeddings} tokens of noise")

@@ -1,31 +1,33 @@
 """Replace the STU layers of a model by linear dynamical systems, in closed form."""
 
 import copy
+from typing import TypeVar
 
 import torch
 
 from flash_stu.errors import UserError
 from flash_stu.filters.spectral import BASES, TENSOR, spectral_filters
 from flash_stu.model.layers import STU
-from flash_stu.model.modeling import FlashSTUForCausalLM
+from flash_stu.model.layers.exact import SpectralFilters
+from flash_stu.model.pretrained import FlashSTUPreTrainedModel
 from spectralds.bank import FilterBank
 from spectralds.fit import LDSFit, fit_lds
 from spectralds.options import AUTO, TOLERANCE
 
+Model = TypeVar("Model", bound=FlashSTUPreTrainedModel)
 
-def distill(
-    model: FlashSTUForCausalLM, state_dim: int | str = 160, method: str = AUTO, tolerance: float = TOLERANCE
-) -> FlashSTUForCausalLM:
+
+def distill(model: Model, state_dim: int | str = 160, method: str = AUTO, tolerance: float = TOLERANCE) -> Model:
     """Distill a model: the same model with every STU layer replaced by an LDS layer.
 
     Args:
-        model: a model with STU layers; it is not changed and shares no memory with the result.
+        model: of any class, with STU layers; it is not changed and shares no memory with the result.
         state_dim: states per layer and channel, or "auto".
         method, tolerance: see `fit_lds`.
 
     Returns:
-        a new model on the same device, in the same mode, with config.lds_state_dim set. Weights keep their
-        dtype, except that an LDS layer's readout is at least float32: its terms cancel, and half precision
+        a new model of the same class on the same device, in the same mode, with config.lds_state_dim set. Weights
+        keep their dtype, except that an LDS layer's readout is at least float32: its terms cancel, and half precision
         would lose them.
 
     Raises:
@@ -36,30 +38,32 @@ def distill(
     return replace_stu_layers(copy.deepcopy(model), fit)
 
 
-def model_filters(model: FlashSTUForCausalLM) -> FilterBank:
+def model_filters(model: FlashSTUPreTrainedModel) -> FilterBank:
     """Returns the filters a model was trained with, in float64.
 
     A checkpoint holds them in float32. Where those are the rounded filters of its configuration the exact
     ones are taken, so that no rounding is fitted; filters of another origin (a converted checkpoint) are
     taken as they are.
     """
-    if model.model.filters is None:
+    filters = next((module for module in model.modules() if isinstance(module, SpectralFilters)), None)
+    if filters is None:
         raise ValueError("the model has no spectral filters")
-    config, stored = model.config, model.model.filters.phi.detach().cpu()
+    config, stored = model.config, filters.phi.detach().cpu()
     exact = spectral_filters(config.max_position_embeddings, config.num_filters, config.filter_basis)[1]
     rounding = 4 * torch.finfo(stored.dtype).eps * exact.abs().amax(dim=0)
     return FilterBank(exact if ((stored - exact).abs() <= rounding).all() else stored)
 
 
-def replace_stu_layers(model: FlashSTUForCausalLM, fit: LDSFit) -> FlashSTUForCausalLM:
+def replace_stu_layers(model: Model, fit: LDSFit) -> Model:
     """Build the distilled model from a model and the fit of its filters; it shares the other weights' memory."""
     config = copy.deepcopy(model.config)
     config.lds_state_dim, config.lds_trainable, config.decode_backend = len(fit.A), False, "auto"
     with torch.device("meta"):
-        distilled = FlashSTUForCausalLM(config)
+        distilled = type(model)(config)
 
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, STU)}
-    replaced = {f"{name}.{own}" for name in layers for own in ("M_filters", "M_phi")} | {"model.filters.phi"}
+    replaced = {f"{name}.{own}" for name in layers for own in ("M_filters", "M_phi")}
+    replaced |= {f"{name}.phi" for name, module in model.named_modules() if isinstance(module, SpectralFilters)}
     named = [*model.named_parameters(), *model.named_buffers()]  # tied weights come once
     tensors = {name: tensor.detach() for name, tensor in named if name not in replaced}
     for name, layer in layers.items():
@@ -69,7 +73,8 @@ def replace_stu_layers(model: FlashSTUForCausalLM, fit: LDSFit) -> FlashSTUForCa
     left = [name for name, tensor in distilled.state_dict().items() if tensor.is_meta]
     if left or not tensors.keys() <= distilled.state_dict().keys():
         raise RuntimeError(f"weights of the distilled model that no layer gave: {left}; given: {sorted(tensors)}")
-    distilled.generation_config = copy.deepcopy(model.generation_config)
+    if model.can_generate():
+        distilled.generation_config = copy.deepcopy(model.generation_config)
     return distilled.train(model.training)
 
 
@@ -102,14 +107,14 @@ def fold(fit: LDSFit, layer: STU) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def require_stu_layers(model: torch.nn.Module) -> FlashSTUForCausalLM:
+def require_stu_layers(model: object) -> FlashSTUPreTrainedModel:
     """Returns the model if it can be distilled.
 
     Raises:
         UserError: for a model of another kind, a distilled one, one of tensor filters, or of attention layers only.
     """
-    if not isinstance(model, FlashSTUForCausalLM):
-        raise UserError(f"a {type(model).__name__} cannot be distilled; allowed: FlashSTUForCausalLM")
+    if not isinstance(model, FlashSTUPreTrainedModel):
+        raise UserError(f"a {type(model).__name__} cannot be distilled; allowed: the FlashSTU model classes")
     if model.config.lds_state_dim is not None:
         raise UserError(
             f"the model is distilled already (lds_state_dim {model.config.lds_state_dim}): it has no STU layers left"

@@ -48,7 +48,7 @@ class Original:
             model, tokenizer = load_checkpoint(directory)
             return cls(directory, model, place.parent.parent, tokenizer)
         run = place.parent if place.name == "final" and (place.parent / "config.yaml").is_file() else None
-        original = cls(directory, load_model(directory, dtype="auto"), run, None)
+        original = cls(directory, load_model(directory, dtype="auto", any_class=True), run, None)
         if original.has_tokenizer:
             load_model_tokenizer(directory)  # a damaged one is not passed on
         return original

@@ -19,9 +19,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from flash_stu import UserError
+from flash_stu import FlashSTUForSequenceClassification, FlashSTUForTokenClassification, UserError
 from flash_stu.data.tokenizer import load_tokenizer
-from flash_stu.model.modeling import FlashSTUForSequenceClassification, FlashSTUForTokenClassification
 
 PAGE = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text()
 LDS = {"lds_state_dim": 8}

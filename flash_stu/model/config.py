@@ -39,6 +39,9 @@ BOUNDS = {  # of every number of a model, both ends allowed; far outside what an
     "stu_input_taps": (0, 256),
     "stu_output_taps": (0, 256),
     "lds_state_dim": (2, 2**14),
+    "num_input_channels": (1, 2**17),
+    "num_output_channels": (1, 2**17),
+    "classifier_towers": (1, 2),
 }
 CHOICES = {
     "position_embedding": ("rope", "alibi", "none"),
@@ -50,6 +53,7 @@ CHOICES = {
     "loss_backend": cross_entropy.BACKENDS,
     "lds_state_dtype": ("float32", "float64"),
     "decode_backend": ("auto", "lds", *futurefill.BACKENDS),
+    "classifier_pooling": ("last", "mean"),
 }
 _LONGEST_REASON = 400  # characters of a message of another library, which may quote whole values
 
@@ -95,6 +99,13 @@ class FlashSTUConfig(PreTrainedConfig):
         conv_backend: how the STU layers convolve, see flash_stu.ops.conv.choice.
         attention_backend: how the attention layers attend, see flash_stu.ops.attention.choice.
         loss_backend: how head and loss are computed, see flash_stu.ops.cross_entropy.choice.
+        bidirectional: every position sees the whole sequence: an STU or LDS layer is two, of which one reads it from
+            its end, and attention looks ahead as far as back. For classifiers; a language model must not look ahead.
+        num_input_channels: numbers of a step where the inputs are `input_values`, which a linear map takes in place of
+            an embedding; null for token ids.
+        num_output_channels: numbers of a step that FlashSTUForTimeSeriesPrediction predicts; null: num_input_channels.
+        classifier_pooling: what FlashSTUForSequenceClassification looks at, "last" or "mean" of the hidden states.
+        classifier_towers: sequences that it reads for one answer; 2 for pairs, each through the same layers.
         use_cache: generate with a cache.
         pad_token_id: token id of padding; None for none.
         bos_token_id: token id that begins a text; None for none.
@@ -136,6 +147,11 @@ class FlashSTUConfig(PreTrainedConfig):
     conv_backend: str = "auto"
     attention_backend: str = "auto"
     loss_backend: str = "auto"
+    bidirectional: bool = False
+    num_input_channels: int | None = None
+    num_output_channels: int | None = None
+    classifier_pooling: str = "last"
+    classifier_towers: int = 1
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -189,6 +205,17 @@ class FlashSTUConfig(PreTrainedConfig):
     def uses_stu(self) -> bool:
         """Whether any layer convolves with the spectral filters."""
         return "linear_attention" in self.block_types and self.lds_state_dim is None
+
+    def require_language_model(self) -> None:
+        """Check that this is the shape of a language model: token ids in, nothing seen ahead.
+
+        Raises:
+            UserError: for settings of other models, naming the first.
+        """
+        for key in ("num_input_channels", "bidirectional"):
+            if value := getattr(self, key):
+                off = "null" if key == "num_input_channels" else "false"
+                raise UserError(f"model.{key} is {shown(value)}; allowed for a language model: {off}")
 
     def resolve_decode_backend(self) -> str:
         """Returns the decode back end in use: decode_backend, or the one that "auto" means for this model.
@@ -244,6 +271,10 @@ class FlashSTUConfig(PreTrainedConfig):
         if self.filter_basis == TENSOR and self.conv_backend not in conv.ANY_FILTER_BACKENDS:
             allowed = ", ".join(conv.ANY_FILTER_BACKENDS)
             raise ValueError(f"conv_backend is {self.conv_backend!r}; allowed with filter_basis 'tensor': {allowed}")
+        if self.bidirectional and "sliding_attention" in self.block_types and self.attn_logit_softcapping is not None:
+            raise ValueError(
+                f"attn_logit_softcapping is {self.attn_logit_softcapping}; allowed for bidirectional attention: null"
+            )
         if self.filter_basis == TENSOR and self.lds_state_dim is not None:
             raise ValueError("filter_basis 'tensor' has no LDS layers; lds_state_dim: allowed: null")
         if self.num_filters > self.max_position_embeddings:
@@ -259,7 +290,10 @@ class FlashSTUConfig(PreTrainedConfig):
             raise ValueError(f"the model would have {weights:,} weights; at most {LARGEST_MODEL:,}")
 
     def count_weights(self) -> int:
-        """Returns how many numbers the model stores: parameters, a tied head once, and constants such as filters."""
+        """Returns how many numbers the model stores: parameters, a tied head once, and constants such as filters.
+
+        The heads of classifiers and of predictions are not counted.
+        """
         hidden, inner, bias = self.hidden_size, self.intermediate_size, int(self.bias)
         keys = (self.num_key_value_heads or self.num_attention_heads) * (hidden // self.num_attention_heads)
         attention = 2 * (hidden + keys) * (hidden + bias)
@@ -272,9 +306,12 @@ class FlashSTUConfig(PreTrainedConfig):
         elif tensordot:
             linear += filters * hidden
         linear += (self.stu_input_taps + self.stu_output_taps) * hidden * (1 if tensordot else hidden)
+        linear *= 2 if self.bidirectional else 1
         block = 2 * hidden + 3 * hidden * inner + bias * (2 * inner + hidden)
         layers = sum(block + (linear if kind == "linear_attention" else attention) for kind in self.block_types)
         ends = self.vocab_size * (hidden + bias + (0 if self.tie_word_embeddings else hidden)) + hidden
+        if self.num_input_channels is not None:
+            ends = (self.num_input_channels + 2) * hidden
         return layers + ends + (self.max_position_embeddings * self.num_filters if self.uses_stu else 0)
 
 

@@ -20,10 +20,10 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from flash_stu.errors import UserError
-from flash_stu.model.config import check_bounds
+from flash_stu.model import auto
+from flash_stu.model.config import FlashSTUConfig, check_bounds
 from flash_stu.model.layers.linear import FusedLinear, join, separate_layers
-from flash_stu.model.modeling import FlashSTUForCausalLM
-from flash_stu.model.pretrained import OPTIONAL_TENSORS
+from flash_stu.model.pretrained import OPTIONAL_TENSORS, FlashSTUPreTrainedModel
 from flash_stu.model.weights import StoredTensor, check_finite, check_written, find_tensors
 from flash_stu.reading import read_json
 from flash_stu.settings import shown
@@ -71,8 +71,21 @@ def read_model_config(directory: Path) -> PreTrainedConfig:
             raise UserError(f"{path}: {_one_line(error)}") from None
 
 
-def check_tensors(directory: Path, config: PreTrainedConfig) -> bool:
+def stored_class(config: PreTrainedConfig, any_class: bool = False) -> Any:
+    """Returns what builds the model of a directory: a language model, or with `any_class` ours that it was saved as."""
+    names = [name for name in config.architectures or [] if name in auto.CLASSES]
+    if any_class and isinstance(config, FlashSTUConfig) and names:
+        return auto.model_class(names[0])
+    return AutoModelForCausalLM
+
+
+def check_tensors(directory: Path, config: PreTrainedConfig, any_class: bool = False) -> bool:
     """Compare names, shapes and dtypes of a directory's tensors with the model of its configuration; loads nothing.
+
+    Args:
+        directory: of the model.
+        config: its configuration.
+        any_class: see `load_model`.
 
     Returns:
         whether they agree. Of another kind of model than ours that is no verdict: transformers may rename and merge its
@@ -85,11 +98,13 @@ def check_tensors(directory: Path, config: PreTrainedConfig) -> bool:
     found = find_tensors(directory)
     try:
         with torch.device("meta"), _quiet():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            kind = stored_class(config, any_class)
+            is_auto = kind is AutoModelForCausalLM
+            model = kind.from_config(config, trust_remote_code=False) if is_auto else kind(config)
     except Exception as error:
         raise UserError(f"{directory}: no causal language model: {_one_line(error)}") from None
     problem = _difference(found, model, _expected(found, model))
-    if problem and isinstance(model, FlashSTUForCausalLM):
+    if problem and isinstance(model, FlashSTUPreTrainedModel):
         raise UserError(f"{directory}: {problem}")
     return problem is None
 
@@ -127,7 +142,10 @@ def _difference(
 
 
 def load_model(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    any_class: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model for inference.
 
@@ -135,6 +153,7 @@ def load_model(
         path: a transformers model directory or a training run.
         device: where to put it.
         dtype: of the parameters, "auto" for that of the files; spectral filters and decays stay float32.
+        any_class: a classifier or another model of ours is loaded as what it was saved as, not as a language model.
 
     Raises:
         UserError: for a missing directory, one that is not a model, or weights that are missing, truncated, not finite
@@ -142,12 +161,12 @@ def load_model(
     """
     directory = resolve_model_dir(path)
     config = read_model_config(directory)
-    check_tensors(directory, config)
+    check_tensors(directory, config, any_class)
     if (generation := directory / "generation_config.json").exists():
         read_json(generation)
     with _quiet():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = stored_class(config, any_class).from_pretrained(
                 directory,
                 config=config,
                 dtype=dtype,

@@ -9,18 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    GenerationConfig,
-    GenerationMixin,
-)
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-)
+from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -42,11 +31,15 @@ from flash_stu.ops.positions import rotary_angles
 
 
 class FlashSTUModel(FlashSTUPreTrainedModel):
-    """Token ids to hidden states (batch, length, hidden_size), after the final norm."""
+    """Token ids, or numbers, to hidden states (batch, length, hidden_size), after the final norm."""
 
     def __init__(self, config: FlashSTUConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.num_input_channels is None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        else:
+            self._input_embed_layer = "embed_values"  # where transformers looks for it
+            self.embed_values = nn.Linear(config.num_input_channels, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.filters = SpectralFilters(config.max_position_embeddings, config.num_filters) if config.uses_stu else None
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.block_types)
@@ -69,12 +62,14 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         past_key_values: FlashSTUCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        input_values: torch.Tensor | None = None,
         **keywords: Any,
     ) -> BaseModelOutputWithPast:
         """Run the blocks.
 
         Args:
             input_ids: (batch, length); or inputs_embeds instead.
+            input_values: (batch, length, num_input_channels), where the configuration has that, instead of input_ids.
             attention_mask: (batch, tokens in the cache + length), 0 at padding, which may be anywhere in the first call
                 of a cache and nowhere after it; see flash_stu.model.padding.
             position_ids: (batch, length); by default counted from the cache. Where they do not count on, another
@@ -94,12 +89,10 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         """
         part: Part | None = keywords.pop("part", None)
         refuse_unknown(keywords)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UserError("the model takes exactly one of input_ids and inputs_embeds")
+        x = self._embed(input_ids, input_values, inputs_embeds)
         cache = past_key_values
         if cache is not None and not isinstance(cache, FlashSTUCache):
             raise UserError(f"past_key_values is a {type(cache).__name__}; a Flash STU model takes a FlashSTUCache")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = cache.seq_length if cache is not None else part.start if part is not None else 0
         alignment = read_mask(attention_mask, x.shape[0], x.shape[1], cache)
         documents = None
@@ -111,6 +104,9 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
             self._check_length(whole if documents is None else documents.longest)
         if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
             raise UserError("a cache cannot be used in training with gradient checkpointing: set use_cache to False")
+        if self.config.bidirectional:
+            _refuse_causal(bool(use_cache) or cache is not None, documents, part)
+            use_cache = False
         if use_cache is None and cache is None:
             use_cache = self.config.use_cache and not self.training and documents is None and part is None
         if documents is not None and (use_cache or cache is not None):
@@ -136,6 +132,22 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
             context = context._replace(band=None if attention is None else attention.band(x))
         outputs = self._run(self.dropout(x) if self.training else x, context, cache, return_dict=True, **wanted)
         return outputs if alignment is None else restored(outputs, alignment)
+
+    def _embed(
+        self, ids: torch.Tensor | None, values: torch.Tensor | None, embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        channels = self.config.num_input_channels
+        kind, given, other = ("input_ids", ids, values) if channels is None else ("input_values", values, ids)
+        if other is not None or (given is None) == (embeds is None):
+            raise UserError(f"the model takes exactly one of {kind} and inputs_embeds")
+        if embeds is not None:
+            return embeds
+        if ids is not None:
+            return self.embed_tokens(ids)
+        assert values is not None
+        if values.ndim != 3 or values.shape[-1] != channels:
+            raise UserError(f"input_values has shape {tuple(values.shape)}; needed: (batch, length, {channels})")
+        return self.embed_values(values.to(self.embed_values.weight.dtype))
 
     @capture_outputs
     def _run(
@@ -184,12 +196,21 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
         return SequenceContext(filters, rotary, mask, seen=past, padding=padding, ring=ring)
 
 
+def _refuse_causal(cached: bool, documents: Documents | None, part: Part | None) -> None:
+    """Refuse what only a model that looks back can do."""
+    wanted = {"a cache": cached, "several documents in a row": documents is not None, "parts": part is not None}
+    for what, asked in wanted.items():
+        if asked:
+            raise UserError(f"a bidirectional model reads whole sequences, one a row: it does not go with {what}")
+
+
 class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
     """The language model: hidden states to next-token logits, loss and generation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: FlashSTUConfig) -> None:
+        config.require_language_model()
         super().__init__(config)
         self.model = FlashSTUModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias)
@@ -288,24 +309,3 @@ class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
         if mask is None or mask.ndim != 2:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-class FlashSTUForSequenceClassification(GenericForSequenceClassification, FlashSTUPreTrainedModel):
-    """A linear classifier of texts on the hidden state of each row's last token."""
-
-    accepts_loss_kwargs = False  # the mean is over this batch's rows: accumulation has to divide it
-
-
-class FlashSTUForTokenClassification(GenericForTokenClassification, FlashSTUPreTrainedModel):
-    """A linear classifier of tokens on their hidden states."""
-
-    accepts_loss_kwargs = False
-
-
-for _auto, _model in (
-    (AutoModel, FlashSTUModel),
-    (AutoModelForCausalLM, FlashSTUForCausalLM),
-    (AutoModelForSequenceClassification, FlashSTUForSequenceClassification),
-    (AutoModelForTokenClassification, FlashSTUForTokenClassification),
-):
-    _auto.register(FlashSTUConfig, _model, exist_ok=True)

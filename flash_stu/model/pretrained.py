@@ -23,11 +23,12 @@ from flash_stu.files import MANIFEST
 from flash_stu.filters.spectral import spectral_filters
 from flash_stu.model.cache import FlashSTUCache
 from flash_stu.model.config import FlashSTUConfig
-from flash_stu.model.layers import LDS, STU, GatedMLP, InputOutputTaps, SlidingWindowAttention
+from flash_stu.model.layers import LDS, STU, Bidirectional, GatedMLP, InputOutputTaps, SlidingWindowAttention
 from flash_stu.model.layers.attention import AttentionWeights, check_implementation
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.exact import SpectralFilters
 from flash_stu.model.layers.linear import FUSED, DepthScaledLinear, FusedLinear, join, join_tensors
+from flash_stu.model.layers.mixer import Mixer
 from flash_stu.model.layers.norm import RMSNorm
 from flash_stu.model.saving import add_remote_code
 
@@ -45,10 +46,8 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, config: FlashSTUConfig, kind: str) -> None:
         super().__init__()
-        linear = STU if config.lds_state_dim is None else LDS
-        mixer = linear if kind == "linear_attention" else SlidingWindowAttention
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = mixer(config)
+        self.mixer = build_mixer(config, kind)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
         self.dropout = config.dropout
@@ -76,8 +75,16 @@ class Block(GradientCheckpointingLayer):
         return nn.functional.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
+def build_mixer(config: FlashSTUConfig, kind: str) -> Mixer:
+    """Returns the sequence mixer of a block; see there for the arguments."""
+    if kind == "sliding_attention":
+        return SlidingWindowAttention(config)
+    layer = STU if config.lds_state_dim is None else LDS
+    return Bidirectional(layer(config), layer(config)) if config.bidirectional else layer(config)
+
+
 class FlashSTUPreTrainedModel(PreTrainedModel):
-    """Initialisation, loading and saving shared by the two model classes."""
+    """Initialisation, loading and saving shared by all model classes."""
 
     config: FlashSTUConfig
     base_model_prefix = "model"
@@ -89,10 +96,10 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": Block, "attentions": AttentionWeights}
     # patterns, searched for in names; see flash_stu.model.layers.exact
     _keep_in_fp32_modules_strict = {
-        r"mixer\.readout$",
-        r"mixer\.readout_change$",
-        r"mixer\.decay$",
-        r"mixer\.log_rate_change$",
+        r"mixer\.(\w+\.)?readout$",
+        r"mixer\.(\w+\.)?readout_change$",
+        r"mixer\.(\w+\.)?decay$",
+        r"mixer\.(\w+\.)?log_rate_change$",
         r"filters\.phi$",
         r"taps\.M_y$",
     }

@@ -12,7 +12,8 @@ _MODULE = "modeling_flash_stu"
 _SOURCE = '''"""Loads this directory with trust_remote_code=True; the flash_stu package must be installed."""
 
 from flash_stu import FlashSTUConfig, FlashSTUForCausalLM, FlashSTUModel  # noqa: F401
-from flash_stu.model.modeling import FlashSTUForSequenceClassification, FlashSTUForTokenClassification  # noqa: F401
+from flash_stu import FlashSTUForSequenceClassification, FlashSTUForTokenClassification  # noqa: F401
+from flash_stu import FlashSTUForTimeSeriesPrediction  # noqa: F401
 '''
 _AUTO_MAP = {
     "AutoConfig": f"{_MODULE}.FlashSTUConfig",
@@ -20,6 +21,7 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": f"{_MODULE}.FlashSTUForCausalLM",
     "AutoModelForSequenceClassification": f"{_MODULE}.FlashSTUForSequenceClassification",
     "AutoModelForTokenClassification": f"{_MODULE}.FlashSTUForTokenClassification",
+    "AutoModelForTimeSeriesPrediction": f"{_MODULE}.FlashSTUForTimeSeriesPrediction",
 }
 
 

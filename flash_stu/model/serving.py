@@ -5,7 +5,8 @@ That may be another object than everybody else's: transformers executes itself a
 
 from importlib import import_module
 
-from flash_stu.model import modeling
+from flash_stu.model.classification import FlashSTUForSequenceClassification
+from flash_stu.model.modeling import FlashSTUForCausalLM
 
-for _model in (modeling.FlashSTUForCausalLM, modeling.FlashSTUForSequenceClassification):
+for _model in (FlashSTUForCausalLM, FlashSTUForSequenceClassification):
     setattr(import_module("transformers.cli.serving.model_manager").transformers, _model.__name__, _model)

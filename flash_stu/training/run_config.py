@@ -194,7 +194,9 @@ class RunConfig(Section):
     @field_validator("model")
     @classmethod
     def _resolve_model(cls, model: dict) -> dict:
-        return FlashSTUConfig.from_user(model).to_user()
+        config = FlashSTUConfig.from_user(model)
+        config.require_language_model()
+        return config.to_user()
 
     def architecture(self) -> FlashSTUConfig:
         """Returns the model section as a new config of the model's own class."""

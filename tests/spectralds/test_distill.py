@@ -180,7 +180,7 @@ def test_a_model_without_stu_layers_is_refused(tiny_model):
         distill(distill(tiny_model(), 20))
     with pytest.raises(UserError, match="filter_basis is tensor, whose filters no small LDS has; allowed: hankel"):
         distill(tiny_model(filter_basis="tensor", tensor_filters=3), 20)
-    with pytest.raises(UserError, match="GPT2LMHeadModel cannot be distilled; allowed: FlashSTUForCausalLM"):
+    with pytest.raises(UserError, match="GPT2LMHeadModel cannot be distilled; allowed: the FlashSTU model classes"):
         distill(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=4, n_head=1, vocab_size=7)))
     with pytest.raises(UserError, match="state_dim is 21"):
         distill(tiny_model(), 21)

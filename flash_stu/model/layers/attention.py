@@ -1,4 +1,4 @@
-"""Causal sliding-window attention with RoPE, ALiBi or no positions, grouped heads and a softcap."""
+"""Sliding-window attention with RoPE, ALiBi or no positions, grouped heads and a softcap."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +73,11 @@ class AttentionWeights(nn.Module):
 class SlidingWindowAttention(Mixer):
     """Self-attention over the last `sliding_window` tokens: (batch, length, hidden_size) to the same.
 
+    In a bidirectional model a token also sees as many after it, in whole sequences only.
+
     Args:
         config: hidden_size, num_attention_heads, num_key_value_heads, sliding_window, position_embedding, alibi_scale,
-            attn_logit_softcapping, dropout, bias and attention_backend are read.
+            attn_logit_softcapping, dropout, bias, bidirectional and attention_backend are read.
 
     Source: as for flash_stu.ops.attention.choice.
     """
@@ -87,6 +89,7 @@ class SlidingWindowAttention(Mixer):
         self.kv_heads = config.num_key_value_heads or self.heads
         self.head_dim = config.hidden_size // self.heads
         self.window = config.sliding_window
+        self.causal = not config.bidirectional
         self.softcap = config.attn_logit_softcapping
         self.alibi_scale = config.alibi_scale if config.position_embedding == "alibi" else None
         self.dropout = config.dropout
@@ -104,7 +107,7 @@ class SlidingWindowAttention(Mixer):
 
     def band(self, x: torch.Tensor) -> "BlockMask | None":
         """Returns what attention layers share of flex_attention over whole sequences x (batch, length, channels)."""
-        return shared_band(self.backend, x.shape[1], self.window, x.device)
+        return shared_band(self.backend, x.shape[1], self.window, x.device) if self.causal else None
 
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """Attend over a whole sequence, or a part of one after the keys and values of a window before it."""
@@ -163,7 +166,12 @@ class SlidingWindowAttention(Mixer):
         mask: torch.Tensor | None,
         context: SequenceContext,
     ) -> torch.Tensor:
-        options = {"window": self.window, "softcap": self.softcap, "slopes": self._slopes(query.device)}
+        options = {
+            "window": self.window,
+            "softcap": self.softcap,
+            "slopes": self._slopes(query.device),
+            "causal": self.causal,
+        }
         dropout = self.dropout if self.training else 0.0
         if context.weights is not None:
             length = query.shape[2]  # one step: its own place in the window is taken; else the window comes before

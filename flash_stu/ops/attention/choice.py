@@ -1,4 +1,4 @@
-"""Causal sliding-window attention: query t sees the keys t - window + 1 .. t.
+"""Sliding-window attention: query t sees the keys t - window + 1 .. t, and up to t + window - 1 if it is not causal.
 
 Back ends: `banded` (plain PyTorch in tiles, everywhere: the reference), `sdpa` (no softcap), `flex_attention`
 (compiled, GPU) and `flash_attn` (GPU, optional). A window of W means W keys, the query's own included, as in
@@ -46,6 +46,7 @@ def sliding_window_attention(
     dropout: float = 0.0,
     backend: str = "auto",
     band: "BlockMask | None" = None,
+    causal: bool = True,
 ) -> torch.Tensor:
     """Attend to the last `window` keys; the last query is aligned with the last key.
 
@@ -59,8 +60,9 @@ def sliding_window_attention(
         key_mask: (batch, keys), False where a key is padding; None if there is none.
         dropout: probability of dropping an attention weight.
         backend: one of BACKENDS; "auto" takes flash_attn on a GPU, then flex_attention where there is a band, else
-            banded.
+            banded, or sdpa if it is not causal.
         band: see `shared_band`. A prompt, which continues a cache and is of any length, has none.
+        causal: a query does not see the window - 1 keys after its own; where it does, flash_attn and sdpa are there.
 
     Returns:
         (batch, heads, queries, head_dim) in the query's dtype; the softmax is in float32, in `banded` with float64
@@ -71,15 +73,15 @@ def sliding_window_attention(
 
     Source: Beltagy et al. 2020 (arXiv 2004.05150); softcap: Gemma 2 (arXiv 2408.00118); ALiBi: arXiv 2108.12409.
     """
-    backend = _choose(backend, query, softcap, key_mask, dropout, band is not None)
+    backend = _choose(backend, query, softcap, key_mask, dropout, band is not None, causal)
     if backend == "flash_attn":
-        return flash_attention(query, key, value, window, softcap, slopes, dropout)
+        return flash_attention(query, key, value, window, softcap, slopes, dropout, causal)
     if backend == "flex_attention":
         from flash_stu.ops.attention.flex import compiled_flex_attention  # takes a second to import
 
         return compiled_flex_attention(query, key, value, window, softcap, slopes, key_mask, band)
     if backend == "sdpa":
-        return sdpa_attention(query, key, value, window, slopes, key_mask, dropout)
+        return sdpa_attention(query, key, value, window, slopes, key_mask, dropout, causal)
     return banded_attention(query, key, value, window, softcap, slopes, key_mask, dropout)
 
 
@@ -90,22 +92,26 @@ def _choose(
     key_mask: torch.Tensor | None,
     dropout: float,
     has_band: bool,
+    causal: bool,
 ) -> str:
     if backend not in BACKENDS:
         raise UserError(f"attention back end is {backend!r}; allowed: {', '.join(BACKENDS)}")
     half = query.dtype in (torch.bfloat16, torch.float16)
+    ahead = None if causal else "keys after the query"
     lacks = {
+        "banded": ahead,
         "sdpa": "softcap" if softcap is not None else None,
-        "flex_attention": "dropout" if dropout else None,
+        "flex_attention": ahead or ("dropout" if dropout else None),
         "flash_attn": "a padding mask" if key_mask is not None else (None if half else "float32"),
     }
     if backend == "auto":
+        plain = "banded" if causal else "sdpa"
         if not query.is_cuda:
-            return "banded"
+            return plain
         for name in ("flash_attn", "flex_attention") if has_band else ("flash_attn",):
             if lacks[name] is None and backends.why_not(name) is None:
                 return name
-        return "banded"
+        return plain
     if backend in ("flash_attn", "flex_attention"):
         backends.require("attention", backend)
     if lacks.get(backend):

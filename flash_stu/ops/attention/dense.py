@@ -14,11 +14,14 @@ def sdpa_attention(
     slopes: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     dropout: float = 0.0,
+    causal: bool = True,
 ) -> torch.Tensor:
-    """As `banded_attention`, without a softcap."""
-    visible, distance = _visible(query, key, window, key_mask)
-    bias = torch.zeros((), device=query.device) if slopes is None else -slopes.view(-1, 1, 1) * distance
-    mask = torch.where(visible, bias, MASKED).to(query.dtype)
+    """As `banded_attention`, without a softcap; if not causal, a query sees as many keys after its own."""
+    mask = None
+    if causal or slopes is not None or key_mask is not None or window < key.shape[2]:
+        visible, distance = _visible(query, key, window, key_mask, causal)
+        bias = torch.zeros((), device=query.device) if slopes is None else -slopes.view(-1, 1, 1) * distance
+        mask = torch.where(visible, bias, MASKED).to(query.dtype)
     grouped = key.shape[1] != query.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
 
@@ -30,12 +33,13 @@ def attention_weights(
     softcap: float | None = None,
     slopes: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
+    causal: bool = True,
 ) -> torch.Tensor:
-    """Returns the weights that `banded_attention` uses, without dropout: (batch, heads, queries, keys).
+    """Returns the weights that `sliding_window_attention` uses, without dropout: (batch, heads, queries, keys).
 
     They are in the query's dtype, from a softmax in float32, and 0 at keys that a query does not see.
     """
-    visible, distance = _visible(query, key, window, key_mask)
+    visible, distance = _visible(query, key, window, key_mask, causal)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = (query * query.shape[-1] ** -0.5 @ key.mT).float()
     if softcap is not None:
@@ -46,12 +50,13 @@ def attention_weights(
 
 
 def _visible(
-    query: torch.Tensor, key: torch.Tensor, window: int, key_mask: torch.Tensor | None
+    query: torch.Tensor, key: torch.Tensor, window: int, key_mask: torch.Tensor | None, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns which keys each query sees, (batch or 1, 1, queries, keys), and the distances, (queries, keys)."""
     queries, keys = query.shape[2], key.shape[2]
     rows = torch.arange(queries, device=query.device)[:, None] + keys - queries
     distance = rows - torch.arange(keys, device=query.device)
+    distance = distance if causal else distance.abs()
     visible = ((distance >= 0) & (distance < window))[None, None]
     if key_mask is not None:
         visible = visible & key_mask.bool()[:, None, None]
