@@ -66,7 +66,9 @@ class FlashSTUForSequenceClassification(FlashSTUPreTrainedModel):
         """
         given = {"input_ids": input_ids, "input_values": input_values, "inputs_embeds": inputs_embeds}
         given |= {"attention_mask": attention_mask, "position_ids": position_ids}
-        inputs = {name: self._rows(name, tensor) for name, tensor in given.items()}
+        inputs = given
+        if self.config.classifier_towers == 2:
+            inputs = {name: None if tensor is None else pair_rows(name, tensor) for name, tensor in given.items()}
         outputs = self.model(
             **inputs, past_key_values=past_key_values, use_cache=use_cache, return_dict=True, **keywords
         )
@@ -82,16 +84,18 @@ class FlashSTUForSequenceClassification(FlashSTUPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _rows(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        """Returns what the layers read: of pairs (batch, 2, ...), both sequences as rows, (2 batch, ...)."""
-        towers = self.config.classifier_towers
-        if tensor is None or towers == 1:
-            return tensor
-        dimensions = 4 if name in ("input_values", "inputs_embeds") else 3
-        if tensor.ndim != dimensions or tensor.shape[1] != towers:
-            last = ", channels" if dimensions == 4 else ""
-            raise UserError(f"{name} has shape {tuple(tensor.shape)}; needed of pairs: (batch, 2, length{last})")
-        return tensor.flatten(0, 1)
+
+def pair_rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Returns both sequences of pairs (batch, 2, length, ...) as rows, (2 batch, length, ...).
+
+    Raises:
+        UserError: for another shape, with the argument's name.
+    """
+    dimensions = 4 if tensor.is_floating_point() else 3
+    if tensor.ndim != dimensions or tensor.shape[1] != 2:
+        last = ", channels" if dimensions == 4 else ""
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}; needed of pairs: (batch, 2, length{last})")
+    return tensor.flatten(0, 1)
 
 
 class Pooler(nn.Module):

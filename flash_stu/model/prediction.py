@@ -83,7 +83,7 @@ class FlashSTUForTimeSeriesPrediction(FlashSTUPreTrainedModel):
             **keywords,
         )
         predictions = self.head(outputs.last_hidden_state)
-        loss = None if labels is None else _squared_error(predictions, labels, attention_mask)
+        loss = None if labels is None else squared_error(predictions, labels, attention_mask)
         return PredictionOutput(
             loss=loss,
             predictions=predictions,
@@ -93,10 +93,8 @@ class FlashSTUForTimeSeriesPrediction(FlashSTUPreTrainedModel):
         )
 
 
-def _squared_error(
-    predictions: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Returns the mean over the labels that count, float32."""
+def squared_error(predictions: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Returns the mean squared error over the labels that count, float32; arguments as in the model's forward."""
     if labels.shape != predictions.shape:
         raise UserError(f"labels has shape {tuple(labels.shape)}; needed: {tuple(predictions.shape)}")
     labels = labels.to(predictions.device, torch.float32)

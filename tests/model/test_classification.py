@@ -179,12 +179,11 @@ def test_counted_weights_are_those_of_the_model(tiny_config):
         assert config.count_weights() == sum(t.numel() for t in [*model.parameters(), *model.buffers()])
 
 
-@pytest.mark.parametrize("first", ["flash_stu.model.pretrained", "flash_stu, transformers.modeling_layers"])
-def test_classes_are_found_whatever_is_imported_first(first, tiny_config, tmp_path):
+def test_classes_are_found_whatever_is_imported_first(tiny_config, tmp_path):
+    """This module loads transformers' automatic classes in the midst of its own imports."""
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
     code = f"""
-import {first}
-import flash_stu
+import flash_stu.model.pretrained
 from transformers import AutoConfig, AutoModelForSequenceClassification as Auto
 print(type(Auto.from_config(AutoConfig.from_pretrained({str(tmp_path)!r}))).__name__)"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
