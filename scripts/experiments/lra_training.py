@@ -41,7 +41,7 @@ def train(settings: Settings, name: Model, seed: int, run: Path, data_dir: str |
 
     Returns:
         parameters; accuracy on the test split, percent, and validation, that of each epoch; epochs; seconds of the
-        training steps; tokens_per_second; memory, the most that the process held, bytes.
+        training steps (CPU seconds without a GPU); tokens_per_second; memory, the most that the process held, bytes.
     """
     told = {"settings": settings.model_dump(mode="json"), "seed": seed}
     if (run / "result.json").is_file():
@@ -161,6 +161,8 @@ def optimizer(model: nn.Module, rate: float, decay: float, taps_rate: float) -> 
 class Watch(TrainerCallback, ExportableState):
     """Adds up the seconds of training steps, which a checkpoint keeps, and tells how far it is.
 
+    On a CPU they are those that the process was given, whatever else runs there.
+
     Args:
         name: of the run.
 
@@ -171,11 +173,15 @@ class Watch(TrainerCallback, ExportableState):
     def __init__(self, name: str) -> None:
         self.name, self.seconds, self._began = name, 0.0, 0.0
 
+    @staticmethod
+    def _now() -> float:
+        return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._began = time.perf_counter()
+        self._began = self._now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds += time.perf_counter() - self._began
+        self.seconds += self._now() - self._began
 
     def state(self) -> dict:
         return {"args": {"name": self.name}, "attributes": {"seconds": self.seconds}}
