@@ -26,7 +26,7 @@ from flash_stu.errors import UserError
 from flash_stu.files import write_text
 from spectralds import distill
 
-_INNER = {"mamba2": range(1, 9), "s5": [share / 8 for share in range(1, 65)]}  # widths in hidden sizes
+_PEERS = {"mamba2": (mamba2, "expand", 1), "s5": (s5, "ff_mult", 1 / 8)}  # inner width, in hidden sizes, and its steps
 
 
 def train(settings: Settings, name: Model, seed: int, run: Path, data_dir: str | None) -> dict:
@@ -127,11 +127,11 @@ def build(settings: Settings, name: Model) -> nn.Module:
     config = settings.architecture(name)
     with torch.device("meta"):
         wanted = parameters(FlashSTUForSequenceClassification(settings.architecture("stu")))
-    if name in _INNER:
-        make = mamba2 if name == "mamba2" else s5
-        key = {"mamba2": "expand", "s5": "ff_mult"}[name]
-        sizes = {inner: parameters(make(config, **{key: inner})) for inner in _INNER[name]}
-        return make(config, **{key: min(sizes, key=lambda inner: abs(sizes[inner] - wanted))})
+    if name in _PEERS:
+        make, inner, least = _PEERS[name]
+        one, two = (parameters(make(config, **{inner: width})) for width in (1, 2))
+        width = 1 + (wanted - one) / (two - one)  # the number of parameters is linear in it
+        return make(config, **{inner: max(least, round(width / least) * least)})
     if name != "stu":
         with torch.device("meta"):
             own = parameters(FlashSTUForSequenceClassification(config))

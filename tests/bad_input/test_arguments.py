@@ -161,6 +161,10 @@ EXPERIMENTS: dict[str, dict[str, list]] = {
         **{"--text": MISSING, "--runs": PLACES, "--output": PLACES},
     },
     "long_context": {"--runs": PLACES, "--output": PLACES},
+    "lra": {
+        **{"--runs": PLACES, "--output": PLACES, "--config": MISSING, "--task": ["", "nope"], "--model": ["", "gru"]},
+        **{"--seeds": [*NUMBERS, "0"], "--processes": [*NUMBERS, "0"], "--data-dir": NOT_FOLDERS},
+    },
     "text": {
         **{"--runs": PLACES, "--output": PLACES, "--steps": [*NUMBERS, "0"], "--bpe": [*NUMBERS, "319"]},
         "--name": ["", LONG, "a/b", "../a", "a b"],
