@@ -22,6 +22,7 @@ from flash_stu.model.layers import SlidingWindowAttention
 from flash_stu.model.layers.context import Ring, SequenceContext
 from flash_stu.model.layers.documents import Documents
 from flash_stu.model.layers.exact import SpectralFilters
+from flash_stu.model.layers.linear import ValueEmbedding
 from flash_stu.model.layers.norm import RMSNorm
 from flash_stu.model.padding import read_mask, restored
 from flash_stu.model.pretrained import Block, FlashSTUPreTrainedModel
@@ -39,7 +40,7 @@ class FlashSTUModel(FlashSTUPreTrainedModel):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         else:
             self._input_embed_layer = "embed_values"  # where transformers looks for it
-            self.embed_values = nn.Linear(config.num_input_channels, config.hidden_size)
+            self.embed_values = ValueEmbedding(config.num_input_channels, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.filters = SpectralFilters(config.max_position_embeddings, config.num_filters) if config.uses_stu else None
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.block_types)

@@ -27,7 +27,7 @@ from flash_stu.model.layers import LDS, STU, Bidirectional, GatedMLP, InputOutpu
 from flash_stu.model.layers.attention import AttentionWeights, check_implementation
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.model.layers.exact import SpectralFilters
-from flash_stu.model.layers.linear import FUSED, DepthScaledLinear, FusedLinear, join, join_tensors
+from flash_stu.model.layers.linear import FUSED, DepthScaledLinear, FusedLinear, ValueEmbedding, join, join_tensors
 from flash_stu.model.layers.mixer import Mixer
 from flash_stu.model.layers.norm import RMSNorm
 from flash_stu.model.saving import add_remote_code
@@ -115,6 +115,8 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
             _draw(module, (2 * self.config.num_hidden_layers * module.in_features) ** -0.5)
         elif isinstance(module, nn.Linear):
             _draw(module, module.in_features**-0.5)
+            if isinstance(module, ValueEmbedding):
+                hf_init.normal_(module.bias, std=module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
             hf_init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm):

@@ -158,6 +158,14 @@ def test_numbers_as_inputs(classifier):
         model(input_values=values[..., :2])
 
 
+@torch.no_grad()
+def test_the_size_of_a_single_number_counts(classifier):
+    """Not its sign alone, which is all that a norm leaves of a multiple of one vector."""
+    model = classifier(num_input_channels=1)
+    logits = [model(input_values=torch.full((1, 9, 1), value)).logits for value in (0.2, 1.0)]
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
 def test_what_a_bidirectional_model_refuses(tiny_config, classifier):
     model, ids = classifier(**BOTH_WAYS), torch.ones(1, 6, dtype=torch.long)
     for refused in ({"use_cache": True}, {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}):

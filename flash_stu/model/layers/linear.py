@@ -16,6 +16,13 @@ class DepthScaledLinear(nn.Linear):
     """
 
 
+class ValueEmbedding(nn.Linear):
+    """Numbers to hidden states: its bias is drawn like its weights.
+
+    Without one the norm of the first block would leave of a single number nothing but its sign.
+    """
+
+
 class FusedLinear(nn.Linear):
     """Several linear layers of the same inputs as one product, their outputs side by side.
 
