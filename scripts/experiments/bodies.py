@@ -8,7 +8,10 @@ fall. For the data every trajectory has its own frequency, amplitudes and phase,
 Sources: Todorov et al. 2012 (MuJoCo); Ijspeert 2008 (central pattern generators); de Boer et al. 2005 (cross-entropy).
 """
 
+import contextlib
+import json
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flash_stu import UserError
+from flash_stu.errors import UserError, reason
 from flash_stu.files import replacing_file
 
 SETTLE = 128  # steps of a trajectory before what is kept: from the start to the gait
@@ -37,6 +40,7 @@ class Body:
             the state (positions, then velocities).
         joints: angles at rest, radians, in the order of the actuators; the search starts around them.
         frequency: of the gait, hertz, where the search starts.
+        mirrored: whether the second half of the joints does what the first does, half a period later.
     """
 
     name: str
@@ -44,12 +48,13 @@ class Body:
     groups: tuple[tuple[str, int], ...]
     joints: tuple[float, ...]
     frequency: float
+    mirrored: bool = False
 
 
-def _planar(name: str, joints: tuple[float, ...], frequency: float) -> Body:
+def _planar(name: str, joints: tuple[float, ...], frequency: float, mirrored: bool) -> Body:
     groups = (("moved", 1), ("height", 1), ("pitch", 1), ("angles", 6))
     speeds = (("speed", 2), ("pitch rate", 1), ("joint rates", 6))
-    return Body(name, (0,), groups + speeds, joints, frequency)
+    return Body(name, (0,), groups + speeds, joints, frequency, mirrored)
 
 
 BODIES = {
@@ -60,8 +65,8 @@ BODIES = {
         (0.0, 0.9, 0.0, 0.9, 0.0, -0.9, 0.0, -0.9),
         1.5,
     ),
-    "halfcheetah": _planar("HalfCheetah-v5", (0.0,) * 6, 2.0),
-    "walker2d": _planar("Walker2d-v5", (-0.2, -0.3, 0.0, -0.2, -0.3, 0.0), 1.5),
+    "halfcheetah": _planar("HalfCheetah-v5", (0.0,) * 6, 2.0, False),
+    "walker2d": _planar("Walker2d-v5", (-0.2, -0.3, 0.0, -0.2, -0.3, 0.0), 1.5, True),
 }
 
 
@@ -91,7 +96,8 @@ class Simulator:
         except ImportError:
             raise UserError("robotics needs MuJoCo and gymnasium: pip install 'flash-stu[robotics]'") from None
         self.body = body
-        self.environment: Any = gymnasium.make(body.name).unwrapped
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # MuJoCo leaves a log where it is
+            self.environment: Any = gymnasium.make(body.name).unwrapped
         model = self.environment.model
         joints = model.actuator_trnid[:, 0]
         self.positions, self.velocities = model.jnt_qposadr[joints], model.jnt_dofadr[joints]
@@ -102,7 +108,7 @@ class Simulator:
         return np.concatenate([self.environment.data.qpos, self.environment.data.qvel])
 
     def upright(self) -> bool:
-        """Returns whether the body is in the range that gymnasium calls healthy, HalfCheetah's pitch within 1 radian."""
+        """Returns whether the body is in what gymnasium calls its healthy range; HalfCheetah: pitch within 1 radian."""
         if hasattr(self.environment, "is_healthy"):
             return bool(self.environment.is_healthy)
         return abs(self.environment.data.qpos[2]) < 1
@@ -124,8 +130,10 @@ class Simulator:
         Returns:
             states (steps done + 1, entries) and torques (steps done, joints).
         """
-        joints = len(self.body.joints)
-        frequency, (centres, amplitudes, phases, lean, lean_rate) = gait[0], gait[1:].reshape(5, joints)
+        joints, rows = len(self.body.joints), gait[1:].reshape(5, -1)
+        if self.body.mirrored:
+            rows = np.hstack([rows, rows + np.pi * (np.arange(5) == 2)[:, None]])
+        frequency, (centres, amplitudes, phases, lean, lean_rate) = gait[0], rows
         frequency = frequency * (1 + vary * random.uniform(-0.15, 0.15))
         amplitudes = amplitudes * (1 + vary * random.uniform(-0.2, 0.2, joints))
         start = vary * random.uniform(0, 2 * np.pi)
@@ -147,37 +155,48 @@ class Simulator:
         return np.array(states), np.array(torques)
 
 
-def search(simulator: Simulator, generations: int, random: np.random.Generator, population: int = 32) -> np.ndarray:
-    """Find a gait by the cross-entropy method: 400 steps each, metres forward, less where it falls.
+def travelled(body: Body, states: np.ndarray, window: int = 50) -> float:
+    """Returns how far a body came, metres: forward, or for one that may turn the way over windows of 50 steps."""
+    places = states[::window, list(body.roaming)]
+    moves = np.diff(places, axis=0)
+    return float(moves.sum() if len(body.roaming) == 1 else np.linalg.norm(moves, axis=1).sum())
+
+
+def search(body: Body, generations: int, seed: int, population: int = 32) -> np.ndarray:
+    """Find a gait by the cross-entropy method over 400 steps: the way made, in units of 5 m, and the time without a fall.
 
     Returns:
         its numbers: the frequency, then five of each joint: centre, amplitude, phase, gains of pitch and its rate.
+
+    Raises:
+        UserError: if MuJoCo is missing.
     """
-    rest = np.array(simulator.body.joints)
-    ones, steps = np.ones(len(rest)), 400
-    mean = np.concatenate([[simulator.body.frequency], rest, 0.4 * ones, 0 * ones, 0 * ones, 0 * ones])
-    width = np.concatenate([[0.5], 0.2 * ones, 0.2 * ones, 1.5 * ones, 0.3 * ones, 0.1 * ones])
-    for _ in range(generations):
+    simulator, random, steps = Simulator(body), np.random.default_rng(seed), 400
+    rest = np.array(body.joints[: len(body.joints) // (2 if body.mirrored else 1)])
+    ones = np.ones(len(rest))
+    mean = np.concatenate([[body.frequency], rest, 0.3 * ones, 0 * ones, 0 * ones, 0 * ones])
+    width = np.concatenate([[0.5], 0.2 * ones, 0.2 * ones, 1.5 * ones, 0.5 * ones, 0.1 * ones])
+    for generation in range(generations):
         gaits = mean + width * random.standard_normal((population, len(mean)))
         gaits[0] = mean
         scores = []
         for gait in gaits:
-            states, torques = simulator.drive(gait, steps, random, vary=0.5)
-            scores.append(states[-1, 0] - states[0, 0] + 3 * len(torques) / steps)
+            states, torques = simulator.drive(gait, steps, random)
+            scores.append(travelled(body, states) / 5 + 2 * len(torques) / steps)
         best = gaits[np.argsort(scores)[-population // 4 :]]
         mean, width = best.mean(0), best.std(0) + 0.01
-        print(f"gait of {simulator.body.name}: best {max(scores):.2f}, mean {np.mean(scores):.2f}", flush=True)
+        if generation % 5 == 4:
+            print(f"gait of {body.name}: best {max(scores):.2f}, mean {np.mean(scores):.2f}", flush=True)
     return mean
 
 
-def collect(body: Body, count: int, steps: int, seed: int, generations: int) -> Trajectories:
-    """Find a gait and let it run: trajectories in which the body fell are dropped, and counted.
+def collect(body: Body, gait: np.ndarray, count: int, steps: int, seed: int) -> Trajectories:
+    """Let a gait run: trajectories in which the body fell are dropped, and counted.
 
     Raises:
         UserError: if MuJoCo is missing, or fewer than one trajectory in ten is without a fall.
     """
     simulator, random = Simulator(body), np.random.default_rng(seed)
-    gait = search(simulator, generations, random)
     kept, tried = [], 0
     for states, torques in _runs(simulator, gait, SETTLE + steps, random):
         tried += 1
@@ -188,10 +207,10 @@ def collect(body: Body, count: int, steps: int, seed: int, generations: int) -> 
         if tried >= 20 and len(kept) < tried / 10:
             raise UserError(f"{body.name} fell in {tried - len(kept)} of {tried} trajectories: the gait is of no use")
     states, torques = (np.array(part, np.float32) for part in zip(*kept, strict=True))
-    moved = (states[:, -1, 0] - states[:, 0, 0]) / (steps * simulator.step_seconds)
+    seconds = len(states) * steps * simulator.step_seconds
     facts = {
         "gait": gait.round(4).tolist(),
-        "metres_per_second": float(moved.mean()),
+        "metres_per_second": sum(travelled(body, each) for each in states) / seconds,
         "without_a_fall": count / tried,
         "step_seconds": simulator.step_seconds,
     }
@@ -203,3 +222,41 @@ def _runs(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     while True:
         yield simulator.drive(gait, steps, random)
+
+
+def write(trajectories: Trajectories, path: Path) -> None:
+    """Leave trajectories as a parquet file: a row per step, with trajectory, step, state, and torque but for the last.
+
+    The facts are JSON under "facts" in the schema's metadata.
+    """
+    states, torques = trajectories.states, trajectories.torques
+    count, length, entries = states.shape
+    padded = np.concatenate([torques, np.zeros_like(torques[:, :1])], axis=1)
+    last = np.tile(np.arange(length) == length - 1, count)
+    columns = {
+        "trajectory": pa.array(np.repeat(np.arange(count, dtype=np.int32), length)),
+        "step": pa.array(np.tile(np.arange(length, dtype=np.int32), count)),
+        "state": pa.FixedSizeListArray.from_arrays(pa.array(states.ravel()), entries),
+        "torque": pa.FixedSizeListArray.from_arrays(pa.array(padded.ravel()), torques.shape[2], mask=pa.array(last)),
+    }
+    table = pa.table(columns).replace_schema_metadata({"facts": json.dumps(trajectories.facts)})
+    with replacing_file(path) as temporary:
+        pq.write_table(table, temporary, row_group_size=length * 64)
+
+
+def read(path: Path) -> Trajectories:
+    """Read what `write` left.
+
+    Raises:
+        UserError: for a file that cannot be read or is not one of these.
+    """
+    try:
+        table = pq.read_table(path)
+        length = table["step"].to_numpy().max() + 1
+        states = table["state"].combine_chunks().flatten().to_numpy()
+        torques = table["torque"].combine_chunks().drop_null().flatten().to_numpy()
+        facts = json.loads((table.schema.metadata or {})[b"facts"])
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{path} is not a file of trajectories: {reason(error)}") from None
+    count = len(table) // length
+    return Trajectories(states.reshape(count, length, -1), torques.reshape(count, length - 1, -1), facts)
