@@ -29,6 +29,11 @@ def persistence(outputs: int) -> Base:
     return lambda inputs: inputs[..., :outputs]
 
 
+def nothing(outputs: int) -> Base:
+    """Returns the prediction of zeros, for a network that predicts the whole."""
+    return lambda inputs: torch.zeros_like(inputs[..., :outputs])
+
+
 def linear(inputs: torch.Tensor, targets: torch.Tensor) -> Base:
     """Returns the least-squares prediction from the last inputs and a constant, fitted in float64."""
     rows = _with_one(inputs).flatten(0, 1).double()
@@ -78,7 +83,7 @@ class Predictor:
         return torch.cat(predictions, dim=1)
 
     def stepper(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Returns a function that takes the next inputs, at first a whole past, and predicts one step, (batch, 1, outputs).
+        """Returns a function that takes the next inputs, at first a whole past, and predicts (batch, 1, outputs).
 
         A network of ours carries its past in its cache; another library's reads it anew at every step.
         """
@@ -123,7 +128,7 @@ def train(
     """Train a network to correct a base.
 
     Returns:
-        the predictor, and the training's parameters, seconds, steps and curve of [step, loss].
+        the predictor, and the training's parameters, seconds, updates and curve of [step, loss].
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -161,7 +166,7 @@ def train(
         trainer.train()
         seconds = time.perf_counter() - start
     curve = [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row]
-    facts = {"parameters": parameters(network), "seconds": seconds, "steps": steps, "curve": curve}
+    facts = {"parameters": parameters(network), "seconds": seconds, "updates": steps, "curve": curve}
     return Predictor(base, network.eval()), facts
 
 
