@@ -239,10 +239,11 @@ def render(results: dict) -> str:
         seconds = spread([run["seconds"] for run in runs], 1) if "seconds" in runs[0] else ""
         rows.append([model, *cells, *parts, count, seconds, shown])
     gait = (
-        f"{BODIES[env].name}: {results['trajectories']:,} trajectories of {LENGTH} steps of {facts['step_seconds']:g} "
-        f"s; on average {facts['metres_per_second']:.2f} m/s, {100 * facts['without_a_fall']:.0f} % of the runs without "
-        f"a fall, which were kept. {results['inputs']} inputs, {results['outputs']} outputs; {results['tests']} test "
-        f"trajectories; seeds: {results['seeds']}. Mean squared errors in units of the groups' variance:"
+        f"{BODIES[env].name}: {results['trajectories']:,} trajectories of {LENGTH} steps of "
+        f"{facts['step_seconds']:g} s; on average {facts['metres_per_second']:.2f} m/s; kept were the runs without a "
+        f"fall, {100 * facts['without_a_fall']:.0f} % of them. {results['inputs']} inputs, {results['outputs']} "
+        f"outputs; {results['tests']} test trajectories; seeds: {results['seeds']}. Mean squared errors in units of "
+        "the groups' variance:"
     )
     header = ["model", "next state", "closed loop, 10 steps", f"{STEPS} steps", *(f"next {group}" for group in groups)]
     header += ["parameters", "training, s", "published, elsewhere"]
