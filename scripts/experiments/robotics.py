@@ -1,7 +1,7 @@
 """Robotics: the next state of walking bodies, one step ahead and in closed loop, by networks and linear models.
 
     python scripts/experiments/robotics.py [--env ant | halfcheetah | walker2d] [--data runs/robotics] [--collect]
-        [--search] [--seeds N] [--quick | --full] [--output results/experiments]
+        [--search] [--trajectories N] [--seeds N] [--quick | --full] [--output results/experiments]
 
 The states are positions and velocities of a body in MuJoCo, with the torques beside them; bodies.py makes them walk. A
 model reads states and torques and predicts the next state; in closed loop it reads its own predictions and the true
@@ -17,6 +17,7 @@ the whole state.
 Source: Liu et al. 2024, Flash STU (arXiv 2409.10489), section 4, for task, shapes and training.
 """
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,15 @@ from flash_stu.results import environment, experiment_parser, finish, page, pane
 from spectralds import distill
 
 LENGTH, CONTEXT = 512, 256  # of a training sequence; steps before a closed loop
-STEPS, LONG = 100, 1000  # of the closed loops of all models; of the distilled one's
 WHOLE, DISTILLED, LINEAR, PERSISTENCE = "STU, whole state", "distilled STU", "linear", "persistence"
 PUBLISHED = {  # slides to the paper; other trajectories: they cannot be compared with ours
     "ant": {"STU": 0.0092, "Transformer": 0.0237, "Mamba-2": 0.0139},
     "walker2d": {"STU": 0.0062, "Transformer": 0.0134, "Mamba-2": 0.0066},
 }
 SIZES = {
-    "quick": {"seeds": 1, "trajectories": 2, "tests": 1, "loop": 300},
-    "default": {"seeds": 1, "trajectories": 200, "tests": 32, "loop": 10_000},
-    "full": {"seeds": 3, "trajectories": 600, "tests": 32, "loop": 10_000},
+    "quick": {"seeds": 1, "trajectories": 2, "tests": 1, "steps": 12, "long": 120, "loop": 300},
+    "default": {"seeds": 1, "trajectories": 200, "tests": 16, "steps": 100, "long": 1000, "loop": 10_000},
+    "full": {"seeds": 3, "trajectories": 600, "tests": 16, "steps": 100, "long": 1000, "loop": 10_000},
 }
 
 
@@ -126,7 +126,7 @@ def trajectories(env: str, size: dict, folder: Path, anew: bool, searched: bool)
     paths = [folder / f"{env}-{part}-{count}.parquet" for part, count in zip(("train", "test"), counts, strict=True)]
     if anew or searched or not all(path.exists() for path in paths):
         gait = search(body, body.generations, seed=0) if searched else np.array(GAITS[env])
-        for seed, (path, count, steps) in enumerate(zip(paths, counts, (LENGTH, CONTEXT + LONG), strict=True)):
+        for seed, (path, count, steps) in enumerate(zip(paths, counts, (LENGTH, CONTEXT + size["long"]), strict=True)):
             print(f"collecting {count} trajectories of {steps} steps into {path}", flush=True)
             write(collect(body, gait, count, steps + 1, seed), path)
     train_path, test_path = paths
@@ -141,17 +141,14 @@ def measure(predictor: Predictor, inputs: torch.Tensor, targets: torch.Tensor, g
     return {
         "error": float(errors.mean()),
         "by_group": {name: float(part.mean()) for (name, _), part in zip(groups, parts, strict=True)},
-        "closed": closed_loop(predictor, inputs, targets, outputs, min(steps, STEPS)),
-        **({"long": closed_loop(predictor, inputs, targets, outputs, steps)} if steps > STEPS else {}),
+        "closed": closed_loop(predictor, inputs, targets, steps),
     }
 
 
-def closed_loop(
-    predictor: Predictor, inputs: torch.Tensor, targets: torch.Tensor, outputs: int, steps: int
-) -> list[float]:
+def closed_loop(predictor: Predictor, inputs: torch.Tensor, targets: torch.Tensor, steps: int) -> list[float]:
     """Returns the errors of the predictions for `steps` steps after CONTEXT true ones."""
     stop = CONTEXT + steps - 1
-    found = predictor.closed_loop(inputs[:, :CONTEXT], inputs[:, CONTEXT:stop, outputs:])
+    found = predictor.closed_loop(inputs[:, :CONTEXT], inputs[:, CONTEXT:stop, targets.shape[2] :])
     errors = squared_errors(found, targets[:, CONTEXT - 1 : stop])
     return [float(f"{min(error, 1e30):.4g}") for error in np.nan_to_num(errors, nan=1e30)]
 
@@ -180,10 +177,13 @@ def speed(predictor: Predictor, inputs: torch.Tensor, outputs: int, steps: int) 
 
 def main() -> None:
     args = arguments()
-    size = SIZES[args.size] | ({"seeds": args.seeds} if args.seeds else {})
+    chosen = {"seeds": args.seeds, "trajectories": args.trajectories}
+    size = SIZES[args.size] | {name: value for name, value in chosen.items() if value}
     torch.set_num_threads(1)
     name, body = f"robotics-{args.env}", BODIES[args.env]
-    data, tests = trajectories(args.env, size, Path(args.data) / args.size, args.collect, args.search)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(args.data or (folder if args.size == "quick" else "runs/robotics"))
+        data, tests = trajectories(args.env, size, place, args.collect, args.search)
     if args.collect:
         return
     features = Features(body, data)
@@ -192,11 +192,13 @@ def main() -> None:
     results: dict[str, Any] = {"environment": environment(torch.device("cpu")), "size": args.size, "env": args.env}
     results |= {**size, "facts": data.facts, "inputs": inputs.shape[2], "outputs": outputs, "rows": []}
 
-    def add(model: str, seed: int, predictor: Predictor, steps: int = STEPS, **more: Any) -> None:
+    def add(model: str, seed: int, predictor: Predictor, **more: Any) -> None:
         row = {"model": model, "seed": seed, **more}
-        row |= measure(predictor, test_inputs, test_targets, body.groups, steps)
+        row |= measure(predictor, test_inputs, test_targets, body.groups, size["steps"])
         results["rows"].append(row)
-        print(f"{model}, seed {seed}: {row['error']:.4f}, after {STEPS} steps {row['closed'][-1]:.3g}", flush=True)
+        print(
+            f"{model}, seed {seed}: {row['error']:.4f}, after {size['steps']} steps {row['closed'][-1]:.3g}", flush=True
+        )
         save(name, results, args.output)
 
     add(PERSISTENCE, 0, Predictor(persistence(outputs)))
@@ -210,7 +212,8 @@ def main() -> None:
             if model == "STU":
                 fast = Predictor(base, distill(predictor.network).eval())  # pyright: ignore[reportArgumentType]
                 rates = speed(fast, test_inputs, outputs, size["loop"])
-                add(DISTILLED, seed, fast, LONG, parameters=facts["parameters"], speed=rates)
+                long = closed_loop(fast, test_inputs, test_targets, size["long"])
+                add(DISTILLED, seed, fast, long=long, parameters=facts["parameters"], speed=rates)
     finish(name, results, render, plot, args.output)
 
 
@@ -218,9 +221,10 @@ def arguments() -> Any:
     parser = experiment_parser(__doc__, "robotics-ENV")
     add = parser.add_argument
     add("--env", choices=tuple(BODIES), default="halfcheetah", help="the body (halfcheetah)")
-    add("--data", type=output_directory, default="runs/robotics", metavar="DIR", help="trajectories (runs/robotics)")
+    add("--data", type=output_directory, metavar="DIR", help="trajectories (runs/robotics)")
     add("--collect", action="store_true", help="collect the trajectories, also if they are there, and stop")
     add("--search", action="store_true", help="search a gait and collect its trajectories, in place of the kept gait's")
+    add("--trajectories", type=integer(1, 10**6), metavar="N", help="to learn from")
     add("--seeds", type=integer(1, 100), metavar="N", help="of every network")
     return parser.parse_args()
 
@@ -228,11 +232,11 @@ def arguments() -> Any:
 def render(results: dict) -> str:
     """Two tables: errors of all models, and the distilled model's speed."""
     env, facts, published = results["env"], results["facts"], PUBLISHED.get(results["env"], {})
-    groups = list(results["rows"][0]["by_group"])
+    groups, steps = list(results["rows"][0]["by_group"]), len(results["rows"][0]["closed"])
     rows = []
     for model, runs in by_model(results).items():
         shown = f"{published[model]:g}" if model in published else ""
-        cells = [[run["error"] for run in runs], *([run["closed"][i] for run in runs] for i in (9, STEPS - 1))]
+        cells = [[run["error"] for run in runs], *([run["closed"][i] for run in runs] for i in (9, -1))]
         cells = [figures(values) for values in cells]
         parts = [figures([run["by_group"][group] for run in runs]) for group in groups]
         count = f"{runs[0]['parameters']:,}" if "parameters" in runs[0] else ""
@@ -245,7 +249,7 @@ def render(results: dict) -> str:
         f"outputs; {results['tests']} test trajectories; seeds: {results['seeds']}. Mean squared errors in units of "
         "the groups' variance:"
     )
-    header = ["model", "next state", "closed loop, 10 steps", f"{STEPS} steps", *(f"next {group}" for group in groups)]
+    header = ["model", "next state", "closed loop, 10 steps", f"{steps} steps", *(f"next {group}" for group in groups)]
     header += ["parameters", "training, s", "published, elsewhere"]
     return page(results, gait, table(header, rows), *distilled_lines(by_model(results).get(DISTILLED, [])))
 
@@ -264,8 +268,8 @@ def distilled_lines(runs: list[dict]) -> list[str]:
         [measure(run["long"]) for run in runs] for measure in (max, lambda long: float(np.mean(long[-100:])))
     )
     text = (
-        f"The distilled STU in closed loop over {LONG:,} steps: error at most {figures(worst)}, over the last 100 "
-        f"{figures(late)}; 1 is that of the mean state, 2 that of a state of another time."
+        f"The distilled STU in closed loop over {len(runs[0]['long']):,} steps: error at most {figures(worst)}, over the "
+        f"last 100 {figures(late)}; 1 is that of the mean state, 2 that of a state of another time."
     )
     rows = [[f"{at['step']:,}", f"{at['steps_per_second']:,.0f}", f"{at['bytes']:,}"] for at in runs[0]["speed"]]
     return [text, table(["step", "steps/s", "bytes carried"], rows)]
@@ -286,9 +290,10 @@ def plot(results: dict, path: Path) -> None:
         style = style or {"color": f"C{place - 2}"}
         if "curve" in runs[0]:
             curves.plot(*zip(*runs[0]["curve"], strict=True), label=model, linewidth=1.4, **style)
-        loops.plot(range(1, STEPS + 1), np.median([run["closed"] for run in runs], axis=0), label=model, **style)
+        closed = np.median([run["closed"] for run in runs], axis=0)
+        loops.plot(range(1, len(closed) + 1), closed, label=model, **style)
         for run in runs if "long" in runs[0] else []:
-            long.plot(range(1, LONG + 1), run["long"], linewidth=1, **style)
+            long.plot(range(1, len(run["long"]) + 1), run["long"], linewidth=1, **style)
     curves.set(xlabel="step", ylabel="training loss, inputs with noise", yscale="log")
     curves.set_title(f"{BODIES[results['env']].name}: training, first seed", loc="left", fontsize=10)
     loops.set(xlabel="steps ahead", ylabel="mean squared error", yscale="log")

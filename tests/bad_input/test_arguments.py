@@ -154,13 +154,25 @@ BENCHMARKS = {
 EXPERIMENTS: dict[str, dict[str, list]] = {
     **{
         name: {"--output": PLACES}
-        for name in ("futurefill", "identification", "length_generalisation", "marginal_lds", "recall", "theorem_1")
+        for name in (
+            "forecasting",
+            "futurefill",
+            "identification",
+            "length_generalisation",
+            "marginal_lds",
+            "recall",
+            "theorem_1",
+        )
     },
     "loss_landscape": {
         "--model": ["", LONG, "absent", "taken", "/dev/null", "folder"],
         **{"--text": MISSING, "--runs": PLACES, "--output": PLACES},
     },
     "long_context": {"--runs": PLACES, "--output": PLACES},
+    "robotics": {
+        **{"--output": PLACES, "--data": PLACES, "--env": ["", "humanoid"]},
+        **dict.fromkeys(("--seeds", "--trajectories"), [*NUMBERS, "0"]),
+    },
     "text": {
         **{"--runs": PLACES, "--output": PLACES, "--steps": [*NUMBERS, "0"], "--bpe": [*NUMBERS, "319"]},
         "--name": ["", LONG, "a/b", "../a", "a b"],
