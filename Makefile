@@ -80,7 +80,7 @@ BOOKS = --name books $(or $(SIZE),--steps 120) --bpe 4096 --output results/exper
 	data.dataset=$(FLASH_STU_EXTRA_DATA)/text data.max_documents=2000
 EXPERIMENTS ?= $(basename $(notdir $(shell grep -l '^def render' scripts/experiments/*.py)))
 experiments: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev,experiments]'
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev,experiments,robotics]'
 	set -e; for name in $(EXPERIMENTS); do $(BIN)/python scripts/experiments/$$name.py $(SIZE) --output results/experiments; done
 	$(if $(and $(FLASH_STU_EXTRA_DATA),$(filter text,$(EXPERIMENTS))),$(BIN)/python scripts/experiments/text.py $(BOOKS))
 	$(BENCH)/tables.py

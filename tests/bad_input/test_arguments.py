@@ -154,7 +154,15 @@ BENCHMARKS = {
 EXPERIMENTS: dict[str, dict[str, list]] = {
     **{
         name: {"--output": PLACES}
-        for name in ("futurefill", "identification", "length_generalisation", "marginal_lds", "recall", "theorem_1")
+        for name in (
+            "forecasting",
+            "futurefill",
+            "identification",
+            "length_generalisation",
+            "marginal_lds",
+            "recall",
+            "theorem_1",
+        )
     },
     "loss_landscape": {
         "--model": ["", LONG, "absent", "taken", "/dev/null", "folder"],
@@ -164,6 +172,10 @@ EXPERIMENTS: dict[str, dict[str, list]] = {
     "lra": {
         **{"--runs": PLACES, "--output": PLACES, "--config": MISSING, "--task": ["", "nope"], "--model": ["", "gru"]},
         **{"--seeds": [*NUMBERS, "0"], "--processes": [*NUMBERS, "0"], "--data-dir": NOT_FOLDERS},
+    },
+    "robotics": {
+        **{"--output": PLACES, "--data": PLACES, "--env": ["", "humanoid"]},
+        **dict.fromkeys(("--seeds", "--trajectories"), [*NUMBERS, "0"]),
     },
     "text": {
         **{"--runs": PLACES, "--output": PLACES, "--steps": [*NUMBERS, "0"], "--bpe": [*NUMBERS, "319"]},
