@@ -119,19 +119,19 @@ def _train(rank: int, processes: int, port: int, length: int, pieces: int, queue
 def _count_sent() -> list[int]:
     """Returns a list that gets the bytes of everything that this process sends for its layers from now on."""
     sent: list[int] = []
-    swap = getattr(exchange._swap, "plain", exchange._swap)  # noqa: SLF001 - the one place where tokens are sent
+    start = getattr(dist.batch_isend_irecv, "plain", dist.batch_isend_irecv)
     gather = getattr(exchange.gather, "plain", exchange.gather)
 
-    def counted_swap(out: dict, received: dict, group: Any) -> None:
-        sent.extend(tensor.nbytes for tensor in out.values())
-        swap(out, received, group)
+    def counted_start(operations: list[dist.P2POp]) -> list[dist.Work]:
+        sent.extend(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
+        return start(operations)
 
     def counted_gather(own: torch.Tensor, group: Any) -> torch.Tensor:
         sent.append(2 * own.nbytes * (dist.get_world_size(group) - 1))  # as much in the backward pass
         return gather(own, group)
 
-    counted_swap.plain, counted_gather.plain = swap, gather  # pyright: ignore[reportFunctionMemberAccess]
-    exchange._swap, exchange.gather = counted_swap, counted_gather  # noqa: SLF001
+    counted_start.plain, counted_gather.plain = start, gather  # pyright: ignore[reportFunctionMemberAccess]
+    dist.batch_isend_irecv, exchange.gather = counted_start, counted_gather
     return sent
 
 

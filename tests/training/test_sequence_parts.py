@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from processes import ProcessError, run_processes
 
 from flash_stu import UserError
+from flash_stu.model.layers import attention
+from flash_stu.model.layers.context import SequenceContext
+from flash_stu.ops.parts import Shard
 from flash_stu.training import Trainer, join_world
 from flash_stu.training.initialization import build_model
 from flash_stu.training.metrics import read_metrics
@@ -111,6 +115,44 @@ def test_shards_train_like_whole_sequences(config_of, assert_alike, processes, s
     found = run_processes(processes, partial(records, steps=steps), config_of, VARIANTS, *overrides)
     assert all(other == found[0] for other in found)
     assert_alike(found[0])
+
+
+def order_of_exchange(config_file: str) -> list[str]:
+    """The steps of an attention layer in a shard of 12 tokens with a window of 5, forward and backward."""
+    events, start, attend = [], dist.batch_isend_irecv, attention.sliding_window_attention
+
+    class Watched:
+        def __init__(self, work):
+            self.work = work
+
+        def wait(self):
+            events.append("waits")
+            self.work.wait()
+
+    def watched_start(operations):
+        events.append("sends")
+        return [Watched(work) for work in start(operations)]
+
+    def watched_attend(query, *arguments, **options):
+        y, what = attend(query, *arguments, **options), f"{query.shape[2]} queries"
+        events.append(what)
+        y.register_hook(lambda _: events.append(what))
+        return y
+
+    dist.batch_isend_irecv, attention.sliding_window_attention = watched_start, watched_attend
+    config = load_config(config_file, ["parallel.context=2", "model.sliding_window=5"])
+    with join_world(config) as world:
+        layer = attention.SlidingWindowAttention(config.architecture())
+        x = torch.randn(1, 12, layer.config.hidden_size, requires_grad=True)
+        context = SequenceContext(past=Shard(12, 24, world.sequence_group).before(0))
+        layer.whole(x, context).sum().backward()
+    return events
+
+
+def test_the_halo_of_attention_travels_while_the_rest_is_computed(config_of):
+    expected = ["sends", "8 queries", "waits", "4 queries"]  # and in the backward pass
+    expected += ["4 queries", "sends", "8 queries", "waits"]
+    assert run_processes(2, order_of_exchange, config_of) == [expected] * 2
 
 
 def train(config_file: str, *overrides: str) -> bool:
