@@ -186,7 +186,8 @@ class _PastOfRank(Past):
         earlier = exchange.gather(own, self.group)[: self.rank]
         distance = steps * torch.arange(self.rank - 1, -1, -1, dtype=torch.float64, device=own.device)
         factors = powers(decay, distance).to(own.dtype)
-        return torch.einsum("r...s,rs->...s", earlier, factors)
+        with torch.autocast(own.device.type, enabled=False):
+            return torch.einsum("r...s,rs->...s", earlier, factors)
 
     @torch.compiler.disable(recursive=True)
     def receive(self, zero: torch.Tensor) -> torch.Tensor:

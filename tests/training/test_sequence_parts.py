@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from processes import ProcessError, run_processes
 
 from flash_stu import UserError
+from flash_stu.distributed import World
 from flash_stu.model.layers import attention
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.ops.parts import Shard
@@ -25,8 +27,6 @@ from flash_stu.training.run_config import ParallelConfig, load_config
 from flash_stu.training.run_size import describe
 from flash_stu.training.step import train_step
 
-STEPS = 2  # the second sees whether the gradients of the first were right
-MANY_STEPS = {"separate": 20, "taps": 20}  # which would add up what is wrong
 BOUND = 1e-5
 # every kind of layer once; odd lengths, one and two sequences at a time
 VARIANTS = {
@@ -44,6 +44,8 @@ VARIANTS = {
     "few lags": ["train.sequence_length=23", "model.max_position_embeddings=23"],
     "very few lags": ["train.sequence_length=5", "model.max_position_embeddings=8"],
 }
+STEPS = dict.fromkeys(VARIANTS, 2)  # the second sees whether the gradients of the first were right
+MANY_STEPS = STEPS | {"separate": 20, "taps": 20}  # which would add up what is wrong
 
 
 @pytest.fixture
@@ -56,21 +58,27 @@ def config_of(config_file, settings):
     return str(config_file)
 
 
-def records(config_file: str, many_steps: dict[str, int], *overrides: str) -> dict[str, list[tuple[float, float]]]:
-    """Loss and gradient norm of some steps of every variant, on batches of two sequences of random tokens."""
-    found = {}
+def records(config_file: str, steps: dict[str, int], *overrides: str) -> dict[str, list[tuple[float, float]]]:
+    """Loss and gradient norm of so many steps of these variants, on batches of two sequences of random tokens."""
     with join_world(load_config(config_file, list(overrides))) as world:
-        for name, changes in VARIANTS.items():
-            length = int(changes[0].partition("=")[2])
-            config = load_config(config_file, [*changes, f"train.global_batch_size={2 * length}", *overrides])
-            model = parallelize(build_model(config.architecture()), config, world)
-            optimizers = build_optimizers(model, config.optimizer)
-            generator, found[name] = torch.Generator().manual_seed(0), []
-            for _ in range(many_steps.get(name, STEPS)):
-                batch = torch.randint(264, (2, length + 1), generator=generator)
-                own = batch.chunk(world.data_size)[world.data_rank]
-                result = train_step(model, optimizers, own, config, world)
-                found[name].append((result.loss, result.grad_norm))
+        return records_in(world, config_file, steps, *overrides)
+
+
+def records_in(world: World, config_file: str, steps: dict[str, int], *overrides: str) -> dict:
+    """The same where the processes have met."""
+    found = {}
+    for name, number in steps.items():
+        changes = VARIANTS[name]
+        length = int(changes[0].partition("=")[2])
+        config = load_config(config_file, [*changes, f"train.global_batch_size={2 * length}", *overrides])
+        model = parallelize(build_model(config.architecture()), config, world)
+        optimizers = build_optimizers(model, config.optimizer)
+        generator, found[name] = torch.Generator().manual_seed(0), []
+        for _ in range(number):
+            batch = torch.randint(264, (2, length + 1), generator=generator)
+            own = batch.chunk(world.data_size)[world.data_rank]
+            result = train_step(model, optimizers, own, config, world)
+            found[name].append((result.loss, result.grad_norm))
     return found
 
 
@@ -94,24 +102,79 @@ def known() -> dict:
     return {}
 
 
-@pytest.mark.parametrize(("chunks", "many_steps"), [(2, MANY_STEPS), (7, {})], ids=["2", "7"])
-def test_pieces_train_like_whole_sequences(config_of, assert_alike, chunks, many_steps):
-    assert_alike(records(config_of, many_steps, f"train.sequence_chunks={chunks}"))
+@pytest.mark.parametrize(("chunks", "steps"), [(2, MANY_STEPS), (7, STEPS)], ids=["2", "7"])
+def test_pieces_train_like_whole_sequences(config_of, assert_alike, chunks, steps):
+    assert_alike(records(config_of, steps, f"train.sequence_chunks={chunks}"))
 
 
 @pytest.mark.parametrize(
-    ("processes", "many_steps", "overrides"),
+    ("processes", "steps", "overrides"),
     [
         (2, MANY_STEPS, ["parallel.context=2", "parallel.strategy=ddp"]),
-        (4, {}, ["parallel.context=4", "parallel.strategy=fsdp"]),
-        (4, {}, ["parallel.context=2", "parallel.replicas=2", "train.micro_batch_size=1"]),
+        (4, STEPS, ["parallel.context=4", "parallel.strategy=fsdp"]),
+        (4, STEPS, ["parallel.context=2", "parallel.replicas=2", "train.micro_batch_size=1"]),
     ],
     ids=["2", "4", "2x2"],
 )
-def test_shards_train_like_whole_sequences(config_of, assert_alike, processes, many_steps, overrides):
-    found = run_processes(processes, records, config_of, many_steps, *overrides)
+def test_shards_train_like_whole_sequences(config_of, assert_alike, processes, steps, overrides):
+    found = run_processes(processes, records, config_of, steps, *overrides)
     assert all(other == found[0] for other in found)
     assert_alike(found[0])
+
+
+def transformed(config_file: str, *overrides: str) -> list[dict]:
+    """Records with every kind of checkpointing, and in several processes compiled as traced, without C++."""
+    every_exchange = {"taps": 2, "lds": 2}  # halos, states, and what ranks wait for
+    with join_world(load_config(config_file, list(overrides))) as world:
+        record = partial(records_in, world, config_file)
+        ways = [f"train.activation_checkpointing={mode}" for mode in ("full", "selective")]
+        found = [record(every_exchange, way, *overrides) for way in ways]
+        if world.size > 1:
+            torch.compile = partial(torch.compile, backend="aot_eager")
+            found.append(record({"shared": 1}, "train.compile=true", *overrides))
+        return found
+
+
+def test_pieces_are_checkpointed(config_of, assert_alike):
+    for found in transformed(config_of, "train.sequence_chunks=3"):
+        assert_alike(found)
+
+
+def test_shards_are_checkpointed_and_compiled(config_of, assert_alike):
+    overrides = ["parallel.context=2", "parallel.strategy=ddp"]
+    for found in run_processes(2, transformed, config_of, *overrides)[0]:
+        assert_alike(found)
+
+
+def states_under_autocast(config_file: str) -> list[torch.Tensor]:
+    """The states before a rank, without autocast and under it."""
+    with join_world(load_config(config_file, ["parallel.context=2"])) as world:
+        past = Shard(8, 16, world.sequence_group).before(0)
+        own, decay = torch.rand(2, 3), torch.linspace(0.5, 0.9, 3, dtype=torch.float64)
+        states = [past.states(own, decay, 8)]
+        with torch.autocast("cpu", torch.bfloat16):
+            states.append(past.states(own, decay, 8))
+    return states
+
+
+def test_states_stay_float32_in_bfloat16(config_of):
+    for plain, under_autocast in run_processes(2, states_under_autocast, config_of):
+        assert plain.dtype == under_autocast.dtype == torch.float32 and torch.equal(plain, under_autocast)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_bfloat16_in_parts_is_as_close_as_whole(config_of, strategy):
+    """To float32: a product is rounded to 8 bits, a norm sums up more of them than a loss."""
+    steps, bfloat16 = {"separate": 2, "full": 2, "lds": 2}, "train.dtype=bfloat16"
+    exact = records(config_of, steps)
+    parts = run_processes(2, records, config_of, steps, bfloat16, "parallel.context=2", f"parallel.strategy={strategy}")
+    for found in (records(config_of, steps, bfloat16, "train.sequence_chunks=3"), parts[0]):
+        assert found != exact
+        for name, values in found.items():
+            losses, norms = zip(*values, strict=True)
+            exact_losses, exact_norms = zip(*exact[name], strict=True)
+            assert losses == pytest.approx(exact_losses, rel=2**-8), name
+            assert norms == pytest.approx(exact_norms, rel=2**-7), name
 
 
 def order_of_exchange(config_file: str) -> list[str]:
