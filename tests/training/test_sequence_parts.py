@@ -18,7 +18,7 @@ from flash_stu.distributed import World
 from flash_stu.model.layers import attention
 from flash_stu.model.layers.context import SequenceContext
 from flash_stu.ops.parts import Shard
-from flash_stu.training import Trainer, join_world
+from flash_stu.training import Trainer, join_world, watchdog
 from flash_stu.training.initialization import build_model
 from flash_stu.training.metrics import read_metrics
 from flash_stu.training.optimizer import build_optimizers
@@ -248,14 +248,22 @@ def train_until_killed(config_file: str, *overrides: str) -> bool:
             os.kill(os.getpid(), signal.SIGKILL)
         train_step(self)
 
-    Trainer._train_step = step
-    with Path(os.devnull).open("w") as sys.stderr:
+    Trainer._train_step, watchdog._LONGEST_INTERVAL = step, 0.3
+    with open(f"{config_file}.stderr", "a") as sys.stderr:
         return train(config_file, *overrides)
 
 
 def test_a_killed_rank_ends_the_job_by_name(config_of):
-    with pytest.raises(ProcessError, match="process 1: a process ended with exit code -9"):
-        run_processes(2, train_until_killed, config_of, "parallel.context=2")
+    """The others name it, long before they would call it stalled."""
+    with pytest.raises(ProcessError) as end:
+        run_processes(2, train_until_killed, config_of, "parallel.context=2", grace=100)
+    assert str(end.value).splitlines() == [
+        "process 1: a process ended with exit code -9",
+        "process 0: a process ended with exit code 3",
+    ]
+    told = [line for line in Path(f"{config_of}.stderr").read_text().splitlines() if not line.startswith("token")]
+    assert len(told) == 1 and told[0].startswith("error: a connection to a process broke; this ends it. process 1 of 2")
+    assert told[0].endswith("does not respond")
 
 
 @pytest.mark.parametrize(
