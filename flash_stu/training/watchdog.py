@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from sys import _current_frames  # documented, in spite of its name
 from typing import NamedTuple
 
@@ -71,7 +72,8 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._closed.wait(self.interval):
-            self._post()
+            with suppress(dist.DistError):  # without its store, a later report says so
+                self._post()
             if time.monotonic() - self._marked_at > self.timeout:
                 self._report(f"training has stood still for {self.timeout:g} s", stalled=True)
                 return os._exit(EXIT_STATUS)
@@ -96,21 +98,28 @@ class Watchdog:
         Returns:
             whether there is one: where nothing has `stalled`, a process that does not respond.
         """
-        before = self._read()
-        for _ in range(3):
-            time.sleep(self.interval)
-            self._post()
-        posts = self._read()
+        try:
+            before = self._read()
+            for _ in range(3):
+                time.sleep(self.interval)
+                self._post()
+            posts = self._read()
+        except dist.DistError:
+            self._say(what, f"The store at {os.environ['MASTER_ADDR']}, of torchrun or process 0, does not respond")
+            return True
         beats = {rank: post.beat for rank, post in before.items()}
         silent = [r for r in range(self.world.size) if r not in posts or posts[r].beat == beats.get(r)]
         if not (silent or stalled):
             return False
         if self.world.rank == min(set(posts) - set(silent), default=self.world.rank):
-            print(f"error: {what}; this ends it. {describe_stall(posts, silent, self.world.size)}", file=sys.stderr)
-            sys.stderr.flush()
+            self._say(what, describe_stall(posts, silent, self.world.size))
         else:
             time.sleep(self.interval)  # whoever ends first takes the others along: let it print first
         return True
+
+    def _say(self, what: str, who: str) -> None:
+        """Print the reason for the end."""
+        print(f"error: {what}; this ends it. {who}", file=sys.stderr, flush=True)
 
 
 def _is_broken_connection(error: BaseException | None) -> bool:

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -77,3 +78,28 @@ def test_a_process_that_gets_on_is_left_alone(monkeypatch):
             dog.mark(f"step {step}")
             time.sleep(0.1)
     assert ends == []
+
+
+def test_a_lost_store_is_said(monkeypatch, capsys):
+    """It is process 0's where no launcher has one."""
+    store, ends = dist.HashStore(), []
+    monkeypatch.setattr(watchdog, "launcher_store", lambda prefix: store)
+    monkeypatch.setattr(os, "_exit", ends.append)
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    with pytest.raises(RuntimeError), Watchdog(World(1, 2, torch.device("cpu")), timeout=3.0) as dog:
+        monkeypatch.setattr(dog, "_read", lost)
+        raise RuntimeError("gloo/transport/tcp/pair.cc: connection closed by peer")
+    told = "error: a connection to a process broke; this ends it. The store at node7, of torchrun or process 0, "
+    assert ends == [watchdog.EXIT_STATUS] and capsys.readouterr().err == told + "does not respond\n"
+
+
+def lost():
+    raise dist.DistNetworkError
+
+
+def test_other_errors_pass(monkeypatch, capsys):
+    store = dist.HashStore()
+    monkeypatch.setattr(watchdog, "launcher_store", lambda prefix: store)
+    with pytest.raises(RuntimeError, match="shapes"), Watchdog(World(1, 2, torch.device("cpu")), timeout=3.0):
+        raise RuntimeError("shapes do not fit")
+    assert not capsys.readouterr().err
