@@ -25,16 +25,15 @@ from torch.multiprocessing.spawn import spawn
 
 from flash_stu.arguments import integer, output_directory
 from flash_stu.errors import ArgumentParser, run_cli
-from flash_stu.filters.exponentials import tail_states
 from flash_stu.model.config import LARGEST_LENGTH, FlashSTUConfig
 from flash_stu.ops import exchange
-from flash_stu.ops.conv.choice import CHUNK
 from flash_stu.results import environment, finish, page, table
 from flash_stu.training import join_world, load_config
 from flash_stu.training.flops import train_flops
 from flash_stu.training.initialization import build_model
 from flash_stu.training.optimizer import build_optimizers
 from flash_stu.training.parallel import parallelize
+from flash_stu.training.run_size import handed_on
 from flash_stu.training.step import train_step
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -145,17 +144,9 @@ def modelled_bytes(config: FlashSTUConfig, ranks: int, size: int) -> float:
     if ranks == 1:
         return 0.0
     backend = "chunked" if size == 4 else "triton"
-    halo = CHUNK[backend] * config.stu_dilation * config.hidden_size * size
-    heads = (config.num_key_value_heads or 1) * config.hidden_size // config.num_attention_heads
-    window = (config.sliding_window - 1) * 2 * heads * size
-    return min(ranks - 1, 2.0) * (halo + window) + 2.0 * (ranks - 1) * states_bytes(config, backend)
-
-
-def states_bytes(config: FlashSTUConfig, backend: str) -> int:
-    """Returns the size of an STU layer's states."""
-    lags = config.max_position_embeddings // config.stu_dilation
-    both = 2 if config.stu_branches == "separate" else 1
-    return 4 * both * tail_states(lags, CHUNK[backend] + 1) * config.stu_dilation * config.hidden_size
+    kinds = ("linear_attention", "sliding_attention")
+    halos, states = map(sum, zip(*(handed_on(config, kind, size, backend) for kind in kinds), strict=True))
+    return min(ranks - 1, 2.0) * halos + 2.0 * (ranks - 1) * states
 
 
 def estimate(ranks: int) -> dict[str, float]:

@@ -17,14 +17,14 @@ from flash_stu import UserError
 from flash_stu.distributed import World
 from flash_stu.model.layers import attention
 from flash_stu.model.layers.context import SequenceContext
-from flash_stu.ops.parts import Shard
+from flash_stu.ops.parts import Piece, Shard
 from flash_stu.training import Trainer, join_world, watchdog
 from flash_stu.training.initialization import build_model
 from flash_stu.training.metrics import read_metrics
 from flash_stu.training.optimizer import build_optimizers
 from flash_stu.training.parallel import check_context, parallelize
 from flash_stu.training.run_config import ParallelConfig, load_config
-from flash_stu.training.run_size import describe
+from flash_stu.training.run_size import describe, handed_on
 from flash_stu.training.step import train_step
 
 BOUND = 1e-5
@@ -50,7 +50,11 @@ MANY_STEPS = STEPS | {"separate": 20, "taps": 20}  # which would add up what is 
 
 @pytest.fixture
 def config_of(config_file, settings):
-    """Write the tiny config, with settings that do not amplify rounding: a norm of small embeddings would."""
+    """Write the tiny config, with settings that do not amplify rounding.
+
+    A norm of small embeddings would, and AdamW, which divides by gradients: by 1e-4 in 20 steps, as much as whole
+    sequences in float32 then differ from float64, where parts and wholes agree to 2e-6.
+    """
     settings["model"] |= {"max_position_embeddings": 256, "initializer_range": 0.5}
     settings["train"] |= {"micro_batch_size": 1}
     settings["optimizer"] |= {"learning_rate": 2e-3, "min_learning_rate": 1e-4, "eps": 1e-4}
@@ -293,6 +297,21 @@ def test_groups_are_whole(load, fit):
     with pytest.raises(UserError, match="parallel.context is 4; it must divide the 4 processes / 2 replicas"):
         check_context(ParallelConfig(context=4, replicas=2), 4)
     check_context(ParallelConfig(context=2, replicas=2), 4)
+
+
+@pytest.mark.parametrize("variant", ["shared", "separate", "full lds", "wide window", "few lags"])
+def test_what_a_piece_hands_on_is_of_the_size_that_is_estimated(config_of, variant):
+    length = int(VARIANTS[variant][0].partition("=")[2])
+    config = load_config(config_of, [*VARIANTS[variant], f"train.global_batch_size={2 * length}"])
+    model, carried = build_model(config.architecture()).to_empty(device="cpu"), {}
+    for start in (0, length // 4 * 2):  # the last has all before it that a third would ask for
+        piece = Piece(start, length, carried)
+        ids = torch.zeros(1, length // 4 * 2, dtype=torch.long)
+        model(input_ids=ids, part=piece, use_cache=False, skip_logits=True)
+        carried = piece.left
+    for layer, kind in enumerate(model.config.block_types):
+        found = sum(tensor.nbytes for tensor in carried[layer])
+        assert found == sum(handed_on(model.config, kind, 4, "chunked")), kind
 
 
 def test_the_configuration_of_a_million_tokens_fits_eight_gpus():
