@@ -32,8 +32,10 @@ BENCH_TEXT ?= embedded
 quickstart: $(INSTALLED)
 	$(BIN)/python scripts/quickstart.py
 
+# Two files of tests at a time, in the order in which they are found: the long ones are not left for the end.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 OLDEST := .venv-oldest
 TORCH ?= $(shell grep '^torch==' constraints-oldest.txt)
@@ -41,7 +43,7 @@ test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
 	grep -v '^torch==' constraints-oldest.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --progress-bar off '$(TORCH)' -c $(OLDEST)/constraints.txt -e '.[dev]'
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python $(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ class Child:
         return value
 
 
-def run_processes(world_size: int, function: Callable, *arguments, timeout: float = 300.0) -> list:
+def run_processes(world_size: int, function: Callable, *arguments, timeout: float = 300.0, grace: float = 1.0) -> list:
     """Run a function in every process of a world, with the environment that torchrun would set.
 
     Args:
@@ -66,6 +66,7 @@ def run_processes(world_size: int, function: Callable, *arguments, timeout: floa
         function: of a module's top level; it joins the process group itself.
         arguments: for it, the same in every process; whatever can be pickled.
         timeout: in seconds, for all of it.
+        grace: in seconds, for the others to say how it went for them when one has failed.
 
     Returns:
         what each returned, by rank.
@@ -103,7 +104,7 @@ def run_processes(world_size: int, function: Callable, *arguments, timeout: floa
                     results[rank] = children[rank].result()
                 except ProcessError as error:
                     errors.append(f"process {rank}: {error}")
-                    deadline = min(deadline, time.monotonic() + 1)  # for the others to say how it went for them
+                    deadline = min(deadline, time.monotonic() + grace)
     finally:
         for child in children:
             child.kill()

@@ -13,6 +13,7 @@ Source: halo exchange as in any domain decomposition; states as in Gu & Dao 2024
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -42,17 +43,32 @@ class Part(ABC):
         """Returns what one layer of the model can ask about the parts before."""
 
 
+class Arriving(Protocol):
+    """A tensor on its way."""
+
+    def wait(self) -> torch.Tensor:
+        """Returns it once it is there."""
+        ...
+
+
 class Past(ABC):
     """The parts before one, seen from a layer, which calls the methods in the same order in every part."""
 
     @abstractmethod
-    def halo(self, x: torch.Tensor, size: int) -> torch.Tensor:
-        """Returns the last `size` tokens before this part, fewer where the sequence begins.
+    def begin_halo(self, x: torch.Tensor, size: int) -> "Arriving":
+        """Begin to fetch the last `size` tokens before this part, fewer where the sequence begins.
 
         Args:
             x: those of this part, (batch, tokens, ...).
             size: the same in all parts.
+
+        Returns:
+            what can be waited for: what a layer computes before that is computed meanwhile.
         """
+
+    def halo(self, x: torch.Tensor, size: int) -> torch.Tensor:
+        """Returns the tokens that `begin_halo` fetches."""
+        return self.begin_halo(x, size).wait()
 
     @abstractmethod
     def states(self, own: torch.Tensor, decay: torch.Tensor, steps: int) -> torch.Tensor:
@@ -94,6 +110,17 @@ class Piece(Part):
         return _CarriedPast(self.carried.get(layer, []), self.left[layer])
 
 
+class _Here:
+    """A tensor that need not be waited for."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+    @torch.compiler.disable(recursive=True)
+    def wait(self) -> torch.Tensor:
+        return self.value
+
+
 class _CarriedPast(Past):
     """What was left behind, value by value in the order in which the layer asks."""
 
@@ -104,12 +131,12 @@ class _CarriedPast(Past):
         return self.carried[len(self.left)] if self.carried else zero()
 
     @torch.compiler.disable(recursive=True)
-    def halo(self, x: torch.Tensor, size: int) -> torch.Tensor:
+    def begin_halo(self, x: torch.Tensor, size: int) -> Arriving:
         known = self._take(lambda: x[:, :0])
         kept = max(size - x.shape[1], 0)
         last = torch.cat([known[:, max(known.shape[1] - kept, 0) :], x[:, max(x.shape[1] - size, 0) :]], dim=1)
         self.left.append(last)
-        return known
+        return _Here(known)
 
     @torch.compiler.disable(recursive=True)
     def states(self, own: torch.Tensor, decay: torch.Tensor, steps: int) -> torch.Tensor:
@@ -151,15 +178,16 @@ class _PastOfRank(Past):
         self.rank, self.group = dist.get_rank(group), group
 
     @torch.compiler.disable(recursive=True)
-    def halo(self, x: torch.Tensor, size: int) -> torch.Tensor:
-        return exchange.halo(x, size, self.group)
+    def begin_halo(self, x: torch.Tensor, size: int) -> Arriving:
+        return exchange.Halo(x, size, self.group)
 
     @torch.compiler.disable(recursive=True)
     def states(self, own: torch.Tensor, decay: torch.Tensor, steps: int) -> torch.Tensor:
         earlier = exchange.gather(own, self.group)[: self.rank]
         distance = steps * torch.arange(self.rank - 1, -1, -1, dtype=torch.float64, device=own.device)
         factors = powers(decay, distance).to(own.dtype)
-        return torch.einsum("r...s,rs->...s", earlier, factors)
+        with torch.autocast(own.device.type, enabled=False):
+            return torch.einsum("r...s,rs->...s", earlier, factors)
 
     @torch.compiler.disable(recursive=True)
     def receive(self, zero: torch.Tensor) -> torch.Tensor:

@@ -103,7 +103,8 @@ def parallelize(model: FlashSTUForCausalLM, config: RunConfig, world: World) -> 
         stream is: by autocast from the embedding on, or by FSDP's mixed precision with float32 reduction.
 
     Raises:
-        UserError: for replicas that do not divide the processes, or initial weights that do not fit.
+        UserError: for replicas that do not divide the processes, initial weights that do not fit, or FSDP with taps of
+            outputs and selective checkpointing.
     """
     strategy = resolve_strategy(config.parallel, world.size, model.num_parameters())
     bfloat16 = config.train.dtype == "bfloat16"
@@ -149,6 +150,12 @@ def _shard(model: FlashSTUForCausalLM, config: RunConfig, world: World) -> None:
     replicas = config.parallel.replicas
     if world.size % replicas:
         raise UserError(f"parallel.replicas is {replicas}; it must divide the {world.size} processes")
+    if model.config.stu_output_taps and config.train.activation_checkpointing == "selective":
+        # these taps are gathered within what is recomputed, where torch counts the operators
+        raise UserError(
+            "train.activation_checkpointing is 'selective', which FSDP does not do for model.stu_output_taps; "
+            "allowed: 'none', 'full', or another parallel.strategy"
+        )
     shape, names = (replicas, world.size // replicas), ("replicate", "shard")
     first = 0 if replicas > 1 else 1
     mesh = init_device_mesh(world.device.type, shape[first:], mesh_dim_names=names[first:])

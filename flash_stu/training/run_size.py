@@ -8,7 +8,10 @@ from tabulate import tabulate
 from flash_stu.devices import default_device
 from flash_stu.distributed import World
 from flash_stu.errors import UserError
+from flash_stu.filters.exponentials import tail_states
+from flash_stu.model.config import FlashSTUConfig
 from flash_stu.model.modeling import FlashSTUForCausalLM
+from flash_stu.ops.conv.choice import CHUNK
 from flash_stu.ops.cross_entropy.chunked import CHUNK_BYTES
 from flash_stu.ops.parts import part_size
 from flash_stu.training.initialization import build_model
@@ -83,7 +86,8 @@ def estimate_memory(model: FlashSTUForCausalLM, config: RunConfig, strategy: str
     of the whole model where weights stay gathered or gradients are accumulated. For each token a block keeps about 7.5
     vectors of hidden_size and 4 of intermediate_size in compute precision; an attention block besides queries, keys,
     values and outputs, as its GPU kernels do, an STU block with output taps its outputs before rounding. Tokens are
-    those of a part, where sequences are in parts. With checkpointing it keeps its input, if selective also the results
+    those of a part, where sequences are in parts; each piece but the last leaves `handed_on` to the next, kept until it
+    is run again. With checkpointing it keeps its input, if selective also the results
     of its products, and one block at a time the rest.
     """
     train, shape = config.train, config.model
@@ -109,6 +113,9 @@ def estimate_memory(model: FlashSTUForCausalLM, config: RunConfig, strategy: str
         tokens * (size * (7.5 * hidden + 4 * inner) + (size * 4 * hidden if attention else solved))
         for attention in attends
     ]
+    backend = "triton" if size == 2 else "chunked"  # on a GPU both take the former
+    handed = sum(sum(handed_on(model.config, kind, size, backend)) for kind in model.config.block_types)
+    between = (train.sequence_chunks - 1) * train.micro_batch_size * handed
     kept = {
         "none": 0,
         "selective": sum(
@@ -121,5 +128,29 @@ def estimate_memory(model: FlashSTUForCausalLM, config: RunConfig, strategy: str
         "states": states,
         "gathered and cast weights": gathered,
         "activations": int(max(blocks) + kept if train.activation_checkpointing != "none" else sum(blocks)),
+        **({"states between pieces": between} if between else {}),
         "logits": min(size * tokens * shape["vocab_size"], CHUNK_BYTES["cuda"]),
     }
+
+
+def handed_on(config: FlashSTUConfig, kind: str, size: int, backend: str) -> tuple[int, int]:
+    """Returns the bytes of the halo and of the states that a layer hands from one part of a sequence to the next.
+
+    Taps, which add a few tokens, are not counted.
+
+    Args:
+        config: of the model.
+        kind: of the layer, one of config.block_types.
+        size: bytes of a number in compute precision.
+        backend: of the convolution, which sets the size of a chunk: "chunked" or "triton".
+    """
+    if kind == "sliding_attention":
+        heads = config.num_key_value_heads or config.num_attention_heads
+        return (config.sliding_window - 1) * 2 * heads * config.hidden_size // config.num_attention_heads * size, 0
+    width, lags = config.stu_dilation * config.hidden_size, config.max_position_embeddings // config.stu_dilation
+    if config.lds_state_dim:
+        return 0, 8 * config.hidden_size * config.lds_state_dim
+    if lags <= 2 * CHUNK[backend]:
+        return (lags - 1) * width * size, 0
+    signs = 2 if config.stu_branches == "separate" else 1
+    return CHUNK[backend] * width * size, 4 * signs * tail_states(lags, CHUNK[backend] + 1) * width

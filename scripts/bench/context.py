@@ -25,16 +25,15 @@ from torch.multiprocessing.spawn import spawn
 
 from flash_stu.arguments import integer, output_directory
 from flash_stu.errors import ArgumentParser, run_cli
-from flash_stu.filters.exponentials import tail_states
 from flash_stu.model.config import LARGEST_LENGTH, FlashSTUConfig
 from flash_stu.ops import exchange
-from flash_stu.ops.conv.choice import CHUNK
 from flash_stu.results import environment, finish, page, table
 from flash_stu.training import join_world, load_config
 from flash_stu.training.flops import train_flops
 from flash_stu.training.initialization import build_model
 from flash_stu.training.optimizer import build_optimizers
 from flash_stu.training.parallel import parallelize
+from flash_stu.training.run_size import handed_on
 from flash_stu.training.step import train_step
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -119,19 +118,19 @@ def _train(rank: int, processes: int, port: int, length: int, pieces: int, queue
 def _count_sent() -> list[int]:
     """Returns a list that gets the bytes of everything that this process sends for its layers from now on."""
     sent: list[int] = []
-    swap = getattr(exchange._swap, "plain", exchange._swap)  # noqa: SLF001 - the one place where tokens are sent
+    start = getattr(dist.batch_isend_irecv, "plain", dist.batch_isend_irecv)
     gather = getattr(exchange.gather, "plain", exchange.gather)
 
-    def counted_swap(out: dict, received: dict, group: Any) -> None:
-        sent.extend(tensor.nbytes for tensor in out.values())
-        swap(out, received, group)
+    def counted_start(operations: list[dist.P2POp]) -> list[dist.Work]:
+        sent.extend(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
+        return start(operations)
 
     def counted_gather(own: torch.Tensor, group: Any) -> torch.Tensor:
         sent.append(2 * own.nbytes * (dist.get_world_size(group) - 1))  # as much in the backward pass
         return gather(own, group)
 
-    counted_swap.plain, counted_gather.plain = swap, gather  # pyright: ignore[reportFunctionMemberAccess]
-    exchange._swap, exchange.gather = counted_swap, counted_gather  # noqa: SLF001
+    counted_start.plain, counted_gather.plain = start, gather  # pyright: ignore[reportFunctionMemberAccess]
+    dist.batch_isend_irecv, exchange.gather = counted_start, counted_gather
     return sent
 
 
@@ -145,17 +144,9 @@ def modelled_bytes(config: FlashSTUConfig, ranks: int, size: int) -> float:
     if ranks == 1:
         return 0.0
     backend = "chunked" if size == 4 else "triton"
-    halo = CHUNK[backend] * config.stu_dilation * config.hidden_size * size
-    heads = (config.num_key_value_heads or 1) * config.hidden_size // config.num_attention_heads
-    window = (config.sliding_window - 1) * 2 * heads * size
-    return min(ranks - 1, 2.0) * (halo + window) + 2.0 * (ranks - 1) * states_bytes(config, backend)
-
-
-def states_bytes(config: FlashSTUConfig, backend: str) -> int:
-    """Returns the size of an STU layer's states."""
-    lags = config.max_position_embeddings // config.stu_dilation
-    both = 2 if config.stu_branches == "separate" else 1
-    return 4 * both * tail_states(lags, CHUNK[backend] + 1) * config.stu_dilation * config.hidden_size
+    kinds = ("linear_attention", "sliding_attention")
+    halos, states = map(sum, zip(*(handed_on(config, kind, size, backend) for kind in kinds), strict=True))
+    return min(ranks - 1, 2.0) * halos + 2.0 * (ranks - 1) * states
 
 
 def estimate(ranks: int) -> dict[str, float]:

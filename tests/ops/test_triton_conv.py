@@ -120,6 +120,38 @@ def test_is_the_stus_convolution(separate):
     assert (got - exact).norm() <= 1e-5 * exact.norm()
 
 
+@needs_kernels
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_sequence_in_pieces(separate):
+    """A piece needs the chunk before it and the states of the rest, which the kernels do not know of."""
+    from flash_stu import spectral_filters
+    from flash_stu.ops.conv.choice import spectral_conv
+    from flash_stu.ops.conv.partial import PartialConv
+    from flash_stu.ops.parts import Piece
+
+    length, size = 90, 34
+    phi = spectral_filters(256, 6)[1].to(DEVICE)
+    signs = (-1.0) ** torch.arange(256, device=DEVICE)[:, None]
+    filters, dilation = (torch.cat([phi, phi * signs], dim=1), 1) if separate else (2 * phi[::2], 2)
+    torch.manual_seed(0)
+    x, weights = torch.randn(1, length, 3, device=DEVICE), torch.randn(filters.shape[1], 3, device=DEVICE)
+    up, outputs, carried = torch.randn_like(x), [], {}
+    operands = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    for start in range(0, length, size):
+        piece = Piece(start, length, carried)
+        part = operands[0][:, start : start + size]
+        convolve = PartialConv(part, filters.float(), piece.before(0), "triton", dilation, separate)
+        outputs.append(convolve(filters.float(), operands[1]))
+        carried = piece.left
+    y = torch.cat(outputs, dim=1)
+    exact_operands = tuple(t.double().requires_grad_() for t in (x, weights))
+    exact = spectral_conv(exact_operands[0], filters, exact_operands[1], "direct", dilation)
+    got = (y, *torch.autograd.grad((y * up).sum(), operands))
+    expected = (exact, *torch.autograd.grad((exact * up.double()).sum(), exact_operands))
+    for result, reference in zip(got, expected, strict=True):
+        assert (result - reference).norm() <= 1e-5 * reference.norm()
+
+
 KERNELS = {  # the most registers of a thread, in bf16 and in float32, and bytes of shared memory of a program
     "_ends_kernel": (64, 128, 8192),
     "_outputs_kernel": (168, 232, 65536),

@@ -104,6 +104,11 @@ def test_a_recurrence_has_float32_coefficients_in_bfloat16(config_file):
     assert run_processes(1, coefficients_in_use, str(config_file), *overrides) == [[torch.float32, torch.bfloat16]]
 
 
+def test_what_fsdp_does_not_recompute_is_refused(load, fit):
+    with pytest.raises(UserError, match="'selective', which FSDP does not do for model.stu_output_taps"):
+        fit(load("parallel.strategy=fsdp", "train.activation_checkpointing=selective", "model.stu_output_taps=2"))
+
+
 def collectives(config_file: str, *overrides: str) -> Counter:
     """How often a step of four micro batches gathers parameters and reduces gradients."""
     config = load_config(config_file, list(overrides))

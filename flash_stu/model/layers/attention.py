@@ -110,13 +110,22 @@ class SlidingWindowAttention(Mixer):
         return shared_band(self.backend, x.shape[1], self.window, x.device) if self.causal else None
 
     def whole(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
-        """Attend over a whole sequence, or a part of one after the keys and values of a window before it."""
+        """Attend over a whole sequence, or a part of one after the keys and values of a window before it.
+
+        In a part the queries whose windows lie in it come first: the keys and values before it arrive meanwhile, and in
+        the backward pass their gradients leave first.
+        """
         query, key, value = self._heads(x, context)
-        if context.past is not None:
-            both = torch.cat([key, value], dim=-1).transpose(1, 2)
-            past_key, past_value = context.past.halo(both, self.window - 1).transpose(1, 2).chunk(2, dim=-1)
-            key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
-        return self._attend(query, key, value, context.mask, context)
+        if context.past is None:
+            return self.o_proj(self._attend(query, key, value, context.mask, context))
+        halo = context.past.begin_halo(torch.cat([key, value], dim=-1).transpose(1, 2), self.window - 1)
+        first = min(self.window - 1, x.shape[1])
+        inside = [self._attend(query[:, :, first:], key, value, None, context)] if first < x.shape[1] else []
+        past_key, past_value = halo.wait().transpose(1, 2).chunk(2, dim=-1)
+        key = torch.cat([past_key, key[:, :, :first]], dim=2)
+        value = torch.cat([past_value, value[:, :, :first]], dim=2)
+        across = self._attend(query[:, :, :first], key, value, None, context)
+        return self.o_proj(torch.cat([across, *inside], dim=1))
 
     def prefill(
         self, x: torch.Tensor, context: SequenceContext, state: WindowState | None = None
@@ -129,7 +138,7 @@ class SlidingWindowAttention(Mixer):
             past_key, past_value = state.in_order(seen)
             key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
         y = self._attend(query, key, value, context.real(end - key.shape[2], end), context)
-        return y, WindowState.of(key, value, end, self.window)
+        return self.o_proj(y), WindowState.of(key, value, end, self.window)
 
     def step(self, x: torch.Tensor, context: SequenceContext, state: WindowState) -> tuple[torch.Tensor, WindowState]:
         """One more token x (batch, 1, channels): the cost is the window's. The ring in `state` is changed in place."""
@@ -140,7 +149,7 @@ class SlidingWindowAttention(Mixer):
             end = context.tokens_before() + 1
             key, value = state.in_order(end)
             mask = context.real(end - key.shape[2], end)
-            return self._attend(query, key, value, mask, context), state
+            return self.o_proj(self._attend(query, key, value, mask, context)), state
         slopes = self._slopes(x.device)
         bias = None if slopes is None else -slopes[:, None] * ring.distance()
         key, value = state.keys[:, :, : ring.filled], state.values[:, :, : ring.filled]
@@ -166,6 +175,7 @@ class SlidingWindowAttention(Mixer):
         mask: torch.Tensor | None,
         context: SequenceContext,
     ) -> torch.Tensor:
+        """Returns (batch, queries, heads * head_dim)."""
         options = {
             "window": self.window,
             "softcap": self.softcap,
@@ -182,4 +192,4 @@ class SlidingWindowAttention(Mixer):
             y = sliding_window_attention(
                 query, key, value, key_mask=mask, dropout=dropout, backend=self.backend, band=context.band, **options
             )
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)
