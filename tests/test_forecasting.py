@@ -1,10 +1,13 @@
 """Forecasts of a series: origins and quarters that belong together, closed forms on systems that are known."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 import spectralds
+from flash_stu import UserError
 
 
 @pytest.fixture
@@ -55,3 +58,9 @@ def test_the_economy_as_it_is_scaled(forecasting):
     # float32's rounding of 123 values of order one
     assert float(fitted.mean(0).abs().max()) < 1e-6
     assert float((fitted.var(0, correction=0) - 1).abs().max()) < 1e-5
+
+
+def test_without_statsmodels_it_is_one_line(forecasting, monkeypatch):
+    monkeypatch.setitem(sys.modules, "statsmodels.datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'flash-stu\[experiments\]'"):
+        forecasting.economy()

@@ -125,6 +125,3 @@ def test_missing_packages_are_one_line(scripts, monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     with pytest.raises(UserError, match=r"pip install 'flash-stu\[robotics\]'"):
         scripts["bodies"].Simulator(scripts["bodies"].BODIES["ant"])
-    monkeypatch.setitem(sys.modules, "statsmodels.datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'flash-stu\[experiments\]'"):
-        scripts["forecasting"].load()

@@ -65,6 +65,7 @@ class PathfinderData(Section):
     turn: float = Field(default=0.35, ge=0, le=3)
     apart: float = Field(default=2.6, gt=0, le=20)
     dot: float = Field(default=1.6, gt=0, le=20)
+    equal_distance: bool = True
 
 
 class BytesData(Section):

@@ -1,8 +1,8 @@
 """Pathfinder: pictures of two dashed curves among shorter ones, with two dots: does one curve join them?
 
 Every curve is a walk of dashes with gaps whose direction turns a little from dash to dash; no two come near each other.
-The dots are at the ends of one long curve (label 1), or at an end of each (label 0), as far apart in both cases: their
-distance tells nothing. A network reads the picture as a sequence of pixels, row by row.
+The dots are at the ends of one long curve (label 1), or at an end of each (label 0). A network reads the picture as a
+sequence of pixels, row by row.
 
 These pictures are our own: the task is the published one, the drawing is not. At 32 x 32 long curves have `dashes`
 dashes of 2.2 pixels; larger pictures have more and longer ones.
@@ -32,6 +32,8 @@ class Style(NamedTuple):
         apart: least distance of points of different curves.
         width: of a line.
         dot: radius.
+        equal_distance: the dots of either label are as far apart; otherwise those of one curve are closer, which tells
+            a part of the answers.
     """
 
     size: int
@@ -43,6 +45,7 @@ class Style(NamedTuple):
     apart: float = 2.6
     width: float = 1.0
     dot: float = 1.6
+    equal_distance: bool = True
 
 
 def pictures(count: int, seed: int, style: Style) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +75,9 @@ def picture(draw: np.random.Generator, joined: bool, style: Style) -> np.ndarray
         pairs = np.array([[a, b] for a in ends[0] for b in ends[1]])
         wanted, found = (np.linalg.norm(dots[..., 0, :] - dots[..., 1, :], axis=-1) for dots in (ends[0], pairs))
         nearest = np.abs(found - wanted).argmin()
-        if abs(found[nearest] - wanted) <= _SAME_DISTANCE * style.dash:
+        if not style.equal_distance:
+            nearest = draw.integers(len(pairs))
+        if not style.equal_distance or abs(found[nearest] - wanted) <= _SAME_DISTANCE * style.dash:
             dots = ends[0] if joined else pairs[nearest]
             return _drawn(np.concatenate(curves), dots, style)
 

@@ -308,7 +308,7 @@ def plot(results: dict, path: Path) -> None:
     lowest = min(min(run["closed"]) for run in results["rows"])
     loops.set_ylim(lowest / 2, 30)
     loops.set_title("closed loop: own predictions fed back", loc="left", fontsize=10)
-    loops.legend(frameon=False, fontsize=8)
+    curves.legend(*loops.get_legend_handles_labels(), frameon=False, fontsize=8)  # where there is room
     long.axhline(2, color="0.6", linewidth=0.8, linestyle="--")
     long.set(xlabel="steps ahead", ylabel="mean squared error", yscale="log")
     long.set_title("distilled; dashed: a state of another time", loc="left", fontsize=10)
