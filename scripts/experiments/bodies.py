@@ -95,8 +95,8 @@ class Simulator:
     def __init__(self, body: Body) -> None:
         os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is drawn
         try:
-            import gymnasium
-            import mujoco  # noqa: F401
+            import gymnasium  # pyright: ignore[reportMissingImports] - optional
+            import mujoco  # noqa: F401 # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError("robotics needs MuJoCo and gymnasium: pip install 'flash-stu[robotics]'") from None
         self.body = body

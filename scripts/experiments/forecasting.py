@@ -64,7 +64,7 @@ def economy() -> torch.Tensor:
         UserError: if statsmodels is missing.
     """
     try:
-        from statsmodels.datasets import macrodata
+        from statsmodels.datasets import macrodata  # pyright: ignore[reportMissingImports] - optional
     except ImportError:
         raise UserError("forecasting needs the package statsmodels: pip install 'flash-stu[experiments]'") from None
     data: Any = macrodata.load_pandas().data
