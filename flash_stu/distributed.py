@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 _PARENT = os.getppid()  # may die while the rest is imported
 _WATCH_SECONDS = 0.2  # between two looks at it
+_ORPHANED = threading.Lock()
 _PAUSE = 1.0  # seconds
 CONNECT_SECONDS = 30  # for the store at MASTER_ADDR to answer
 MEET_SECONDS = 300  # for all processes to come: on many nodes their imports end minutes apart
@@ -212,15 +213,23 @@ def end_with_launcher() -> None:
     It would train on unsupervised. A process that torchrun did not start may outlive its shell.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_end_with, args=(_PARENT,), name="orphans", daemon=True).start()
+        threading.Thread(target=_watch_launcher, name="orphans", daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
+def _watch_launcher() -> None:
+    while True:
+        end_if_orphaned()
         time.sleep(_WATCH_SECONDS)
+
+
+def end_if_orphaned() -> None:
+    """End this process if the torchrun that started it has died; of several threads the first says so."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.getppid() == _PARENT:
+        return
+    _ORPHANED.acquire()  # never released: another thread waits here for the end
     sys.excepthook = threading.excepthook = lambda *_: None  # of communication with processes that have ended already
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        _say(f"error: torchrun (process {parent}) has died; the processes that it started end too")
+        _say(f"error: torchrun (process {_PARENT}) has died; the processes that it started end too")
     time.sleep(2 * _WATCH_SECONDS)  # until all have noticed
     os._exit(1)
 

@@ -1,6 +1,5 @@
 """The data of Long Range Arena: generated tasks, files of the published forms, batches, settings."""
 
-import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -131,9 +130,9 @@ def test_text_and_images_from_files(scripts, read, tmp_path):
     folder = tmp_path / "cifar"
     folder.mkdir()
     colours = np.arange(10 * 3072, dtype=np.uint64).astype(np.uint8).reshape(10, 3072)
-    batch = {b"data": colours, b"labels": list(range(10))}
-    for name in ("data_batch_1", "test_batch"):
-        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    labels = np.arange(10, dtype=np.uint8)[:, None]
+    for name in ("data_batch_1.bin", "test_batch.bin"):
+        (folder / name).write_bytes(np.hstack([labels, colours]).tobytes())
     image = load(read("image", "data.items=[5, 2, 3]"), str(folder))["test"][0]
     grey = np.array([0.299, 0.587, 0.114]) @ colours[image["labels"]].reshape(3, 1024)
     np.testing.assert_allclose(image["input_values"][:, 0], grey / 127.5 - 1, atol=1e-5)
@@ -166,8 +165,8 @@ def test_files_of_other_kinds(scripts, read, tmp_path):
         (tmp_path / f"{split}.csv").write_text("words,label\nx,1\n")
     with pytest.raises(UserError, match="train: no column text; needed: text, label"):
         load(read("text"), str(tmp_path))
-    (tmp_path / "data_batch_1").write_bytes(pickle.dumps(Path("x")))
-    with pytest.raises(UserError, match="data_batch_1: not a batch of CIFAR-10: it names pathlib"):
+    (tmp_path / "data_batch_1.bin").write_bytes(3073 * b"x")
+    with pytest.raises(UserError, match="data_batch_1.bin: not a file of CIFAR-10's binary version"):
         load(read("image"), str(tmp_path))
 
 

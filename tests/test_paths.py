@@ -43,7 +43,7 @@ def test_every_path_of_a_command_line_has_such_a_type():
     options = [(path.name, *found) for path in scripts for found in _PATH_OPTION.findall(path.read_text())]
     assert len(options) > 25
     types = "any_path|input_file|input_directory|output_directory|output_file"
-    assert [(name, option) for name, option, rest in options if not re.search(rf"type=({types})\b", rest)] == []
+    assert [found[:2] for found in options if not re.search(rf"type=({types})\b|choices=", found[2])] == []
 
 
 def test_settings(home):

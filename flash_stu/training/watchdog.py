@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from flash_stu.distributed import World, launcher_store
+from flash_stu.distributed import World, end_if_orphaned, launcher_store
 
 EXIT_STATUS = 3
 _LONGEST_INTERVAL = 5.0  # seconds between heartbeats; torchrun gives the survivors of a process 30 to say something
@@ -118,7 +118,8 @@ class Watchdog:
         return True
 
     def _say(self, what: str, who: str) -> None:
-        """Print the reason for the end."""
+        """Print the reason for the end, unless it is the launcher's, which says so itself."""
+        end_if_orphaned()
         print(f"error: {what}; this ends it. {who}", file=sys.stderr, flush=True)
 
 

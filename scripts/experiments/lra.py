@@ -15,6 +15,7 @@ import os
 import statistics
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,10 +76,17 @@ def parse() -> Namespace:
     add("--processes", type=integer(1, 256), metavar="N", help="trainings beside each other, in place of the size's")
     add("settings", nargs="*", metavar="section.key=value", help="settings that replace the config's")
     args = parser.parse_intermixed_args()
-    args.task, args.model = args.task or list(GENERATED), args.model or list(NAMES)
+    args.task, args.model = args.task or list(GENERATED), args.model or _installed()
     if args.config and len(args.task) > 1:
         raise UserError(f"--config {args.config} has the settings of one task: name it by --task")
     return args
+
+
+def _installed() -> list[str]:
+    if find_spec("s5"):
+        return list(NAMES)
+    print("s5 is left out: it needs the package s5-pytorch, pip install 'flash-stu[experiments]'", flush=True)
+    return [name for name in NAMES if name != "s5"]
 
 
 def measure(args: Namespace, runs: Path, seeds: int, processes: int) -> list[dict]:

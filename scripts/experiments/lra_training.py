@@ -106,7 +106,7 @@ def test_distilled(settings: Settings, run: Path, data_dir: str | None) -> dict:
         accuracy, percent, of the distilled model; differ: rows of the test split that it answers otherwise; logits: the
         largest difference of a class score over the largest score; states of a layer.
     """
-    model = FlashSTUForSequenceClassification.from_pretrained(run / "final").eval()
+    model = FlashSTUForSequenceClassification.from_pretrained(run / "final", trust_remote_code=False).eval()
     began = time.perf_counter()
     distilled = distill(model)
     seconds, rows = time.perf_counter() - began, load(settings, data_dir, run.parent)["test"]

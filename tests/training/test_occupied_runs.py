@@ -113,7 +113,7 @@ def test_workers_end_when_torchrun_is_killed(config_file, tmp_path):
         for worker in filter(is_running, workers):
             os.kill(worker, signal.SIGKILL)
     lines = (tmp_path / "stderr").read_text().splitlines()
-    assert [line for line in lines if "error" in line.lower() or "Traceback" in line] == [
+    assert [line for line in lines if line.lower().startswith("error") or "Traceback" in line] == [
         f"error: torchrun (process {torchrun.pid}) has died; the processes that it started end too"
     ]
     wait_until(lambda: is_free(tmp_path / "run"))
