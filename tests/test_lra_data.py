@@ -133,9 +133,12 @@ def test_text_and_images_from_files(scripts, read, tmp_path):
     labels = np.arange(10, dtype=np.uint8)[:, None]
     for name in ("data_batch_1.bin", "test_batch.bin"):
         (folder / name).write_bytes(np.hstack([labels, colours]).tobytes())
-    image = load(read("image", "data.items=[5, 2, 3]"), str(folder))["test"][0]
-    grey = np.array([0.299, 0.587, 0.114]) @ colours[image["labels"]].reshape(3, 1024)
-    np.testing.assert_allclose(image["input_values"][:, 0], grey / 127.5 - 1, atol=1e-5)
+    data = load(read("image", "data.items=[5, 2, 3]"), str(folder))
+    grey = np.array([0.299, 0.587, 0.114]) @ colours.reshape(10, 3, 1024)
+    seen = grey[[row["labels"] for row in data["train"]]]
+    image = data["test"][0]
+    expected = (grey[image["labels"]] - seen.mean()) / seen.std()
+    np.testing.assert_allclose(image["input_values"][:, 0], expected, atol=1e-5)
 
 
 def test_retrieval_from_files(scripts, read, tmp_path):

@@ -113,10 +113,12 @@ class FlashSTUPreTrainedModel(PreTrainedModel):
                 self._init_weights(layer)
         elif isinstance(module, DepthScaledLinear):
             _draw(module, (2 * self.config.num_hidden_layers * module.in_features) ** -0.5)
+        elif isinstance(module, ValueEmbedding):
+            std = self.config.initializer_range * module.in_features**-0.5
+            hf_init.normal_(module.weight, std=std)
+            hf_init.normal_(module.bias, std=std)
         elif isinstance(module, nn.Linear):
             _draw(module, module.in_features**-0.5)
-            if isinstance(module, ValueEmbedding):
-                hf_init.normal_(module.bias, std=module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
             hf_init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm):

@@ -47,7 +47,7 @@ def load(settings: Settings, data_dir: str | None = None, folder: Path | None = 
     """
     data = settings.data
     if isinstance(data, ImageData):
-        return _cut(_images(data_dir), data.items)
+        return _standardised(_cut(_images(data_dir), data.items))
     if settings.task == "retrieval" and isinstance(data, BytesData):
         return _cut(_pairs(data_dir, data.longest), data.items)
     if isinstance(data, BytesData):
@@ -74,7 +74,7 @@ def _generated(data: ListOpsData | PathfinderData) -> dict[str, Rows]:
             found[split] = listops.sequences(count, seed, **shape)
         else:
             found[split] = _as_values(*pictures(count, seed, Style(**shape)))
-    return found
+    return found if isinstance(data, ListOpsData) else _standardised(found)
 
 
 def _pack(rows: Rows) -> dict[str, np.ndarray]:
@@ -120,9 +120,18 @@ def _cut(rows: dict[str, Rows], items: list[int]) -> dict[str, Rows]:
 
 
 def _as_values(images: np.ndarray, labels: np.ndarray) -> Rows:
-    """Returns grey pictures (count, height, width) as sequences of pixels in [-1, 1]."""
-    values = images.reshape(len(images), -1, 1).astype(np.float32) / 127.5 - 1
+    """Returns grey pictures (count, height, width) as sequences of pixels."""
+    values = images.reshape(len(images), -1, 1).astype(np.float32)
     return [{"input_values": value, "labels": int(label)} for value, label in zip(values, labels, strict=True)]
+
+
+def _standardised(rows: dict[str, Rows]) -> dict[str, Rows]:
+    """Scales the pixels of all splits to mean 0 and variance 1 on the training split, in place."""
+    known = np.concatenate([row["input_values"] for row in rows["train"]])
+    mean, deviation = known.mean(dtype=np.float64), known.std(dtype=np.float64)
+    for row in (row for split in SPLITS for row in rows[split]):
+        row["input_values"] = ((row["input_values"] - mean) / deviation).astype(np.float32)
+    return rows
 
 
 def _as_bytes(text: str, longest: int) -> np.ndarray:

@@ -108,6 +108,7 @@ class TrainSettings(Section):
     learning_rate: float = Field(gt=0, le=10)
     weight_decay: float = Field(ge=0, le=10)
     warmup: float = Field(default=0.1, ge=0, le=1)  # share of the steps
+    taps_std: float = Field(default=0.0, ge=0, le=10)  # of the first M^u; the layers' own begins at 0
     taps_rate: float = Field(default=0.1, ge=0, le=1)  # of M^y, times the learning rate; without decay
 
 

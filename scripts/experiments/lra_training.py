@@ -137,7 +137,11 @@ def build(settings: Settings, name: Model) -> nn.Module:
             own = parameters(FlashSTUForSequenceClassification(config))
         unit = 3 * config.hidden_size * config.num_hidden_layers  # parameters per unit of the MLPs' inner width
         config.intermediate_size = max(1, config.intermediate_size + round((wanted - own) / unit))
-    return FlashSTUForSequenceClassification(config)
+    model = FlashSTUForSequenceClassification(config)
+    for key, weight in model.named_parameters():
+        if key.endswith("taps.M_u") and settings.train.taps_std:
+            nn.init.normal_(weight, std=settings.train.taps_std)
+    return model
 
 
 def parameters(model: nn.Module) -> int:

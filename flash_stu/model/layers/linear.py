@@ -17,9 +17,10 @@ class DepthScaledLinear(nn.Linear):
 
 
 class ValueEmbedding(nn.Linear):
-    """Numbers to hidden states: its bias is drawn like its weights.
+    """Numbers to hidden states, as small as those of token ids: config.initializer_range, for inputs of variance 1.
 
-    Without one the norm of the first block would leave of a single number nothing but its sign.
+    The first blocks would hardly count beside larger ones. Its bias is drawn like its weights: without one the norm of
+    the first block would leave of a single number nothing but its sign.
     """
 
 
