@@ -185,6 +185,24 @@ def test_the_settings_of_every_task_build_every_model(scripts, read, task, size)
     assert max(sizes.values()) < 1.02 * min(sizes.values())
 
 
+def test_first_taps(scripts, read):
+    """M^u is drawn where the settings say so, whatever the model; M^y begins at zero."""
+    for name, std in {"stu": 0.2, "ar_stu": 0.2}.items():
+        model = scripts["lra_training"].build(read("pathfinder"), name)
+        taps = {key.rpartition(".")[2]: weight for key, weight in model.named_parameters() if ".taps." in key}
+        assert taps["M_u"].shape == (18, 48)
+        assert float(taps["M_u"].detach().std()) == pytest.approx(std, rel=0.15)  # 864 numbers: 6 standard errors
+        assert name == "stu" or not taps["M_y"].any()
+
+
+def test_pixels_have_variance_one(scripts, read):
+    data = scripts["lra_data"].load(read("pathfinder", size="quick"))
+    pixels = np.stack([row["input_values"] for row in data["train"]])
+    assert pixels.dtype == np.float32 and pixels.shape[1:] == (256, 1)
+    assert abs(pixels.mean()) < 1e-4 and abs(pixels.std() - 1) < 1e-4
+    assert min(len(np.unique(row["input_values"])) for row in data["test"]) > 2
+
+
 def test_bad_settings_are_one_line(read, tmp_path):
     for change, message in {
         "model.hidden=3": "model.hidden is not a configuration key; did you mean hidden_size",

@@ -141,6 +141,17 @@ def test_distilled_classifiers_answer_alike(classifier, changes, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("channels", [1, 24])
+def test_numbers_begin_as_small_as_token_ids(classifier, channels):
+    """Larger hidden states would drown what the first mixers add to them."""
+    model = classifier(num_input_channels=channels, hidden_size=512, num_attention_heads=4, num_hidden_layers=1)
+    numbers = model.model.embed_values(torch.randn(4, 50, channels))
+    tokens = FlashSTUModel(FlashSTUConfig(**{**model.config.to_diff_dict(), "num_input_channels": None}))
+    spread = tokens.embed_tokens.weight.std()
+    assert numbers.square().mean().sqrt() / spread == pytest.approx((1 + 1 / channels) ** 0.5, rel=0.25)
+
+
+@torch.no_grad()
 def test_numbers_as_inputs(classifier):
     model = classifier(num_input_channels=3, classifier_pooling="mean")
     values = torch.randn(2, 9, 3)
