@@ -32,9 +32,12 @@ class Peer(nn.Module):
         super().__init__()
         self.config, self.layers = config, layers
         size, channels = config.hidden_size, config.num_input_channels
-        self.into = nn.Embedding(config.vocab_size, size) if channels is None else nn.Linear(channels, size)
-        for weight in self.into.parameters():  # as small as ours
-            nn.init.normal_(weight, std=config.initializer_range * (channels or 1) ** -0.5)
+        if channels is None:
+            self.into = nn.Embedding(config.vocab_size, size)  # ours are smaller, with which Mamba-2 learns less
+        else:
+            self.into = nn.Linear(channels, size)
+            for weight in self.into.parameters():  # as small as ours
+                nn.init.normal_(weight, std=config.initializer_range * channels**-0.5)
         self.pooler = None if config.num_output_channels else Pooler(config)
         self.head = nn.Linear(size, config.num_output_channels or len(config.id2label or {}))
 
