@@ -9,8 +9,8 @@
 #                   it, and tries FSDP, DDP, Muon and checkpointing. These three install nothing: they take .venv if it is
 #                   there, else PYTHON. TOY=--toy runs them in toy sizes on a CPU
 # make test-oldest  the test suite with the oldest versions that pyproject.toml allows, in an environment of its own
-# make experiments  the papers' figures and ours, docs/experiments.md, into results/experiments: under 60 minutes on two
-#                   cores. EXPERIMENTS="recall text" runs some, SIZE=--quick or SIZE=--full another size;
+# make experiments  the papers' figures and ours, docs/experiments.md, into results/experiments: under two hours on two
+#                   cores, the half of it lra. EXPERIMENTS="recall text" runs some, SIZE=--quick or SIZE=--full another size;
 #                   with FLASH_STU_EXTRA_DATA text.py runs on the text there too
 PYTHON ?= python3
 VENV := .venv
