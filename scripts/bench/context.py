@@ -1,9 +1,9 @@
 """Long sequences in parts: tokens/s, memory and bytes sent, in pieces on one device and in shards over processes.
 
-    python scripts/bench/context.py [--lengths 8192 32768] [--processes 1 2 4] [--output results/cpu]
+    python scripts/bench/context.py [--lengths 8192 32768] [--processes 1 2 4] [--long 131072] [--output results/cpu]
 
 Trains the quickstart's model at these lengths on random tokens, one sequence a step, on CPUs with gloo: one process
-that takes it whole, one that takes a longer one in pieces, and several that share it. Processes share the machine's
+that takes it whole, one that takes longer ones in pieces, and several that share it. Processes share the machine's
 cores, so their tokens/s say what the exchange costs, not what more machines gain. Of the repeats, each round taking all
 in turn, the best is shown.
 
@@ -44,13 +44,13 @@ def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--lengths", type=integer(256, LARGEST_LENGTH), nargs="+", default=[8192, 32768])
     parser.add_argument("--processes", type=integer(1, 64), nargs="+", default=[1, 2, 4])
-    parser.add_argument("--long", type=integer(256, LARGEST_LENGTH), default=131072, help="tokens run in pieces")
-    parser.add_argument("--pieces", type=integer(1, 65536), default=16)
+    parser.add_argument("--long", type=integer(256, LARGEST_LENGTH), nargs="*", default=[131072], help="run in pieces")
+    parser.add_argument("--piece", type=integer(256, LARGEST_LENGTH), default=8192, help="tokens of a piece")
     parser.add_argument("--repeats", type=integer(1, 1000), default=2)
     parser.add_argument("--output", type=output_directory, metavar="DIR", help="write context.json and .png there")
     args = parser.parse_args()
     runs = [(length, count, 1) for length in args.lengths for count in args.processes]
-    runs.append((args.long, 1, args.pieces))
+    runs += [(length, 1, -(-length // args.piece)) for length in args.long]
     rows = {run: measure(*run) for run in runs}
     for _ in range(args.repeats - 1):
         for run in runs:

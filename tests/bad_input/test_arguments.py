@@ -102,7 +102,7 @@ BENCHMARKS = {
     "agreement": {"--output": PLACES},
     "ceilings": {"--repeats": [*NUMBERS, "0"], "--output": PLACES},
     "context": {
-        **dict.fromkeys(("--lengths", "--processes", "--pieces", "--repeats", "--long"), [*NUMBERS, "0"]),
+        **dict.fromkeys(("--lengths", "--processes", "--piece", "--repeats", "--long"), [*NUMBERS, "0"]),
         **{"--output": PLACES},
     },
     "convsweep": {
